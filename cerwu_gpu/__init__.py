@@ -1,0 +1,77 @@
+"""Compress Hugging Face language models: Hessian-aware rounding that counts bits, entropy coded.
+
+>>> from cerwu_gpu import CompressionConfig, compress, load_compressed
+>>> compress("HuggingFaceTB/SmolLM2-135M", "small", config=CompressionConfig(lmbda=1e-4))
+>>> model = load_compressed("small")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cerwu_gpu.config import CompressionConfig
+    from cerwu_gpu.container.reader import verify
+    from cerwu_gpu.errors import (
+        CalibrationError,
+        CerwuError,
+        ConfigError,
+        CorruptionError,
+        FactorizationError,
+        FormatError,
+        ModelError,
+        OutputError,
+        TargetError,
+        VersionError,
+    )
+    from cerwu_gpu.hf.compression import compress
+    from cerwu_gpu.hf.evaluation import perplexity
+    from cerwu_gpu.hf.loading import decompress, load_compressed
+    from cerwu_gpu.report import LayerReport, Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationError",
+    "CerwuError",
+    "CompressionConfig",
+    "ConfigError",
+    "CorruptionError",
+    "FactorizationError",
+    "FormatError",
+    "LayerReport",
+    "ModelError",
+    "OutputError",
+    "Report",
+    "TargetError",
+    "VersionError",
+    "__version__",
+    "compress",
+    "decompress",
+    "load_compressed",
+    "perplexity",
+    "verify",
+]
+
+_MODULES = {
+    "CompressionConfig": "cerwu_gpu.config",
+    "LayerReport": "cerwu_gpu.report",
+    "Report": "cerwu_gpu.report",
+    "compress": "cerwu_gpu.hf.compression",
+    "decompress": "cerwu_gpu.hf.loading",
+    "load_compressed": "cerwu_gpu.hf.loading",
+    "perplexity": "cerwu_gpu.hf.evaluation",
+    "verify": "cerwu_gpu.container.reader",
+}
+"""Public name -> its module, imported on first use: torch and transformers take seconds."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'cerwu_gpu' has no attribute {name!r}")
+    value = getattr(import_module(_MODULES.get(name, "cerwu_gpu.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

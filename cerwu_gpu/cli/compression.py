@@ -1,0 +1,148 @@
+"""cerwu-gpu compress: a model in, a compressed directory and a table out."""
+
+import re
+import sys
+from contextlib import redirect_stdout
+from os.path import isfile  # unlike Path.is_file it takes text too long for a name
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cerwu_gpu.cli.output import listing, print_events, print_json, report_rows, set_verbosity
+from cerwu_gpu.config import CompressionConfig, Method, Quantizer, Scale
+from cerwu_gpu.errors import ConfigError
+
+DEFAULT = CompressionConfig()
+
+
+def compress(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub name, model directory or .gguf file.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write; must be new or empty.")
+    ],
+    method: Annotated[
+        Method, typer.Option(help="Rounding rule; optq has lmbda 0, rtn no Hessian.")
+    ] = DEFAULT.method,
+    lmbda: Annotated[
+        float, typer.Option(help="Output error worth paying for one bit: more makes it smaller.")
+    ] = DEFAULT.lmbda,
+    levels: Annotated[
+        int | None,
+        typer.Option(help="Uniform grid with so many levels by abs-max; default: steps by column."),
+    ] = DEFAULT.levels,
+    grid: Annotated[
+        str | None,
+        typer.Option(help="Sorted grid values: a file of numbers, or numbers with commas."),
+    ] = None,
+    scale: Annotated[
+        Scale, typer.Option(help="What abs-max is taken over, with --levels or --grid.")
+    ] = DEFAULT.scale,
+    quantizer: Annotated[Quantizer, typer.Option(help="Kind of quantizer.")] = DEFAULT.quantizer,
+    passes: Annotated[int, typer.Option(help="Passes over each matrix.")] = DEFAULT.passes,
+    damping: Annotated[
+        float, typer.Option(help="Multiple of mean(diag H) added to the diagonal of H.")
+    ] = DEFAULT.damping,
+    block_size: Annotated[int, typer.Option(help="Columns per lazy block.")] = DEFAULT.block_size,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Weight names to compress; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Weight names to leave alone; repeatable."),
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Hub dataset (or wikitext2), text file, or self.")
+    ] = DEFAULT.calibration,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = DEFAULT.samples,
+    sequence_length: Annotated[
+        int, typer.Option(help="Tokens per calibration sequence.")
+    ] = DEFAULT.sequence_length,
+    batch_size: Annotated[
+        int, typer.Option(help="Calibration sequences in work at a time.")
+    ] = DEFAULT.batch_size,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Calibrate on the already quantized blocks.")
+    ] = DEFAULT.sequential,
+    seed: Annotated[int, typer.Option(help="Seed of what is sampled.")] = DEFAULT.seed,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Turn every event of the report into an error.")
+    ] = DEFAULT.strict,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU where there is one.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what the output directory holds.")
+    ] = False,
+    hessian_cache: Annotated[
+        Path | None, typer.Option(help="Directory in which Hessians are kept for the next run.")
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not decode the result once more at the end.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON and nothing else.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Compress MODEL into a directory that load_compressed, info and eval read."""
+    config = CompressionConfig(
+        method=method,
+        lmbda=lmbda,
+        levels=levels,
+        grid=None if grid is None else parse_grid(grid),
+        scale=scale,
+        quantizer=quantizer,
+        passes=passes,
+        damping=damping,
+        block_size=block_size,
+        include=tuple(include or DEFAULT.include),
+        exclude=tuple(exclude or DEFAULT.exclude),
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        sequential=sequential,
+        seed=seed,
+        strict=strict,
+    )
+    set_verbosity(quiet=quiet)
+    from cerwu_gpu.hf.compression import compress as run  # after the settings: torch takes seconds
+
+    with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
+        report = run(
+            model,
+            output,
+            config=config,
+            device=device,
+            overwrite=overwrite,
+            hessian_cache=hessian_cache,
+            verify=not no_verify,
+            progress=not quiet,
+            trust_remote_code=trust_remote_code,
+        )
+    if json:
+        print_json(report.to_dict())
+        return
+    typer.echo(listing([("output", str(output)), *report_rows(report)]))
+    print_events(report.events)
+
+
+def parse_grid(text: str) -> tuple[float, ...]:
+    """The numbers of `text`, or of the file it names, between commas or white space.
+
+    Raises:
+        ConfigError: something in it is not a number, or there is none.
+    """
+    try:
+        content = Path(text).read_text(encoding="utf-8") if isfile(text) else text
+        return tuple(float(value) for value in re.split(r"[,\s]+", content.strip(", \t\r\n")))
+    except ValueError:  # a decoding error is one, too
+        raise ConfigError(
+            f"grid is {text!r}: give numbers with commas between them, or a file of numbers."
+        ) from None

@@ -1,0 +1,94 @@
+"""cerwu-gpu info, verify and decompress: what a compressed directory holds."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cerwu_gpu.cli.output import number, print_json, size, table
+
+if TYPE_CHECKING:
+    from cerwu_gpu.container.reader import Inventory
+
+Directory = Annotated[
+    Path, typer.Argument(metavar="DIRECTORY", help="A directory that `cerwu-gpu compress` wrote.")
+]
+
+
+def info(
+    directory: Directory,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the inventory as JSON and nothing else.")
+    ] = False,
+) -> None:
+    """Print what each tensor and file of DIRECTORY takes; the bytes add up to the directory's."""
+    from cerwu_gpu.container.reader import inventory
+
+    content = inventory(directory)
+    if json:
+        print_json(asdict(content))
+        return
+    header = ("name", "shape", "kind", "bits", "relative loss", "share", "bytes")
+    typer.echo(table(header, list(_rows(content))))
+    quantized = [entry for entry in content.tensors if entry.quantizer is not None]
+    weights = sum(entry.weights for entry in quantized)
+    typer.echo(f"\nformat version {content.format_version}, {size(content.total_bytes)} in all")
+    if weights:
+        bits = 8 * sum(entry.bytes for entry in quantized) / weights
+        typer.echo(f"{len(quantized)} tensors quantized, {bits:.4f} bits per weight")
+
+
+def _rows(content: "Inventory") -> Iterator[tuple[str, ...]]:
+    def share(count: int) -> tuple[str, str]:
+        return f"{count / content.total_bytes:.2%}", f"{count:,}"
+
+    for entry in content.tensors:
+        yield (
+            entry.name,
+            "x".join(map(str, entry.shape)),
+            entry.quantizer or entry.dtype,
+            f"{entry.bits_per_weight:.3f}",
+            number(entry.relative_loss, 3),
+            *share(entry.bytes),
+        )
+    for file in content.files:
+        yield (file.name, "-", "file", "-", "-", *share(file.bytes))
+    yield ("total", "", "", "", "", *share(content.total_bytes))
+
+
+def verify(directory: Directory) -> None:
+    """Check every checksum of DIRECTORY and decode every stream."""
+    from cerwu_gpu.container.reader import verify as check
+
+    check(directory)
+    typer.echo(f"{directory}: whole; every checksum and every stream is as it was written")
+
+
+def decompress(
+    directory: Directory,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write; must be new or empty.")
+    ],
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Type of the weights; default: the one they had."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what the output directory holds.")
+    ] = False,
+) -> None:
+    """Write DIRECTORY as a plain safetensors model for tools that do not know cerwu_gpu."""
+    import torch
+
+    from cerwu_gpu.hf.loading import decompress as run
+
+    run(
+        directory,
+        output,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        overwrite=overwrite,
+    )
+    count = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    typer.echo(f"{output}: {size(count)}")

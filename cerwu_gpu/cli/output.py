@@ -1,0 +1,93 @@
+"""How results are printed: plain tables, sizes with their unit, strict JSON."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+
+import typer
+
+from cerwu_gpu.report import Report
+
+
+def set_verbosity(*, quiet: bool) -> None:
+    """Messages and bars on stderr, or only errors. To be called before transformers is imported."""
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars; ours have an argument
+        return
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("cerwu_gpu").setLevel(logging.INFO)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their longest cell; the first one to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
+
+
+def listing(rows: Sequence[tuple[str, str]]) -> str:
+    """What, and its value, one pair a line."""
+    width = max(len(what) for what, _ in rows)
+    return "\n".join(f"{what.ljust(width)}  {value}" for what, value in rows)
+
+
+def size(count: int) -> str:
+    """Bytes, exact and in a unit to read: "79,331,204 bytes (79.3 MB)"."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{count:,} bytes" if unit == "bytes" else f"{count:,} bytes ({value:.1f} {unit})"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Significant digits, or a dash where there is no value."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def report_rows(report: Report) -> list[tuple[str, str]]:
+    """The figures of a compression, one (what, value) row each, without its events."""
+    weights = sum(rows * columns for rows, columns in (layer.shape for layer in report.layers))
+    return [
+        ("matrices quantized", f"{len(report.layers):,} ({weights:,} weights)"),
+        ("bits per quantized weight", f"{report.bits_per_weight:.4f}"),
+        ("compressed directory", size(report.directory_bytes)),
+        ("original", size(report.original_bytes)),
+        ("compressed / original", f"{report.directory_bytes / report.original_bytes:.2%}"),
+        *((f"seconds to {stage}", f"{value:.1f}") for stage, value in report.seconds.items()),
+        ("seconds in all", f"{sum(report.seconds.values()):.1f}"),
+    ]
+
+
+def print_events(events: Sequence[str]) -> None:
+    """Every event on its own line: nothing falls back silently."""
+    typer.echo(f"\nevents: {len(events) or 'none'}")
+    for event in events:
+        typer.echo(f"  {event}")
+
+
+def print_json(value: object) -> None:
+    """One JSON document; numbers that JSON does not have (nan, inf) become null."""
+    typer.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: object) -> object:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value

@@ -1,0 +1,161 @@
+"""Symbols to words: many independent ANS streams per matrix, written by constriction.
+
+Stream l of a matrix holds the whole rows l, l + S, l + 2S, ... one after the other, so that a
+decoder with one lane per stream is at the same column of neighbouring rows all the time
+(docs/format.md, "Streams"; the decoder is cerwu_gpu.reference.ans).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import constriction
+import numpy as np
+from numpy.typing import NDArray
+
+from cerwu_gpu.spec import PRECISION, STREAM_SYMBOLS, TRELLIS_NEXT, TRELLIS_QUANTIZER
+
+# These are attributes of a compiled module, which the import statement cannot reach into.
+AnsCoder = constriction.stream.stack.AnsCoder
+Categorical = constriction.stream.model.Categorical
+
+_Encoder = Callable[[NDArray[np.int64]], NDArray[np.uint32]]
+
+
+def stream_count(m: int, n: int) -> int:
+    """How many streams a matrix [m, n] is split into: as many as leave each STREAM_SYMBOLS."""
+    rows_per_stream = -(-STREAM_SYMBOLS // n)
+    return max(1, m // rows_per_stream)
+
+
+def encode(
+    symbols: NDArray[np.int32],
+    tables: NDArray[np.int64],
+    row_class: NDArray[np.integer[Any]],
+    column_class: NDArray[np.integer[Any]],
+    states: int,
+    parity: NDArray[np.integer[Any]],
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Code a matrix of symbols.
+
+    Args:
+        symbols: [m, n] int32, indices 0 ... K-1 into the alphabet.
+        tables: [T * Q, K] int64 >= 1, rows summing to 2**PRECISION; Q = 2 with a trellis, else 1.
+        row_class, column_class: [m] and [n] integers >= 0; element (i, j) is coded with table
+            (row_class[i] + column_class[j]) * Q + quantizer of the trellis state.
+        states: 0 (no trellis), 4 or 8.
+        parity: [K] integers, 0 or 1: what each symbol tells the trellis.
+
+    Returns:
+        words: uint32, all streams one after the other.
+        lengths: [stream_count(m, n)] uint32, the number of words of each stream.
+
+    Raises:
+        ValueError: a symbol or a class is outside the tables.
+    """
+    m, n = symbols.shape
+    count, size = tables.shape
+    quantizers = 2 if states else 1
+    table = np.asarray(row_class, np.int64)[:, None] * quantizers
+    columns = np.asarray(column_class, np.int64)[None, :] * quantizers
+    if symbols.min() < 0 or symbols.max() >= size:
+        raise ValueError(f"a symbol is outside 0 ... {size - 1}.")
+    if min(table.min(), columns.min()) < 0 or table.max() + columns.max() > count - quantizers:
+        raise ValueError(f"the classes of a row and a column do not add up to one of {count} tables.")
+    trellis = trellis_quantizers(symbols, states, parity) if states else None
+    encoder = _no_choice
+    if size > 1:
+        encoder = _single_table(tables) if count == 1 else _many_tables(tables)
+
+    streams = stream_count(m, n)
+    words = []
+    for first in range(streams):
+        rows = slice(first, None, streams)
+        index = table[rows] + columns
+        if trellis is not None:
+            index += trellis[rows]
+        index *= size
+        index += symbols[rows]
+        words.append(encoder(index.reshape(-1)))
+    lengths = np.array([len(stream) for stream in words], dtype=np.uint32)
+    return np.concatenate(words), lengths
+
+
+def trellis_quantizers(
+    symbols: NDArray[np.int32], states: int, parity: NDArray[np.integer[Any]]
+) -> NDArray[np.uint8]:
+    """Which quantizer, 0 or 1, each element [m, n] has; every row starts in state 0."""
+    step = np.array(TRELLIS_NEXT[states], dtype=np.uint8)
+    quantizer = np.array(TRELLIS_QUANTIZER[states], dtype=np.uint8)
+    odd = np.asarray(parity, np.uint8)[symbols.T]
+    path = np.empty(odd.shape, dtype=np.uint8)
+    state = np.zeros(odd.shape[1], dtype=np.uint8)
+    for column, bit in enumerate(odd):
+        path[column] = quantizer[state]
+        state = step[state, bit]
+    return np.ascontiguousarray(path.T)
+
+
+def decode_constriction(
+    words: NDArray[np.uint32], lengths: NDArray[np.uint32], table: NDArray[np.int64], m: int, n: int
+) -> NDArray[np.int32]:
+    """Decode a matrix that has one table [K] for all elements, by constriction's own decoder."""
+    symbols = np.empty((m, n), dtype=np.int32)
+    model = Categorical(table / (1 << PRECISION), perfect=True)
+    streams = len(lengths)
+    for first, part in enumerate(np.split(words, np.cumsum(lengths)[:-1])):
+        rows = symbols[first::streams]
+        rows[:] = AnsCoder(part).decode(model, rows.size).reshape(rows.shape)
+    return symbols
+
+
+def _no_choice(index: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """An alphabet of one symbol needs no words."""
+    return np.empty(0, dtype=np.uint32)
+
+
+def _single_table(tables: NDArray[np.int64]) -> _Encoder:
+    model = Categorical(tables[0] / (1 << PRECISION), perfect=True)
+
+    def encode_stream(index: NDArray[np.int64]) -> NDArray[np.uint32]:
+        coder = AnsCoder()
+        coder.encode_reverse(index.astype(np.int32), model)
+        return coder.get_compressed()  # type: ignore[no-any-return]
+
+    return encode_stream
+
+
+def _many_tables(tables: NDArray[np.int64]) -> _Encoder:
+    """Encode entry k of table t, given as t * K + k, with a model of its own per symbol.
+
+    All that the coder needs is where the symbol's interval starts and how wide it is, so that three
+    probabilities (before, the symbol, after) do instead of K. constriction takes the integers
+    exactly when it is given them less one, as float32, without normalising.
+    """
+    weights, position = _three_way(tables) if tables.shape[1] > 2 else _two_way(tables)
+    family = Categorical(perfect=False)
+
+    def encode_stream(index: NDArray[np.int64]) -> NDArray[np.uint32]:
+        coder = AnsCoder()
+        coder.encode_reverse(position.take(index), family, weights.take(index, axis=0))
+        return coder.get_compressed()  # type: ignore[no-any-return]
+
+    return encode_stream
+
+
+def _two_way(tables: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    weights = np.repeat((tables - 1).astype(np.float32), 2, axis=0)
+    return weights, np.tile(np.arange(2, dtype=np.int32), len(tables))
+
+
+def _three_way(tables: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Weights [T * K, 3] and the position 0, 1 or 2 of the symbol among them."""
+    before = np.cumsum(tables, axis=1) - tables
+    after = (1 << PRECISION) - before - tables
+    three = np.stack([before, tables, after], axis=-1)
+    # No probability may be 0: at either end, the interval beside the symbol's is cut in two.
+    one = np.ones_like(tables[:, 0])
+    three[:, 0] = np.stack([tables[:, 0], after[:, 0] - 1, one], axis=-1)
+    three[:, -1] = np.stack([one, before[:, -1] - 1, tables[:, -1]], axis=-1)
+    position = np.ones(tables.shape, dtype=np.int32)
+    position[:, 0], position[:, -1] = 0, 2
+    return (three - 1).reshape(-1, 3).astype(np.float32), position.reshape(-1)

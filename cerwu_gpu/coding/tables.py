@@ -1,0 +1,98 @@
+"""Probability tables: floats become integers once, here; every decoder then builds the same ones.
+
+A table over K symbols is stored as K codes, one byte each: code c stands for a probability
+proportional to 2**(-c / CODE_RESOLUTION). `table_from_codes` turns codes into the integers that the
+coder uses, with integer arithmetic only (docs/format.md, "Tables").
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cerwu_gpu.errors import FormatError
+from cerwu_gpu.spec import CODE_MAX, CODE_RESOLUTION, CODE_WEIGHTS, PRECISION
+
+ALPHABET_MAX = 1 << 16
+"""Largest number of symbols in a table; it also keeps the sum of the weights below 2**63."""
+
+
+def codes_from_counts(counts: NDArray[np.int64], smoothing: float = 1 / 16) -> NDArray[np.uint8]:
+    """The codes of the tables that fit the histograms `counts`.
+
+    Args:
+        counts: [T, K] int64 >= 0, one histogram a row.
+        smoothing: added to every bin, so that a symbol that was not seen can still be coded.
+
+    Returns:
+        [T, K] uint8 codes, each at most CODE_MAX. A row without any count gets all zeros: its
+        symbols are equally likely.
+    """
+    smooth = counts.astype(np.float64) + smoothing
+    costs = np.log2(smooth.sum(axis=1, keepdims=True)) - np.log2(smooth)
+    steps = np.rint(CODE_RESOLUTION * costs)
+    codes: NDArray[np.uint8] = np.clip(steps, 0, CODE_MAX).astype(np.uint8)
+    codes[counts.sum(axis=1) == 0] = 0
+    return codes
+
+
+def table_from_codes(codes: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """The integer tables that the codes stand for; the same on every machine.
+
+    Args:
+        codes: [T, K] uint8, each at most CODE_MAX; 1 <= K <= ALPHABET_MAX.
+
+    Returns:
+        [T, K] int64, each >= 1, each row summing to 2**PRECISION.
+
+    Raises:
+        FormatError: a code is above CODE_MAX, or K is outside its range.
+    """
+    size = codes.shape[1]
+    if not 1 <= size <= ALPHABET_MAX:
+        raise FormatError(f"a table has {size} symbols: it must have 1 to {ALPHABET_MAX}.")
+    if codes.size and int(codes.max()) > CODE_MAX:
+        raise FormatError(f"a table code is {int(codes.max())}: the largest is {CODE_MAX}.")
+    octave, part = np.divmod(codes.astype(np.int64), CODE_RESOLUTION)
+    weights = np.array(CODE_WEIGHTS, dtype=np.int64)[part] >> octave
+    total = weights.sum(axis=1, keepdims=True)
+    # weights < 2**31 and the factor <= 2**24: the product stays below 2**63.
+    table: NDArray[np.int64] = 1 + weights * ((1 << PRECISION) - size) // total
+    # np.argmax takes the first of equal entries; all that rounding left over goes there.
+    rows = np.arange(len(table))
+    table[rows, table.argmax(axis=1)] += (1 << PRECISION) - table.sum(axis=1)
+    return table
+
+
+def bits(tables: NDArray[np.int64]) -> NDArray[np.float32]:
+    """What each symbol costs: PRECISION - log2(k), in bits.
+
+    Args:
+        tables: [T, K] int64 as `table_from_codes` returns them.
+
+    Returns:
+        [T, K] float32.
+    """
+    return (PRECISION - np.log2(tables)).astype(np.float32)
+
+
+def fold(counts: NDArray[np.int64], unpaired: int = 0) -> NDArray[np.int64]:
+    """Join the bins of M + q and M - q, for tables that are symmetric around their middle M.
+
+    Args:
+        counts: [T, 2M + 1 + unpaired] int64.
+        unpaired: symbols after the symmetric ones (an escape).
+
+    Returns:
+        [T, M + 1 + unpaired] int64: for q = 0 ... M the counts of both signs together, then the
+        unpaired ones. What has no mirror image is counted twice, so that
+        `unfold(codes_from_counts(fold(counts)))` are the codes of the symmetric tables.
+    """
+    paired = counts.shape[1] - unpaired
+    middle = paired // 2
+    mirrored = counts[:, middle:paired] + counts[:, middle::-1]
+    return np.concatenate([mirrored, 2 * counts[:, paired:]], axis=1)
+
+
+def unfold(codes: NDArray[np.uint8], unpaired: int = 0) -> NDArray[np.uint8]:
+    """The codes [T, 2M + 1 + unpaired] of symmetric tables, from [T, M + 1 + unpaired]."""
+    last = codes.shape[1] - unpaired - 1
+    return np.concatenate([codes[:, last:0:-1], codes], axis=1)

@@ -1,0 +1,92 @@
+"""Every setting of a compression, validated once."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cerwu_gpu.errors import ConfigError
+
+Method = Literal["cerwu", "cerwu-gamma0", "optq", "rtn"]
+Quantizer = Literal["scalar", "trellis4", "trellis8"]
+Scale = Literal["per-tensor", "per-row"]
+
+TRELLIS_STATES: dict[Quantizer, int] = {"scalar": 0, "trellis4": 4, "trellis8": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionConfig:
+    """What to minimise, on which grid, for which layers, and from which text the Hessians come.
+
+    Raises:
+        ConfigError: a value is outside its range, or two values contradict each other.
+    """
+
+    method: Method = "cerwu"
+    """cerwu; cerwu-gamma0 (without completing the square); optq (lmbda = 0); rtn (no Hessian)."""
+    lmbda: float = 1e-4
+    """Output error (mean square per token) worth paying for one bit (design equation J)."""
+    levels: int | None = None
+    """|G|: a uniform grid with this many levels, scaled by abs-max; None: waterfilled steps."""
+    grid: tuple[float, ...] | None = None
+    """Any sorted list of values, in units of the abs-max given by `scale`; excludes `levels`."""
+    scale: Scale = "per-row"
+    """Whether abs-max is taken over the matrix or over each row (with `levels` or `grid`)."""
+    quantizer: Quantizer = "scalar"
+    passes: int = 2
+    """Passes over each matrix; the rate table of a pass is the histogram of the one before."""
+    damping: float = 0.01
+    """Multiple of mean(diag H) that is added to the diagonal of H before it is factored."""
+    block_size: int = 128
+    """Columns per lazy block."""
+
+    include: tuple[str, ...] = ("*",)
+    """Glob patterns of weight names to compress."""
+    exclude: tuple[str, ...] = ()
+    """Glob patterns of weight names to leave alone; wins over `include`."""
+
+    calibration: str = "wikitext2"
+    """A hub dataset (or the short name wikitext2), a text file, or self (sampled from the model)."""
+    samples: int = 128
+    sequence_length: int = 512
+    batch_size: int = 8
+    sequential: bool = False
+    """Take each block's inputs from the already quantized blocks instead of the original ones."""
+    seed: int = 0
+
+    strict: bool = False
+    """Turn every event of the report (more damping, expert without tokens) into an error."""
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("method", get_args(Method)),
+            ("scale", get_args(Scale)),
+            ("quantizer", get_args(Quantizer)),
+        ):
+            if getattr(self, field) not in allowed:
+                choices = ", ".join(allowed)
+                raise ConfigError(
+                    f"{field} is {getattr(self, field)!r}: choose one of {choices}."
+                )
+        if not (math.isfinite(self.lmbda) and self.lmbda >= 0):
+            raise ConfigError(f"lmbda is {self.lmbda}: give a finite number >= 0.")
+        if self.levels is not None and self.levels < 2:
+            raise ConfigError(f"levels is {self.levels}: a grid needs at least 2 levels.")
+        for field in ("passes", "block_size", "samples", "batch_size"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} is {getattr(self, field)}: give at least 1.")
+        if self.sequence_length < 2:
+            raise ConfigError(f"sequence_length is {self.sequence_length}: give at least 2.")
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise ConfigError(f"damping is {self.damping}: give a finite number >= 0.")
+        if self.grid is not None:
+            self._check_grid(self.grid)
+
+    def _check_grid(self, grid: tuple[float, ...]) -> None:
+        if self.levels is not None:
+            raise ConfigError("levels and grid are both given: keep one of them.")
+        if self.quantizer != "scalar":
+            raise ConfigError(f"grid works with quantizer scalar only, not {self.quantizer}.")
+        if len(grid) < 2 or not all(map(math.isfinite, grid)):
+            raise ConfigError("grid needs at least 2 finite values.")
+        if any(a >= b for a, b in zip(grid, grid[1:], strict=False)):
+            raise ConfigError("grid must be sorted and without repetition: sort its values.")

@@ -1,0 +1,198 @@
+"""The manifest: what the metadata of a safetensors file says about the compressed weights in it.
+
+The manifest is JSON under the key METADATA_KEY; docs/format.md describes every field.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from cerwu_gpu.errors import FormatError, VersionError
+from cerwu_gpu.spec import FORMAT_VERSION
+
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZERS = {"scalar": 0, "grid": 0, "trellis4": 4, "trellis8": 8}
+DIMENSION_LIMIT = 1 << 31
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix of a compressed weight.
+
+    Attributes:
+        rows, columns: m and n.
+        quantizer: scalar, grid (positions in a list of values), trellis4 or trellis8.
+        lowest, size, escapes: the alphabet is the integers lowest ... lowest + size - 1, followed
+            by `escapes` escape symbols.
+        tables: number of classes T.
+        words: number of 32-bit words of all streams.
+        side: bytes of the side blob.
+        escaped: number of escaped integers.
+        relative_loss: tr((W-Q) H (W-Q)^T) / tr(W H W^T); for people, not for decoding.
+    """
+
+    rows: int
+    columns: int
+    quantizer: str
+    lowest: int
+    size: int
+    escapes: int
+    tables: int
+    words: int
+    side: int
+    escaped: int
+    relative_loss: float | None
+
+    @property
+    def states(self) -> int:
+        return QUANTIZERS[self.quantizer]
+
+    @property
+    def quantizers(self) -> int:
+        """Q: tables per class."""
+        return 2 if self.states else 1
+
+    @property
+    def alphabet(self) -> int:
+        """K: integers and escape symbols."""
+        return self.size + self.escapes
+
+    @property
+    def mirrored(self) -> bool:
+        """q and -q share a table code."""
+        return self.lowest == -(self.size // 2) and self.size % 2 == 1
+
+    def check(self, name: str) -> None:
+        """Refuse what no writer produces, before anything is allocated."""
+        positive = (self.rows, self.columns, self.size, self.tables)
+        counts = (self.words, self.side, self.escaped)
+        plausible = (
+            all(1 <= value < DIMENSION_LIMIT for value in positive)
+            and all(0 <= value < DIMENSION_LIMIT for value in counts)
+            and abs(self.lowest) < DIMENSION_LIMIT
+            and self.quantizer in QUANTIZERS
+            and self.escapes in (0, 1 + bool(self.states))
+            and self.tables <= self.rows + self.columns
+            and self.alphabet <= 1 << 16
+            and self.escaped <= self.rows * self.columns
+            and (self.escapes > 0 or self.escaped == 0)
+        )
+        if not plausible:
+            raise FormatError(f"{name}: its manifest entry contradicts itself; the file is broken.")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One compressed weight: a parameter made of one matrix, or of one per expert or group.
+
+    Attributes:
+        shape, dtype: of the parameter in the model.
+        transposed: the matrices are the transposes of the parameter's slices.
+        parts: the matrices in order.
+        words_sha256, side_sha256: of the bytes of NAME.words and NAME.side.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    transposed: bool
+    parts: tuple[Part, ...]
+    words_sha256: str
+    side_sha256: str
+
+    @property
+    def weights(self) -> int:
+        return sum(part.rows * part.columns for part in self.parts)
+
+    def check(self, name: str) -> None:
+        """Refuse an entry whose parts do not fill its shape."""
+        for part in self.parts:
+            part.check(name)
+        if self.dtype not in DTYPES:
+            raise FormatError(f"{name}: dtype {self.dtype!r} is none of {', '.join(DTYPES)}.")
+        if not self.parts:
+            raise FormatError(f"{name}: it has no parts; the file is broken.")
+        matrix = (self.parts[0].rows, self.parts[0].columns)
+        tail = matrix[::-1] if self.transposed else matrix
+        wanted = tail if len(self.shape) == 2 else (len(self.parts), *tail)
+        fits = len(self.shape) == 3 or (len(self.shape) == 2 and len(self.parts) == 1)
+        if not fits or self.shape != wanted:
+            raise FormatError(f"{name}: its parts do not fill its shape; the file is broken.")
+        if any((part.rows, part.columns) != matrix for part in self.parts):
+            raise FormatError(f"{name}: its parts differ in shape; the file is broken.")
+        if not (_HEX.fullmatch(self.words_sha256) and _HEX.fullmatch(self.side_sha256)):
+            raise FormatError(f"{name}: a checksum is not 64 hexadecimal digits.")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All compressed weights of one file, and the checksums of what is stored as it is."""
+
+    generator: str
+    compressed: Mapping[str, Entry]
+    plain_sha256: Mapping[str, str]
+
+    def to_json(self) -> str:
+        """Deterministic JSON: sorted keys, no blanks."""
+        content = {
+            "version": FORMAT_VERSION,
+            "generator": self.generator,
+            "compressed": {name: asdict(entry) for name, entry in self.compressed.items()},
+            "plain_sha256": dict(self.plain_sha256),
+        }
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str, file: str) -> "Manifest":
+        """Parse and check the manifest of `file`.
+
+        Raises:
+            VersionError: a newer version of the format.
+            FormatError: anything else that docs/format.md does not allow.
+        """
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{file}: its manifest is not JSON ({error}).") from None
+        version = content.get("version") if isinstance(content, dict) else None
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise FormatError(f"{file}: its manifest states no format version.")
+        if version > FORMAT_VERSION:
+            raise VersionError(
+                f"{file}: made by a newer cerwu_gpu (format {version}, this one reads up to "
+                f"{FORMAT_VERSION}): upgrade cerwu_gpu."
+            )
+        try:
+            entries = {name: _entry(value) for name, value in content["compressed"].items()}
+            plain = {str(name): str(value) for name, value in content["plain_sha256"].items()}
+            generator = str(content["generator"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise FormatError(f"{file}: its manifest is malformed; the file is broken.") from None
+        for name, entry in entries.items():
+            entry.check(name)
+        return Manifest(generator, entries, plain)
+
+
+def _entry(content: dict[str, Any]) -> Entry:
+    shape = tuple(_typed(extent, int) for extent in content["shape"])
+    parts = tuple(_part(part) for part in content["parts"])
+    texts = (_typed(content[key], str) for key in ("dtype", "words_sha256", "side_sha256"))
+    dtype, words, side = texts
+    return Entry(shape, dtype, _typed(content["transposed"], bool), parts, words, side)
+
+
+def _part(content: dict[str, Any]) -> Part:
+    loss = content["relative_loss"]
+    values: dict[str, Any] = {"relative_loss": None if loss is None else float(loss)}
+    for field in fields(Part):
+        if field.name != "relative_loss":
+            values[field.name] = _typed(content[field.name], str if field.type is str else int)
+    return Part(**values)
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value

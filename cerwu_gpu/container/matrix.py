@@ -1,0 +1,182 @@
+"""One matrix between its tensors and its bytes: words of the streams, and the side blob."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cerwu_gpu.coding import side, streams
+from cerwu_gpu.coding.tables import table_from_codes
+from cerwu_gpu.container.header import Part
+from cerwu_gpu.errors import CorruptionError, FormatError
+from cerwu_gpu.quantize.layer import QuantizedMatrix
+from cerwu_gpu.reference.ans import CodedMatrix
+from cerwu_gpu.reference.dequantize import dequantize
+
+
+@dataclass(frozen=True)
+class EncodedMatrix:
+    """What the file holds of one matrix: its manifest part, uint32 words and the side blob."""
+
+    part: Part
+    words: NDArray[np.uint32]
+    side: bytes
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """What was read of one matrix, checked, on the device where it will be decoded."""
+
+    part: Part
+    coded: CodedMatrix
+    column_step: Tensor
+    row_scale: Tensor
+    grid: Tensor | None
+    escapes: Tensor
+
+    def weight(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight [m, n] in `dtype` from decoded alphabet indices [m, n].
+
+        Raises:
+            CorruptionError: the number of escapes differs from the values stored for them.
+        """
+        symbols = indices + self.part.lowest
+        if self.part.escapes:
+            escaped = indices >= self.part.size
+            if int(escaped.sum()) != len(self.escapes):
+                raise CorruptionError(f"{self.coded.name}: escapes are missing; get it again.")
+            if len(self.escapes):
+                symbols[escaped] = self.escapes
+        return dequantize(
+            symbols,
+            self.column_step,
+            self.row_scale,
+            grid=self.grid,
+            states=self.part.states,
+            dtype=dtype,
+        )
+
+
+def encode_matrix(matrix: QuantizedMatrix, relative_loss: float) -> EncodedMatrix:
+    """Code one quantized matrix; constriction writes the streams."""
+    rows, columns = matrix.symbols.shape
+    symbols = matrix.symbols.cpu().numpy()
+    indices = symbols - np.int32(matrix.lowest)
+    escaped = (indices < 0) | (indices >= matrix.size)
+    escapes = symbols[escaped]
+    indices[escaped] = matrix.size + (escapes & (matrix.escapes - 1) if matrix.escapes else 0)
+    codes = matrix.codes.cpu().numpy()
+    part = Part(
+        rows=rows,
+        columns=columns,
+        quantizer=_quantizer(matrix),
+        lowest=matrix.lowest,
+        size=matrix.size,
+        escapes=matrix.escapes,
+        tables=len(codes) // (2 if matrix.states else 1),
+        words=0,
+        side=0,
+        escaped=len(escapes),
+        relative_loss=_rounded(relative_loss),
+    )
+    row_class, column_class = (x.cpu().numpy() for x in (matrix.row_class, matrix.column_class))
+    words, lengths = streams.encode(
+        indices, table_from_codes(codes), row_class, column_class, matrix.states, parity_of(part)
+    )
+    arrays = {
+        "table_codes": _halved(codes, part),
+        "row_class": row_class.astype(np.uint8),
+        "column_class": column_class.astype(np.uint8),
+        "step_code": matrix.column_step.expand(columns).cpu().numpy(),
+        "row_scale_code": matrix.row_scale.expand(rows).cpu().numpy(),
+        "lengths": lengths,
+    }
+    if len(escapes):
+        arrays["escapes"] = escapes.astype(np.int32)
+    if matrix.grid is not None:
+        arrays["grid"] = matrix.grid.cpu().numpy()
+    blob = side.pack(arrays, rows, columns)
+    counted = Part(**{**part.__dict__, "words": len(words), "side": len(blob)})
+    return EncodedMatrix(counted, words, blob)
+
+
+def unpack_matrix(
+    name: str, part: Part, words: Tensor, blob: bytes, device: torch.device | str
+) -> StoredMatrix:
+    """Check what was read of a matrix and make it ready for the decoder on `device`.
+
+    Raises:
+        FormatError: the side blob is malformed or contradicts the manifest.
+    """
+    try:
+        arrays = side.unpack(blob, part.rows, part.columns)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from None
+    wanted = {"table_codes", "row_class", "column_class", "step_code", "row_scale_code", "lengths"}
+    wanted |= {"escapes"} if part.escaped else set()
+    wanted |= {"grid"} if part.quantizer == "grid" else set()
+    if set(arrays) != wanted:
+        odd = min(set(arrays) ^ wanted)
+        raise FormatError(f"{name}: side data and manifest disagree on {odd}.")
+    if part.escaped and len(arrays["escapes"]) != part.escaped:
+        raise FormatError(f"{name}: side data and manifest disagree on escapes.")
+    if part.quantizer == "grid" and len(arrays["grid"]) != part.size:
+        raise FormatError(f"{name}: side data and manifest disagree on grid.")
+
+    def placed(array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    coded = CodedMatrix(
+        name=name,
+        shape=(part.rows, part.columns),
+        words=words.to(device),
+        lengths=placed(arrays["lengths"].astype(np.int64)),
+        tables=placed(table_from_codes(_whole(arrays["table_codes"], part, name))),
+        row_class=placed(arrays["row_class"].astype(np.int64)),
+        column_class=placed(arrays["column_class"].astype(np.int64)),
+        states=part.states,
+        parity=placed(parity_of(part)),
+    )
+    return StoredMatrix(
+        part=part,
+        coded=coded,
+        column_step=placed(arrays["step_code"]),
+        row_scale=placed(arrays["row_scale_code"]),
+        grid=placed(arrays["grid"]) if part.quantizer == "grid" else None,
+        escapes=placed(arrays.get("escapes", np.empty(0, np.int32))),
+    )
+
+
+def parity_of(part: Part) -> NDArray[np.uint8]:
+    """Parity [K] of every symbol of the alphabet; escape symbols carry theirs by position."""
+    integers = (np.arange(part.size) + part.lowest) & 1
+    return np.concatenate([integers, np.arange(part.escapes)]).astype(np.uint8)
+
+
+def _quantizer(matrix: QuantizedMatrix) -> str:
+    if matrix.grid is not None:
+        return "grid"
+    return f"trellis{matrix.states}" if matrix.states else "scalar"
+
+
+def _rounded(loss: float) -> float | None:
+    """Four digits; infinite losses (a matrix without effect) are none."""
+    return float(f"{loss:.4g}") if np.isfinite(loss) else None
+
+
+def _halved(codes: NDArray[np.uint8], part: Part) -> NDArray[np.uint8]:
+    """[T, Q, stored] of [T * Q, K]: where q and -q share a code only q >= 0 is stored."""
+    if part.mirrored:
+        codes = codes[:, part.size // 2 :]
+    return np.ascontiguousarray(codes.reshape(part.tables, part.quantizers, -1))
+
+
+def _whole(stored: NDArray[np.uint8], part: Part, name: str) -> NDArray[np.uint8]:
+    """Undo `_halved`: [T * Q, K]."""
+    half = part.size // 2 if part.mirrored else 0
+    if stored.shape != (part.tables, part.quantizers, part.alphabet - half):
+        raise FormatError(f"{name}: side data and manifest disagree on table_codes.")
+    flat = stored.reshape(part.tables * part.quantizers, -1)
+    return np.concatenate([flat[:, half:0:-1], flat], axis=1)

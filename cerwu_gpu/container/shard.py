@@ -1,0 +1,62 @@
+"""Writing one safetensors file, byte for byte the same for the same content.
+
+The library's own writer keeps the metadata in a hash map, so that its key order, and with it the
+file's bytes, can differ between runs; the layout itself is eight bytes of header length, a JSON
+header and the data, and is read with the library (cerwu_gpu.container.reader).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint32: "U32",
+    torch.bool: "BOOL",
+}
+
+
+def tensor_bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The tensor's bytes, row-major, little-endian, as a flat uint8 array."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensors` (any order) with `metadata` (str -> str) to `path`, and flush to the disk."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    # Wide elements first keeps every tensor aligned to its element size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in order:
+            file.write(memoryview(tensor_bytes(tensors[name])))
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,225 @@
+"""The blocks of a transformers model with the statistics of their inputs, one in work at a time."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.hf.capture import Call, capture
+from cerwu_gpu.hf.inputs import InputMoments, Label, observed
+from cerwu_gpu.hf.models import check_tokens
+from cerwu_gpu.hf.structure import find_blocks
+from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.pipeline import InputStatistics, Matrix
+
+
+class BlockWeights:
+    """The chosen weights of one block, as matrices."""
+
+    def __init__(self, prefix: str, block: nn.Module, layouts: Sequence[WeightLayout]) -> None:
+        """`layouts` of the whole model: those of other blocks are passed over."""
+        self.layouts = tuple(x for x in layouts if x.name.startswith(f"{prefix}."))
+        self.modules: dict[str, nn.Module] = {}
+        for layout in self.layouts:
+            owner = layout.name.removeprefix(f"{prefix}.").rpartition(".")[0]
+            self.modules[layout.name] = block.get_submodule(owner)
+        self._layout_of = {layout.name: layout for layout in self.layouts}
+
+    def parameter(self, name: str) -> nn.Parameter:
+        return self.modules[name].get_parameter(name.rpartition(".")[2])
+
+    def matrices(self, keys: dict[Label, str], device: torch.device) -> list[Matrix]:
+        """All matrices, float32 on `device`, copies that later changes do not touch."""
+        return [
+            Matrix(
+                name=layout.name,
+                part=part,
+                weight=layout.matrix(self.parameter(layout.name).detach(), part).to(
+                    device, torch.float32, copy=True
+                ),
+                input=keys[layout.name, part],
+            )
+            for layout in self.layouts
+            for part in range(layout.parts)
+        ]
+
+    def store(self, name: str, part: int, weight: Tensor) -> None:
+        self._layout_of[name].store(self.parameter(name), part, weight)
+
+
+class CalibratedBlock:
+    """One block in work on its device (pipeline.Block).
+
+    Its calibration inputs are streamed through once, with the original weights, when matrices,
+    statistics or replace is first asked for.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, weights: BlockWeights, stream: "_Stream"
+    ) -> None:
+        self.name = name
+        self._module = module
+        self._weights = weights
+        self._stream = stream
+        self._moments = InputMoments(weights.layouts)
+        self._statistics: dict[str, InputStatistics] | None = None
+
+    @property
+    def inputs(self) -> dict[Label, str]:
+        """(parameter name, part) -> key of its input in `statistics`."""
+        self.statistics()
+        return self._moments.keys
+
+    def matrices(self) -> list[Matrix]:
+        return self._weights.matrices(self.inputs, self._stream.device)
+
+    def statistics(self) -> dict[str, InputStatistics]:
+        """Key -> statistics of that input.
+
+        Raises:
+            CalibrationError: an activation is not finite.
+        """
+        if self._statistics is None:
+            with observed(self._weights.modules, self._weights.layouts, self._moments):
+                self._stream.observe(self._module, self._moments)
+            self._statistics = self._moments.statistics(self._stream.device)
+        return self._statistics
+
+    def replace(self, name: str, part: int, weight: Tensor) -> None:
+        self.statistics()
+        self._weights.store(name, part, weight)
+
+    def finish(self) -> None:
+        """Take the stream past the block."""
+        self.statistics()
+        self._stream.advance(self._module)
+
+
+class CalibratedBlocks:
+    """The model's blocks in order (pipeline.Blocks).
+
+    The model's weights change in place as blocks are replaced, so iterate once. One block at a
+    time is on `device`, with its Hessians and the calibration activations; the model stays where
+    it is.
+    """
+
+    from_cache = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layouts: Sequence[WeightLayout],
+        tokens: Tensor,
+        *,
+        device: torch.device | str | None = None,
+        batch_size: int = 8,
+        sequential: bool = False,
+        progress: bool = False,
+    ) -> None:
+        """Prepare; nothing is run yet.
+
+        Args:
+            model: put into eval mode.
+            layouts: the weights to compress (structure.find_weights).
+            tokens: int64 [samples, sequence], the calibration text.
+            device: where blocks are worked on; None: where the model is.
+            batch_size: samples that run through a block together.
+            sequential: feed each block with the outputs of the replaced blocks before it, instead
+                of the original ones.
+            progress: show a bar over the blocks on stderr.
+
+        Raises:
+            CalibrationError: no tokens.
+            ModelError: the model has no blocks, or no embedding for the tokens.
+        """
+        if tokens.numel() == 0:
+            raise CalibrationError("there are no calibration tokens: give a longer text.")
+        check_tokens(model, tokens, tokens.shape[1])
+        self._model = model.train(False)
+        self._layouts = tuple(layouts)
+        self._blocks = find_blocks(model)
+        self._batches = torch.split(tokens, batch_size)
+        self._device = model.device if device is None else torch.device(device)
+        self._sequential = sequential
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[CalibratedBlock]:
+        captured = capture(self._model, self._blocks, self._batches, self._device)
+        stream = _Stream(self._model, captured.hidden, self._device, self._sequential)
+        shown = tqdm(self._blocks, desc="blocks", unit="block", disable=not self._progress)
+        for index, (name, module) in enumerate(shown):
+            stream.calls = captured.calls[index]
+            with placed(module, self._device):
+                weights = BlockWeights(name, module, self._layouts)
+                block = CalibratedBlock(name, module, weights, stream)
+                yield block
+                if index + 1 < len(self._blocks):
+                    block.finish()
+
+
+class _Stream:
+    """The calibration activations in front of the block in work."""
+
+    def __init__(
+        self, model: PreTrainedModel, hidden: list[Tensor], device: torch.device, sequential: bool
+    ) -> None:
+        self.device = device
+        self.calls: dict[int, Call] = {}
+        self._model = model
+        self._hidden = hidden
+        self._sequential = sequential
+
+    def observe(self, block: nn.Module, moments: InputMoments) -> None:
+        """Run the block with its original weights; unless the replaced block is to give them,
+        its outputs are the next block's inputs."""
+        first = 0
+        for index, hidden in enumerate(self._hidden):
+            samples = range(first, first + hidden.shape[0])
+            first = samples.stop
+            with moments.forward(samples):
+                output = self._run(block, hidden)
+            if not self._sequential:
+                self._hidden[index] = output
+
+    def advance(self, block: nn.Module) -> None:
+        """Put the activations in front of the next block."""
+        if self._sequential:
+            for index, hidden in enumerate(self._hidden):
+                self._hidden[index] = self._run(block, hidden)
+
+    @torch.no_grad()
+    def _run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        with _eager_experts(self._model):
+            return self.calls[hidden.shape[0]].run(block, hidden)
+
+
+@contextmanager
+def _eager_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Fused implementations of experts never show one expert's input."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before in (None, "eager"):
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+@contextmanager
+def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have the module on `device` for a while."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)

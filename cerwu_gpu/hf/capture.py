@@ -1,0 +1,169 @@
+"""What the model hands to each of its blocks, recorded without running the blocks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cerwu_gpu.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block besides the hidden states: masks, positions, settings."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output [batch, sequence, width]; everything is moved to `hidden`'s device."""
+        arguments = _moved(self.arguments, hidden.device)
+        output = block(hidden, *arguments, **_moved(self.keywords, hidden.device))
+        return first_output(output)
+
+
+@dataclass
+class Capture:
+    """The calibration stream in front of the first block.
+
+    Attributes:
+        hidden: per batch, the first block's input [batch, sequence, width], on the device of work.
+        calls: calls[block][batch size] is how the model calls that block.
+    """
+
+    hidden: list[Tensor] = field(default_factory=list)
+    calls: list[dict[int, Call]] = field(default_factory=list)
+
+
+def first_output(output: Any) -> Tensor:
+    """The hidden states in what a block returns: a tensor, or a tuple that begins with it."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+@torch.no_grad()
+def capture(
+    model: PreTrainedModel,
+    blocks: Sequence[tuple[str, nn.Module]],
+    batches: Sequence[Tensor],
+    device: torch.device,
+) -> Capture:
+    """Send `batches` (int64 [batch, sequence] each) through everything but the blocks.
+
+    Each block's forward is replaced for the time by one that notes its arguments and hands its
+    input on. That is cheap whatever the model's size, and shows whether the blocks can be run
+    one by one: the model must pass the hidden states from block to block untouched, with
+    arguments that depend on nothing but the batch size.
+
+    Raises:
+        CalibrationError: the model does otherwise; the message names the block.
+    """
+    recorder = _Recorder([name for name, _ in blocks], Capture(calls=[{} for _ in blocks]))
+    with recorder.installed([block for _, block in blocks]):
+        for tokens in batches:
+            recorder.start()
+            model.base_model(input_ids=tokens.to(model.device), use_cache=False)
+            recorder.finish(device)
+    return recorder.captured
+
+
+class _Recorder:
+    def __init__(self, names: list[str], captured: Capture) -> None:
+        self.names = names
+        self.captured = captured
+        self._inputs: list[Tensor] = []
+        self._returns: Callable[[Tensor], Any] | None = None
+
+    @contextmanager
+    def installed(self, blocks: list[nn.Module]) -> Iterator[None]:
+        """Replace the blocks' forward; what was set on the instances before comes back."""
+        before = [block.__dict__.get("forward") for block in blocks]
+        for index, block in enumerate(blocks):
+            block.forward = self._stand_in(index, block.forward)
+        try:
+            yield
+        finally:
+            for block, forward in zip(blocks, before, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+    def start(self) -> None:
+        self._inputs = []
+
+    def finish(self, device: torch.device) -> None:
+        if len(self._inputs) != len(self.names):
+            raise CalibrationError(
+                f"the model ran {len(self._inputs)} of its {len(self.names)} blocks: "
+                "its architecture is not supported."
+            )
+        self.captured.hidden.append(self._inputs[0].to(device))
+
+    def _stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*arguments: Any, **keywords: Any) -> Any:
+            hidden, call = _split(arguments, keywords)
+            self._check_order(index, hidden)
+            self._inputs.append(hidden)
+            self._note(index, hidden.shape[0], call)
+            if self._returns is None:
+                # One real run tells whether a block returns a tensor or a tuple around it.
+                self._returns = _wrapping(forward(*arguments, **keywords))
+            return self._returns(hidden)
+
+        return record
+
+    def _check_order(self, index: int, hidden: Tensor) -> None:
+        if index != len(self._inputs) or (index and hidden is not self._inputs[-1]):
+            raise CalibrationError(
+                f"the model changes the hidden states before {self.names[index]} or does not run "
+                "its blocks in order: its architecture is not supported."
+            )
+
+    def _note(self, index: int, batch: int, call: Call) -> None:
+        known = self.captured.calls[index].setdefault(batch, call)
+        if known is not call and not _same(
+            (known.arguments, known.keywords), (call.arguments, call.keywords)
+        ):
+            raise CalibrationError(
+                f"{self.names[index]} is given arguments that depend on the text: "
+                "the model's architecture is not supported."
+            )
+
+
+def _split(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor, Call]:
+    if arguments:
+        return arguments[0], Call(arguments[1:], keywords)
+    others = {name: value for name, value in keywords.items() if name != "hidden_states"}
+    return keywords["hidden_states"], Call((), others)
+
+
+def _wrapping(output: Any) -> Callable[[Tensor], Any]:
+    if not isinstance(output, tuple):
+        return lambda hidden: hidden
+    rest = output[1:]
+    return lambda hidden: (hidden, *rest)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return a is b or bool(a == b)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value

@@ -1,0 +1,21 @@
+"""Which device the work is done on."""
+
+import torch
+
+from cerwu_gpu.errors import ConfigError
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device that was asked for; None: the GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)  # a name may be known and the device not be there
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device is {str(device)!r}, which is not here: use cpu.") from error
+    return found

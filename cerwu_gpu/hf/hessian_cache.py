@@ -1,0 +1,229 @@
+"""Hessians kept on disk, so that the next run with the same model and text skips calibration."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cerwu_gpu.errors import CalibrationError, OutputError
+from cerwu_gpu.hf.calibration import BlockWeights, CalibratedBlock, CalibratedBlocks, placed
+from cerwu_gpu.hf.inputs import Label
+from cerwu_gpu.hf.structure import find_blocks
+from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.pipeline import Block, InputStatistics, Matrix
+
+VERSION = 1
+"""Part of every key: raised when the contents of the files change their meaning."""
+METADATA_KEY = "cerwu_hessians"
+
+
+def hessian_key(
+    model: PreTrainedModel,
+    layouts: Sequence[WeightLayout],
+    tokens: Tensor | None,
+    settings: Mapping[str, object],
+) -> str:
+    """SHA-256 (hexadecimal) of all that the Hessians depend on.
+
+    Args:
+        model: its configuration and every parameter's and buffer's bytes are counted.
+        layouts: the weights to compress.
+        tokens: int64 [samples, sequence]; None where `settings` say how to sample them.
+        settings: further values, ready for JSON, e.g. sequential and what it then depends on.
+    """
+    config = model.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version"):
+        config.pop(volatile, None)
+    weights = [[w.name, w.shape, w.parts, w.transposed] for w in layouts]
+    header = {"version": VERSION, "config": config, "weights": weights, "settings": settings}
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    if tokens is not None:
+        digest.update(f"tokens {tuple(tokens.shape)}".encode())
+        digest.update(_bytes(tokens))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+class HessianCache:
+    """The files of one key: `directory`/`key`/block-00000.safetensors and so on."""
+
+    def __init__(self, directory: Path | str, key: str) -> None:
+        self.path = Path(directory).expanduser() / key
+
+    def file(self, index: int) -> Path:
+        return self.path / f"block-{index:05d}.safetensors"
+
+    def complete(self, blocks: int) -> bool:
+        """Whether all blocks are there."""
+        return all(self.file(index).is_file() for index in range(blocks))
+
+    def write(
+        self,
+        index: int,
+        inputs: Mapping[Label, str],
+        statistics: Mapping[str, InputStatistics],
+    ) -> None:
+        """Keep one block, under a temporary name until it is whole on disk.
+
+        Raises:
+            OutputError: the directory cannot be written.
+        """
+        contents = {
+            "inputs": [[name, part, key] for (name, part), key in inputs.items()],
+            "tokens": {key: value.tokens for key, value in statistics.items()},
+        }
+        hessians = {key: value.hessian.cpu() for key, value in statistics.items()}
+        target = self.file(index)
+        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            save_file(hessians, temporary, {METADATA_KEY: json.dumps(contents)})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise OutputError(
+                f"the Hessian cache {self.path} cannot be written ({error}): "
+                "free some space or choose another directory."
+            ) from error
+
+    def read(
+        self, index: int, device: torch.device
+    ) -> tuple[dict[Label, str], dict[str, InputStatistics]]:
+        """What `write` was given, the Hessians on `device`.
+
+        Raises:
+            CalibrationError: the file is damaged.
+        """
+        try:
+            with safe_open(self.file(index), "pt", device=str(device)) as file:
+                contents = json.loads(file.metadata()[METADATA_KEY])
+                statistics = {
+                    key: InputStatistics(file.get_tensor(key), tokens)
+                    for key, tokens in contents["tokens"].items()
+                }
+            inputs = {(name, part): key for name, part, key in contents["inputs"]}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(
+                f"{self.file(index)} is damaged: delete {self.path} and calibrate again."
+            ) from error
+        return inputs, statistics
+
+
+class StatedBlocks(Protocol):
+    """pipeline.Blocks that say whether their Hessians came from the cache."""
+
+    @property
+    def from_cache(self) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Block]: ...
+
+
+def cached_blocks(
+    model: PreTrainedModel,
+    layouts: Sequence[WeightLayout],
+    cache: HessianCache,
+    calibrate: Callable[[], CalibratedBlocks],
+    *,
+    device: torch.device | str | None = None,
+) -> StatedBlocks:
+    """The model's blocks with the Hessians of `cache`, or else those of `calibrate()`, which are
+    then written into it. `calibrate` is called only where the cache is not complete.
+
+    Raises:
+        ModelError: the model has no blocks.
+    """
+    if cache.complete(len(find_blocks(model))):
+        return CachedBlocks(model, layouts, cache, device)
+    return RecordedBlocks(calibrate(), cache)
+
+
+class RecordedBlocks:
+    """Calibrated blocks whose statistics are kept in the cache as they pass."""
+
+    from_cache = False
+
+    def __init__(self, blocks: CalibratedBlocks, cache: HessianCache) -> None:
+        self._blocks = blocks
+        self._cache = cache
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[CalibratedBlock]:
+        for index, block in enumerate(self._blocks):
+            self._cache.write(index, block.inputs, block.statistics())
+            yield block
+
+
+class CachedBlocks:
+    """The model's blocks with Hessians from the cache; nothing of the model is run."""
+
+    from_cache = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layouts: Sequence[WeightLayout],
+        cache: HessianCache,
+        device: torch.device | str | None,
+    ) -> None:
+        self._blocks = find_blocks(model)
+        self._layouts = tuple(layouts)
+        self._cache = cache
+        self._device = model.device if device is None else torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator["CachedBlock"]:
+        for index, (name, module) in enumerate(self._blocks):
+            with placed(module, self._device):
+                inputs, statistics = self._cache.read(index, self._device)
+                weights = BlockWeights(name, module, self._layouts)
+                yield CachedBlock(name, weights, inputs, statistics, self._device)
+
+
+class CachedBlock:
+    """One block in work (pipeline.Block)."""
+
+    def __init__(
+        self,
+        name: str,
+        weights: BlockWeights,
+        inputs: dict[Label, str],
+        statistics: dict[str, InputStatistics],
+        device: torch.device,
+    ) -> None:
+        self.name = name
+        self._weights = weights
+        self._inputs = inputs
+        self._statistics = statistics
+        self._device = device
+
+    def matrices(self) -> list[Matrix]:
+        return self._weights.matrices(self._inputs, self._device)
+
+    def statistics(self) -> dict[str, InputStatistics]:
+        return self._statistics
+
+    def replace(self, name: str, part: int, weight: Tensor) -> None:
+        self._weights.store(name, part, weight)

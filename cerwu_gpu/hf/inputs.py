@@ -1,0 +1,192 @@
+"""Second moments of every distinct input of a block's weights, seen while the block runs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.pipeline import InputStatistics
+
+Label = tuple[str, int]
+"""(parameter name, part): one matrix."""
+
+_PRODUCTS = frozenset({torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__})
+_PRODUCTS |= {torch.mm, torch.Tensor.mm}
+
+
+class InputMoments:
+    """Sums of x x^T per distinct input, in float64.
+
+    Two matrices share an input when the model hands the same tensor object to both; the input is
+    named after the matrix that sees it first.
+
+    Attributes:
+        keys: matrix -> name of its input, for the matrices seen so far.
+    """
+
+    def __init__(self, layouts: Sequence[WeightLayout]) -> None:
+        self.keys: dict[Label, str] = {}
+        self._layouts = tuple(layouts)
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._seen: dict[tuple[int, int], tuple[Tensor, str]] = {}
+        self._samples = range(0)
+
+    @contextmanager
+    def forward(self, samples: range) -> Iterator[None]:
+        """One run of the block over the calibration samples with these numbers."""
+        self._samples = samples
+        try:
+            yield
+        finally:
+            self._seen.clear()
+
+    def add(self, layout: WeightLayout, part: int, x: Tensor) -> None:
+        """Note that matrix `part` of `layout` is applied to `x` [..., n].
+
+        Raises:
+            CalibrationError: x is not finite, or two matrices share their input only sometimes.
+        """
+        own = layout.key(part)
+        # The version tells a tensor from itself after a change in place; keeping x keeps its id.
+        seen = self._seen.setdefault((id(x), x._version), (x, own))[1]
+        if self.keys.setdefault((layout.name, part), seen) != seen:
+            raise CalibrationError(
+                f"{own} shares its input with {self.keys[layout.name, part]} in some runs only: "
+                "exclude it."
+            )
+        if seen == own:
+            self._accumulate(own, x)
+
+    def _accumulate(self, key: str, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        product = rows.T @ rows
+        if not bool(torch.isfinite(product.diagonal()).all()):
+            raise CalibrationError(
+                f"the input of {key} is not finite in float32 for {self._culprit(x)}: "
+                "check the weights, or load the model in another dtype."
+            )
+        if key in self._sums:
+            self._sums[key] += product
+        else:
+            self._sums[key] = product.double()
+        self._tokens[key] = self._tokens.get(key, 0) + rows.shape[0]
+
+    def _culprit(self, x: Tensor) -> str:
+        """The calibration sample whose input is not finite, as far as x [..., n] tells."""
+        count = len(self._samples)
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if rows.shape[0] % count == 0:
+            energy = rows.square().sum(dim=1).reshape(count, -1).sum(dim=1)
+            bad = (~torch.isfinite(energy)).nonzero().flatten().tolist()
+            if bad:
+                return f"calibration sample {self._samples[bad[0]]}"
+        return f"one of the calibration samples {self._samples[0]} to {self._samples[-1]}"
+
+    def statistics(self, device: torch.device) -> dict[str, InputStatistics]:
+        """H [n, n] float32 per input, key -> statistics; the sums are given up.
+
+        A matrix that was never applied has an input of its own: tokens 0, H zero.
+
+        Raises:
+            CalibrationError: not one matrix of an experts' parameter was seen in use.
+        """
+        result = {}
+        for layout in self._layouts:
+            used = [part for part in range(layout.parts) if (layout.name, part) in self.keys]
+            if layout.parts > 1 and not used:
+                raise CalibrationError(
+                    f"{layout.name}: how its experts are used cannot be followed: exclude it."
+                )
+            for part in range(layout.parts):
+                key = self.keys.setdefault((layout.name, part), layout.key(part))
+                if key not in result:
+                    result[key] = self._finished(key, layout.matrix_shape[1], device)
+        return result
+
+    def _finished(self, key: str, columns: int, device: torch.device) -> InputStatistics:
+        tokens = self._tokens.get(key, 0)
+        if tokens == 0:
+            return InputStatistics(torch.zeros(columns, columns, device=device), 0)
+        moment = self._sums.pop(key)
+        hessian = (moment + moment.T) / tokens  # (2/p) X X^T, exactly symmetric
+        return InputStatistics(hessian.float(), tokens)
+
+
+@contextmanager
+def observed(
+    modules: Mapping[str, nn.Module], layouts: Sequence[WeightLayout], moments: InputMoments
+) -> Iterator[None]:
+    """While this is open, `moments` sees the inputs of the weights described by `layouts`.
+
+    Args:
+        modules: parameter name -> the module that owns it.
+    """
+    experts = [layout for layout in layouts if len(layout.shape) == 3]
+    with ExitStack() as stack:
+        for layout in layouts:
+            if len(layout.shape) == 2:
+                hook = _linear_hook(layout, moments)
+                handle = modules[layout.name].register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+        if experts:
+            stack.enter_context(_ExpertInputs(modules, experts, moments))
+        yield
+
+
+def _linear_hook(layout: WeightLayout, moments: InputMoments) -> Any:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        x = arguments[0] if arguments else next(iter(keywords.values()))
+        moments.add(layout, 0, x)
+
+    return hook
+
+
+class _ExpertInputs(TorchFunctionMode):
+    """Sees each product with one expert's slice of a parameter [experts, ., .].
+
+    The experts of a mixture are no modules of their own, so no hook can see their inputs; the
+    slice is recognised by its address.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        experts: Sequence[WeightLayout],
+        moments: InputMoments,
+    ) -> None:
+        super().__init__()
+        self._moments = moments
+        self._slices: dict[int, tuple[WeightLayout, int, tuple[int, ...]]] = {}
+        for layout in experts:
+            parameter = modules[layout.name].get_parameter(layout.name.rpartition(".")[2])
+            for part in range(layout.parts):
+                matrix = layout.matrix(parameter, part)
+                self._slices[matrix.data_ptr()] = layout, part, matrix.stride()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is functional.linear:
+            self._note(args[0], args[1])
+        elif func in _PRODUCTS:
+            self._note(args[0], args[1].mT)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, x: Tensor, matrix: Tensor) -> None:
+        """`matrix` [m, n] is applied to x [..., n]."""
+        found = self._slices.get(matrix.data_ptr())
+        if found is None or matrix.dim() != 2 or matrix.numel() == 0:
+            return
+        layout, part, stride = found
+        if tuple(matrix.shape) != layout.matrix_shape or matrix.stride() != stride:
+            raise CalibrationError(
+                f"{layout.key(part)} is applied to its inputs in an unknown way: exclude it."
+            )
+        self._moments.add(layout, part, x)

@@ -1,0 +1,204 @@
+"""Load a causal language model, whatever form it comes in."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cerwu_gpu.errors import ModelError
+from cerwu_gpu.hf.gguf import check_gguf, gguf_model, gguf_tokenizer
+from cerwu_gpu.hf.structure import holds_matrices
+from cerwu_gpu.spec import QUANT_METHOD
+
+WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be compressed or measured.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        tokenizer: None where the source has none.
+        files: local directory of the source's own tokenizer and generation files; None for GGUF.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    files: Path | None
+
+
+def load_model(
+    source: str | Path, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+) -> LoadedModel:
+    """Load a hub name, a local model directory or a .gguf file.
+
+    `dtype` None keeps the checkpoint's own dtype (float32 for GGUF, whose weights are decoded).
+
+    Raises:
+        ModelError: the source is missing, has no or incomplete weights, is quantized already, has
+            no linear layer, needs code that is not trusted, or its tokenizer cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and not path.is_dir():
+        check_gguf(path)
+        loaded = LoadedModel(gguf_model(path, dtype), gguf_tokenizer(path), None)
+    elif path.is_dir():
+        loaded = _load_directory(path, trust_remote_code, dtype)
+    elif path.exists():
+        raise ModelError(f"{path} is a file: give a model directory, a .gguf file or a hub name.")
+    elif isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        raise ModelError(f"{path} does not exist: check the path.")
+    else:
+        loaded = _load_directory(_download(source), trust_remote_code, dtype)
+    if not holds_matrices(loaded.model):
+        raise ModelError(f"{source} has no linear layer: there is nothing to compress.")
+    loaded.model.train(False)
+    return loaded
+
+
+def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer, where one is needed.
+
+    Raises:
+        ModelError: it is None.
+    """
+    if tokenizer is None:
+        raise ModelError("the model has no tokenizer: text cannot be used without one.")
+    return tokenizer
+
+
+def check_tokens(model: PreTrainedModel, tokens: Tensor, length: int) -> None:
+    """Refuse token ids and sequence lengths that the model has no embedding for.
+
+    Args:
+        tokens: int64, any shape, not empty.
+        length: tokens per sequence.
+
+    Raises:
+        ModelError: an id is outside the vocabulary, or `length` is beyond the model's positions.
+    """
+    embedding: Any = model.get_input_embeddings().weight
+    largest = int(tokens.max())
+    if largest >= embedding.shape[0]:
+        raise ModelError(
+            f"the tokenizer gives id {largest} but the model has {embedding.shape[0]} embeddings: "
+            "they do not belong together."
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ModelError(
+            f"sequences of {length} tokens are beyond the model's {positions} positions: "
+            f"ask for at most {positions}."
+        )
+
+
+def _download(name: str) -> Path:
+    """The local snapshot of a hub model; without a connection, the one that is cached."""
+    try:
+        siblings = HfApi().model_info(name, timeout=20).siblings or ()
+        weights = _first_kind(sibling.rfilename for sibling in siblings)
+        if weights is None:
+            raise ModelError(f"{name} on the hub has no weights (model*.safetensors).")
+        patterns: list[str] | None = [*HUB_FILES, weights]
+        offline = False
+    except GatedRepoError as error:
+        raise ModelError(f"{name} is gated: accept its terms on the hub and log in.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"{name} is neither a local path nor a model on the hub that you may read: "
+            "check the name."
+        ) from error
+    except ModelError:
+        raise
+    except Exception:
+        patterns, offline = None, True
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=patterns, ignore_patterns="*/*", local_files_only=offline
+            )
+        )
+    except Exception as error:
+        raise ModelError(
+            f"{name} is no local path and the hub cannot be reached: check the path or the network."
+        ) from error
+
+
+def _first_kind(files: Iterable[str]) -> str | None:
+    """The first pattern of WEIGHT_FILES that some file in the hub repository's root matches."""
+    names = [Path(file) for file in files if "/" not in file]
+    return next((p for p in WEIGHT_FILES if any(name.match(p) for name in names)), None)
+
+
+def _load_directory(path: Path, trust_remote_code: bool, dtype: torch.dtype | None) -> LoadedModel:
+    _check_config(path)
+    if not any(found for pattern in WEIGHT_FILES for found in path.glob(pattern)):
+        raise ModelError(f"{path} has no weights (model*.safetensors): it is no complete model.")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if dtype is None else dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ModelError(f"{path} cannot be loaded as a causal language model: {error}") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        # transformers fills these with random numbers and only warns.
+        raise ModelError(
+            f"{path} lacks {len(report['missing_keys'])} of the model's weights, "
+            f"among them {min(report['missing_keys'])}: fetch it again."
+        )
+    return LoadedModel(model, _load_tokenizer(path, trust_remote_code), path)
+
+
+def _check_config(path: Path) -> None:
+    try:
+        config: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        quantization = config.get("quantization_config")
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} has no config.json: it is no model directory.") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method == QUANT_METHOD:
+        raise ModelError(f"{path} is compressed already: give the original, or decompress it.")
+    raise ModelError(f"{path} is quantized already ({method}): give the original model.")
+
+
+def _load_tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    if not any((path / name).exists() for name in TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise ModelError(f"the tokenizer in {path} cannot be read: {error}") from error
+    return tokenizer

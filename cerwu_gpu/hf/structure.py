@@ -1,0 +1,152 @@
+"""Find the blocks of a transformers model and the weights in them, from the module tree alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from cerwu_gpu.errors import ConfigError, ModelError
+from cerwu_gpu.layout import WeightLayout
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which parameters are compressed.
+
+    Attributes:
+        chosen: in the order of the model.
+        left: name -> reason, for every other parameter with two axes or more.
+    """
+
+    chosen: tuple[WeightLayout, ...]
+    left: dict[str, str]
+
+
+def find_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """The transformer blocks in order, with their names: the elements of the largest nn.ModuleList
+    (by parameters) whose elements hold weight matrices.
+
+    Raises:
+        ModelError: there is no such list.
+    """
+    best: tuple[int, list[tuple[str, nn.Module]]] = (0, [])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and all(map(holds_matrices, module)):
+            size = sum(parameter.numel() for parameter in module.parameters())
+            if size > best[0]:
+                best = size, [(f"{name}.{i}", block) for i, block in enumerate(module)]
+    if not best[1]:
+        raise ModelError(
+            f"{type(model).__name__} has no list of blocks with linear layers: "
+            "its architecture is not supported."
+        )
+    return best[1]
+
+
+def holds_matrices(module: nn.Module) -> bool:
+    """Whether a linear layer or a parameter of experts lies in `module`."""
+    return any(
+        isinstance(child, nn.Linear | Conv1D) or _expert_parameters(child)
+        for child in module.modules()
+    )
+
+
+def find_weights(
+    model: PreTrainedModel, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> Weights:
+    """The weights of the blocks' linear layers and experts whose names match the glob patterns.
+
+    A pattern is compared with the parameter's name, with and without a final ".weight"; exclude
+    wins over include. Embeddings, head, norms, biases and routers are left alone.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or no weight is left.
+        ModelError: the model has no blocks.
+    """
+    blocks = find_blocks(model)
+    candidates: dict[str, WeightLayout] = {}
+    left: dict[str, str] = {}
+    for prefix, block in blocks:
+        for layout, reason in _block_weights(prefix, block):
+            if reason is None:
+                candidates[layout.name] = layout
+            else:
+                left[layout.name] = reason
+    others = [name for name, _ in model.named_parameters() if name not in candidates]
+    _check_patterns(include, candidates, "include", "weight that can be compressed")
+    _check_patterns(exclude, [*candidates, *others], "exclude", "parameter of the model")
+    chosen = {
+        name: layout
+        for name, layout in candidates.items()
+        if _matches(name, include) and not _matches(name, exclude)
+    }
+    if not chosen:
+        raise ConfigError("include and exclude leave no weight to compress: loosen them.")
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2 and name not in chosen:
+            inside = any(name.startswith(f"{prefix}.") for prefix, _ in blocks)
+            default = "not the weight of a linear layer" if inside else "outside the blocks"
+            left.setdefault(name, "not chosen" if name in candidates else default)
+    return Weights(tuple(chosen.values()), left)
+
+
+def _block_weights(prefix: str, block: nn.Module) -> Iterator[tuple[WeightLayout, str | None]]:
+    """Every linear weight and expert parameter of a block, and the reason to leave it, if any."""
+    own = {name for name, _ in block.named_parameters()}  # a shared parameter has one name only
+    routers = {id(router) for module in block.modules() for router in _routers(module)}
+    for path, module in block.named_modules():
+        stem = f"{path}." if path else ""
+        if isinstance(module, nn.Linear | Conv1D) and f"{stem}weight" in own:
+            reason = "router" if id(module) in routers else None
+            shape = tuple(module.weight.shape)
+            transposed = isinstance(module, Conv1D)
+            yield WeightLayout(f"{prefix}.{stem}weight", shape, 1, transposed), reason
+        for name in _expert_parameters(module):
+            shape = tuple(getattr(module, name).shape)
+            known = hasattr(module, "is_transposed")  # set by transformers; the shape cannot tell
+            transposed = known and bool(module.is_transposed)
+            layout = WeightLayout(f"{prefix}.{stem}{name}", shape, shape[0], transposed)
+            yield layout, None if known else "experts of unknown layout"
+
+
+def _expert_parameters(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters [experts, ., .]."""
+    return [
+        name
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not name.endswith("bias") and not isinstance(module, _ConvNd)
+    ]
+
+
+def _routers(module: nn.Module) -> Iterator[nn.Module]:
+    """Linear children with one output, or one per expert, beside the experts."""
+    experts = {
+        getattr(child, name).shape[0]
+        for child in module.children()
+        for name in _expert_parameters(child)
+    }
+    experts |= {
+        len(child)
+        for child in module.children()
+        if isinstance(child, nn.ModuleList) and all(map(holds_matrices, child))
+    }
+    for child in module.children():
+        if experts and isinstance(child, nn.Linear) and child.out_features in {1, *experts}:
+            yield child
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    stem = name.removesuffix(".weight")
+    return any(fnmatchcase(name, p) or fnmatchcase(stem, p) for p in patterns)
+
+
+def _check_patterns(
+    patterns: Sequence[str], names: Sequence[str] | dict[str, WeightLayout], field: str, what: str
+) -> None:
+    for pattern in patterns:
+        if not any(_matches(name, (pattern,)) for name in names):
+            raise ConfigError(f"{field} pattern {pattern!r} matches no {what}: check its spelling.")

@@ -1,0 +1,185 @@
+"""Text for calibration and evaluation, and its way into tokens."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.hf.models import require_tokenizer
+from cerwu_gpu.hf.sampling import sampled_tokens
+
+SHORT_NAMES = {"wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1"}
+SELF = "self"
+Part = Literal["calibration", "evaluation"]
+SPLITS: dict[Part, str] = {"calibration": "train", "evaluation": "test"}
+EVALUATION_SHARE = 4
+"""One of Python's help topics in so many is kept for evaluation."""
+
+
+def calibration_tokens(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    batch_size: int,
+    text: str | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Calibration tokens, int64 [at most samples, sequence_length], and the events on the way.
+
+    They are windows of `text` where it is given, else of what `name` stands for (`load_text`);
+    for the name self they are sampled from the model as they are.
+
+    Raises:
+        CalibrationError: the text is missing or too short.
+        ModelError: there is no tokenizer for a text.
+    """
+    if text is None and name == SELF:
+        bos = None if tokenizer is None else tokenizer.bos_token_id
+        tokens = sampled_tokens(
+            model,
+            bos,
+            samples=samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
+        return tokens, ()
+    text = load_text(name) if text is None else text
+    return token_windows(text, tokenizer, samples, sequence_length, seed)
+
+
+def load_text(name: str, *, part: Part = "calibration") -> str:
+    """A local text file (UTF-8), or the texts of a hub dataset joined by blank lines.
+
+    A dataset is written owner/name or owner/name:configuration; wikitext2 is short for
+    Salesforce/wikitext:wikitext-2-raw-v1. Its train split is for calibration, its test split for
+    evaluation; a file is the same for both.
+
+    Raises:
+        CalibrationError: there is no such file or dataset, or it holds no text.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _file_text(path)
+    name = SHORT_NAMES.get(name, name)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", name):
+        raise CalibrationError(
+            f"{name} is no text file, no hub dataset (owner/name) and none of "
+            f"{', '.join([*SHORT_NAMES, SELF])}: check the path."
+        )
+    return _dataset_text(name, SPLITS[part])
+
+
+def _file_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _dataset_text(name: str, split: str) -> str:
+    from datasets import load_dataset
+
+    repository, _, configuration = name.partition(":")
+    try:
+        rows: Any = load_dataset(repository, configuration or None, split=split)
+    except Exception as error:
+        raise CalibrationError(
+            f"the {split} split of dataset {name} cannot be loaded "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+            "check its name and the network, or give a text file."
+        ) from error
+    if "text" not in rows.column_names:
+        raise CalibrationError(
+            f"dataset {name} has no column text but {', '.join(rows.column_names)}: "
+            "give another dataset or a text file."
+        )
+    return "\n\n".join(rows["text"])
+
+
+def tokenized(text: str, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """The ids of a text, int64 [tokens], with the special tokens that the tokenizer adds itself.
+
+    Raises:
+        CalibrationError: the text is empty.
+        ModelError: there is no tokenizer.
+    """
+    tokenizer = require_tokenizer(tokenizer)
+    if not text.strip():
+        raise CalibrationError("the text is empty: give one with words in it.")
+    # verbose=False: a text longer than the model's context is cut into windows later.
+    ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def token_windows(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Disjoint windows of a text at seeded random places, in the text's order.
+
+    Returns:
+        int64 [at most samples, sequence_length], and an event when they are fewer than asked.
+
+    Raises:
+        CalibrationError: the text is empty or shorter than one window.
+        ModelError: there is no tokenizer.
+    """
+    ids = tokenized(text, tokenizer)
+    available = len(ids) // sequence_length
+    if available == 0:
+        raise CalibrationError(
+            f"the calibration text has {len(ids)} tokens, fewer than one sequence of "
+            f"{sequence_length}: give a longer text or a sequence length of at most {len(ids)}."
+        )
+    windows = ids[: available * sequence_length].view(available, sequence_length)
+    if available < samples:
+        event = (
+            f"the calibration text has {len(ids)} tokens: {available} samples of "
+            f"{sequence_length} tokens are used instead of {samples}."
+        )
+        return windows.clone(), (event,)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return windows[order[:samples].sort().values], ()
+
+
+def demo_text() -> tuple[str, str]:
+    """(calibration, evaluation): disjoint parts of Python's own help topics, about 5 : 1.
+
+    They differ a little between versions of Python and are the same on all machines with one
+    version. No paragraph is in both, and none is there twice.
+    """
+    from pydoc_data.topics import topics
+
+    parts: tuple[list[str], list[str]] = ([], [])
+    seen: set[str] = set()
+    # Longest first: short topics repeat sections of long ones, and those must not be torn apart.
+    for index, name in enumerate(sorted(topics, key=lambda name: (-len(topics[name]), name))):
+        paragraphs = dict.fromkeys(_plain(topics[name]).split("\n\n"))
+        fresh = [p for p in paragraphs if p.strip() and p.strip() not in seen]
+        seen.update(p.strip() for p in fresh)
+        if fresh:
+            evaluation = index % EVALUATION_SHARE == EVALUATION_SHARE - 1
+            parts[evaluation].append("\n\n".join(fresh))
+    return "\n\n".join(parts[0]), "\n\n".join(parts[1])
+
+
+def _plain(topic: str) -> str:
+    """The topic without underlines of titles, emphasis and line breaks inside paragraphs."""
+    topic = re.sub(r"^([*=\-~^\"'])\1{3,}\n", "", topic, flags=re.MULTILINE)
+    topic = re.sub(r"(\*{1,2})(?=\w)([^*\n]+)\1", r"\2", topic)
+    # A line break between two unindented lines is the page's, not the text's.
+    topic = re.sub(r"(?<=\S)\n(?=[^\s*\-+])", " ", topic)
+    return re.sub(r"\n{3,}", "\n\n", topic)

@@ -1,0 +1,211 @@
+"""From calibrated blocks to coded tensors, one block in work at a time (docs/method.md).
+
+Only names and tensors are known here; `cerwu_gpu.hf` supplies the blocks of a transformers model.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.container.matrix import EncodedMatrix, encode_matrix
+from cerwu_gpu.container.writer import DirectoryWriter
+from cerwu_gpu.errors import CalibrationError, FactorizationError
+from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.quantize.layer import QuantizedStack, quantize_stack
+from cerwu_gpu.report import LayerReport
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight as a matrix, rows = outputs, columns = inputs.
+
+    Attributes:
+        name: parameter name in the model, e.g. "model.layers.0.self_attn.q_proj.weight".
+        part: index along the leading axis for a parameter that holds several matrices
+            (the experts of a mixture); 0 otherwise.
+        weight: [m, n] float32 on the device of the work.
+        input: key of the distinct input; matrices with the same key share one Hessian.
+    """
+
+    name: str
+    part: int
+    weight: Tensor
+    input: str
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Second moment of one distinct input.
+
+    Attributes:
+        hessian: [n, n] float32, H = (2/p) X X^T over the p tokens seen; zeros when p is 0.
+        tokens: p.
+    """
+
+    hessian: Tensor
+    tokens: int
+
+
+class Block(Protocol):
+    """One transformer block in work: its matrices, their inputs' statistics, and the way on."""
+
+    name: str
+
+    def matrices(self) -> Sequence[Matrix]:
+        """The matrices to quantize; together they cover each chosen parameter whole."""
+        ...
+
+    def statistics(self) -> dict[str, InputStatistics]:
+        """Stream the calibration inputs through the block; key -> statistics of that input."""
+        ...
+
+    def replace(self, name: str, part: int, weight: Tensor) -> None:
+        """Put the quantized `weight` [m, n] into the model, in the parameter's own layout and dtype."""
+        ...
+
+
+class Blocks(Protocol):
+    """The blocks in order; the next one is made when the previous one is finished."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Block]: ...
+
+
+class Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `name`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def compress_blocks(
+    blocks: Iterable[Block],
+    layouts: Mapping[str, WeightLayout],
+    dtypes: Mapping[str, torch.dtype],
+    writer: DirectoryWriter,
+    config: CompressionConfig,
+    clock: Clock,
+) -> list[LayerReport]:
+    """Quantize, code and store every matrix of every block; the model gets the quantized weights.
+
+    Args:
+        blocks: in order; the next one is asked for when the previous one is done.
+        layouts, dtypes: of every compressed parameter, by name.
+        writer: takes the coded tensors.
+        config: how to quantize.
+        clock: gets the stages calibrate, quantize and code.
+
+    Raises:
+        CerwuError: with `config.strict`, at the first event.
+    """
+    reports: list[LayerReport] = []
+    iterator = iter(blocks)
+    while True:
+        with clock.stage("calibrate"):
+            block = next(iterator, None)
+            statistics = block.statistics() if block is not None else {}
+        if block is None:
+            return reports
+        coded: dict[str, dict[int, tuple[EncodedMatrix, LayerReport]]] = {}
+        for stack in stacks(block.matrices()):
+            with clock.stage("quantize"):
+                quantized, events = _quantize(stack, statistics[stack[0].input], config)
+            for number, matrix in enumerate(stack):
+                done = quantized.matrices[number]
+                loss = quantized.relative_losses[number]
+                with clock.stage("code"):
+                    encoded = encode_matrix(done, loss)
+                weight = done.weight(dtypes[matrix.name]).to(torch.float32)
+                block.replace(matrix.name, matrix.part, weight)
+                report = _report(matrix, encoded, loss, events)
+                coded.setdefault(matrix.name, {})[matrix.part] = encoded, report
+        for name, parts in coded.items():
+            ordered = [parts[part] for part in sorted(parts)]
+            _store(writer, layouts[name], dtypes[name], [encoded for encoded, _ in ordered])
+            reports.extend(report for _, report in ordered)
+
+
+def stacks(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+    """Matrices that see the same input, together: one factorisation and one pass for all."""
+    by_input: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        by_input.setdefault(matrix.input, []).append(matrix)
+    return list(by_input.values())
+
+
+def _quantize(
+    stack: list[Matrix], statistics: InputStatistics, config: CompressionConfig
+) -> tuple[QuantizedStack, tuple[str, ...]]:
+    """The stack quantized, and what did not go as planned."""
+    name = _full_name(stack[0])
+    events = []
+    hessian = statistics.hessian
+    if statistics.tokens == 0:
+        hessian = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+        events.append("no calibration token reached it: quantized against H = I")
+    try:
+        quantized = quantize_stack([matrix.weight for matrix in stack], hessian, config)
+    except FactorizationError as error:
+        raise FactorizationError(f"{name}: {error}") from None
+    if quantized.damping != config.damping:
+        events.append(f"its Hessian needed a damping of {quantized.damping:.3g}")
+    if events and config.strict:
+        raise CalibrationError(f"{name}: {events[0]} (strict): give more calibration text.")
+    return quantized, tuple(events)
+
+
+def _full_name(matrix: Matrix) -> str:
+    return f"{matrix.name}[{matrix.part}]" if matrix.part else matrix.name
+
+
+def _report(
+    matrix: Matrix, encoded: EncodedMatrix, loss: float, events: tuple[str, ...]
+) -> LayerReport:
+    rows, columns = matrix.weight.shape
+    words, side = 4 * len(encoded.words), len(encoded.side)
+    return LayerReport(
+        name=matrix.name,
+        part=matrix.part,
+        shape=(rows, columns),
+        bits_per_weight=8 * (words + side) / (rows * columns),
+        relative_loss=loss,
+        words_bytes=words,
+        side_bytes=side,
+        events=events,
+    )
+
+
+def _store(
+    writer: DirectoryWriter,
+    layout: WeightLayout,
+    dtype: torch.dtype,
+    matrices: list[EncodedMatrix],
+) -> None:
+    words = np.concatenate([matrix.words for matrix in matrices])
+    side = b"".join(matrix.side for matrix in matrices)
+    writer.add_compressed(
+        layout.name,
+        shape=layout.shape,
+        dtype=dtype,
+        transposed=layout.transposed,
+        parts=tuple(matrix.part for matrix in matrices),
+        words=torch.from_numpy(words),
+        side=torch.frombuffer(bytearray(side), dtype=torch.uint8),
+    )

@@ -1,0 +1,78 @@
+r"""Grids: the step of every column, the scale of every row, and the integers that are allowed.
+
+- waterfilled: step_j = C_jj sqrt(lmbda / kappa), no bound on the integers. Columns that matter
+  less get coarser steps, and one lmbda sets all of them (docs/method.md).
+- uniform: |G| levels scaled by the abs-max of the matrix or of each row.
+- list: given values, in units of the abs-max.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.reference.dequantize import covering_code, step_codes, step_values
+
+STEP_UNIT = 16
+"""Waterfilled steps are multiples of 2**(1/16): the loss is nil and they code in 5 bits each."""
+KAPPA = {0: 0.065, 4: 0.16, 8: 0.17}
+"""lmbda C_jj^2 / step_j^2 by number of trellis states; ln2/12 in the limit of high rate."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where symbols sit.
+
+    Attributes:
+        column_step: [n] or [1] int16 step codes.
+        row_scale: [m] or [1] int16 step codes.
+        lowest, highest: bounds of the integers; None: unbounded.
+        levels: [K] float32 values of a list, positions from 0; None: the integers themselves.
+    """
+
+    column_step: Tensor
+    row_scale: Tensor
+    lowest: int | None = None
+    highest: int | None = None
+    levels: Tensor | None = None
+
+    def steps(self, columns: int) -> Tensor:
+        """step_j [n] float32."""
+        return step_values(self.column_step).expand(columns)
+
+    def scales(self, rows: int) -> Tensor:
+        """t_i [m] float32."""
+        return step_values(self.row_scale).expand(rows)
+
+
+def waterfilled(factor_diagonal: Tensor, lmbda: float, states: int) -> Grid:
+    """Steps from the diagonal of C [n]; lmbda > 0."""
+    steps = factor_diagonal * (lmbda / KAPPA[states]) ** 0.5
+    return Grid(step_codes(steps, STEP_UNIT), step_codes(steps.new_ones(1)))
+
+
+def scaled(weight: Tensor, config: CompressionConfig) -> Grid:
+    """A uniform grid of config.levels, or the list config.grid, covering W [m, n]."""
+    size = weight.abs().amax(dim=1) if config.scale == "per-row" else weight.abs().max()[None]
+    unit = torch.zeros(1, dtype=torch.int16, device=weight.device)
+    if config.grid is not None:
+        levels = torch.tensor(config.grid, dtype=torch.float32, device=weight.device)
+        reach = float(levels.abs().max())
+        return Grid(unit, _codes(size / reach), 0, len(config.grid) - 1, levels)
+    assert config.levels is not None
+    half = config.levels // 2
+    if config.levels % 2:
+        return Grid(unit, _codes(size / half), -half, half)
+    # An even number of levels has no mirror image: its longer side faces the largest weight.
+    flat = weight.flatten()
+    upward = bool(flat[flat.abs().argmax()] > 0)
+    lowest = -half + 1 if upward else -half
+    return Grid(unit, _codes(size / half), lowest, lowest + config.levels - 1)
+
+
+def _codes(sizes: Tensor) -> Tensor:
+    """int16 codes of steps that are at least `sizes`, so that abs-max stays inside the grid."""
+    return torch.tensor(
+        [covering_code(size) for size in sizes.tolist()], dtype=torch.int16, device=sizes.device
+    )

@@ -1,0 +1,98 @@
+r"""The quadratic side of the objective: H, H', W' and the factor that Optimal Brain Surgeon needs.
+
+J(Q) = 1/2 tr((W - Q) H (W - Q)^T) + lmbda R(Q). A rate that is quadratic but for a remainder,
+R = sum_ij gamma_j/2 W_ij^2 + remainder, joins the first term by completing the square:
+
+    H' = H + lmbda diag(gamma),   W' = W H H'^-1,   H'^-1 = C'^T C' with C' upper triangular.
+"""
+
+import torch
+from torch import Tensor
+
+from cerwu_gpu.errors import FactorizationError
+
+DAMPING_LIMIT = 1.0
+"""More damping than this multiple of the mean diagonal is refused: nothing of H would be left."""
+
+
+def damp(hessian: Tensor, damping: float) -> Tensor:
+    """H [n, n] in float64 with inputs never active at H_jj = 1 and the diagonal raised.
+
+    The diagonal grows by `damping` times its mean over the active inputs.
+    """
+    damped = hessian.to(torch.float64, copy=True)
+    diagonal = damped.diagonal()
+    active = diagonal > 0
+    if bool(active.any()):
+        raised = damping * diagonal[active].mean()
+        diagonal[~active] = 1.0
+        diagonal += raised
+    else:
+        diagonal.fill_(1.0)
+    return damped
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """C [n, n] float64, upper triangular, with H^-1 = C^T C; H is float64 and positive definite.
+
+    With R the upper factor of H = R R^T (a Cholesky factor of H read backwards), C = R^-1: no
+    inverse of H is ever formed.
+
+    Raises:
+        FactorizationError: H is not numerically positive definite.
+    """
+    backwards, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    if int(info) != 0 or not bool(torch.isfinite(backwards).all()):
+        raise FactorizationError(
+            "the Hessian is not positive definite: give more calibration text or more damping."
+        )
+    upper = backwards.flip(0, 1)
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    return torch.linalg.solve_triangular(upper, identity, upper=True)
+
+
+def factor_with_damping(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
+    """Damp and factor H, with ten times more damping as often as it takes.
+
+    Returns:
+        The damped H and its C [n, n] float64, and the damping that was used.
+
+    Raises:
+        FactorizationError: even DAMPING_LIMIT does not help.
+    """
+    used = damping
+    while True:
+        damped = damp(hessian, used)
+        try:
+            return damped, inverse_factor(damped), used
+        except FactorizationError:
+            used = max(10 * used, 1e-6)
+            if used > DAMPING_LIMIT:
+                raise
+
+
+def complete_square(weight: Tensor, hessian: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
+    """W' [m, n] float32 and C' [n, n] float64 for H' = H + diag(penalty).
+
+    Args:
+        weight: W [m, n] float32.
+        hessian: damped H [n, n] float64.
+        penalty: lmbda gamma_j [n] float64.
+    """
+    raised = hessian + torch.diag(penalty)
+    factor = inverse_factor(raised)
+    shrink = penalty[:, None] * (factor.t() @ factor)
+    return weight - weight @ shrink.to(weight.dtype), factor
+
+
+def normalised_factor(factor: Tensor, step: Tensor) -> Tensor:
+    """V_jk = (step_j / step_k) C_jk / C_jj [n, n] float32: unit diagonal, upper triangular."""
+    scale = step.to(factor.dtype)
+    ratio = factor / factor.diagonal()[:, None]
+    return (ratio * scale[:, None] / scale[None, :]).to(torch.float32)
+
+
+def quadratic_error(difference: Tensor, hessian: Tensor) -> Tensor:
+    """D H D^T summed per row: [m] float64, from D [m, n] and the undamped H [n, n]."""
+    wide = difference.to(torch.float32)
+    return ((wide @ hessian.to(torch.float32)) * wide).sum(dim=1, dtype=torch.float64)

@@ -1,0 +1,52 @@
+"""What a compression says about itself: layer by layer, and in all."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One quantized matrix."""
+
+    name: str
+    """Parameter name in the model, e.g. "model.layers.0.self_attn.q_proj.weight"."""
+    part: int
+    """Index of the matrix in a parameter that holds several (the experts of a mixture); else 0."""
+    shape: tuple[int, int]
+    """(m, n): rows = outputs, columns = inputs."""
+    bits_per_weight: float
+    """Everything stored for the matrix, in bits, over m * n."""
+    relative_loss: float
+    """tr((W-Q) H (W-Q)^T) / tr(W H W^T) with the undamped H."""
+    words_bytes: int
+    """Bytes of the entropy-coded symbols."""
+    side_bytes: int
+    """Bytes of what decoding needs besides: lengths, tables, classes, steps."""
+    events: tuple[str, ...] = ()
+    """What did not go as planned here, one sentence each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One compressed model."""
+
+    layers: tuple[LayerReport, ...]
+    bits_per_weight: float
+    """Over all quantized weights, everything stored for them counted."""
+    directory_bytes: int
+    """Every file of the compressed directory."""
+    original_bytes: int
+    """Every file of the original, or its dense weights where it has no files."""
+    seconds: dict[str, float]
+    """Stage (load, calibrate, quantize, code, write, verify) -> seconds."""
+    events: tuple[str, ...] = ()
+    """What did not go as planned, layers included, one sentence each that names the thing."""
+
+    def to_dict(self) -> dict[str, object]:
+        """The same as plain dictionaries, lists and numbers, ready for JSON."""
+        fields = asdict(self)
+        fields["layers"] = [
+            {**layer, "shape": list(layer["shape"]), "events": list(layer["events"])}
+            for layer in fields["layers"]
+        ]
+        fields["events"] = list(self.events)
+        return fields

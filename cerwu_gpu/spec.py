@@ -1,0 +1,43 @@
+"""The numbers that are part of the file format: changing one is a breaking change (docs/format.md)."""
+
+from typing import Final
+
+FORMAT_VERSION: Final = 1
+QUANT_METHOD: Final = "cerwu"
+METADATA_KEY: Final = "cerwu"
+"""Key of the JSON manifest in the metadata of each safetensors file."""
+
+PRECISION: Final = 24
+"""Probabilities are integers k >= 1 in units of 2**-PRECISION; each table sums to 2**PRECISION."""
+STATE_BITS: Final = 64
+WORD_BITS: Final = 32
+
+STREAM_SYMBOLS: Final = 4096
+"""A stream holds at least this many symbols, unless the matrix has fewer."""
+
+CODE_RESOLUTION: Final = 8
+"""A table code c stands for a probability proportional to 2**(-c / CODE_RESOLUTION)."""
+CODE_MAX: Final = 191
+"""Largest table code: 2**-23.9, just above one unit of probability."""
+CODE_WEIGHTS: Final = (
+    1073741824,
+    984625594,
+    902905651,
+    827968132,
+    759250125,
+    696235434,
+    638450708,
+    585461881,
+)
+"""round(2**(30 - i/8)) for i = 0..7; the weight of code c is CODE_WEIGHTS[c % 8] >> (c // 8)."""
+
+STEP_RESOLUTION: Final = 256
+"""A step code s stands for the step 2**(s / STEP_RESOLUTION), rounded once to float32."""
+
+TRELLIS_NEXT: Final = {
+    4: ((0, 2), (2, 0), (1, 3), (3, 1)),
+    8: ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)),
+}
+"""TRELLIS_NEXT[states][state][parity of the symbol] is the next state; a row starts in state 0."""
+TRELLIS_QUANTIZER: Final = {4: (0, 0, 1, 1), 8: (0, 1, 0, 1, 0, 1, 0, 1)}
+"""Which of the two quantizers a state uses (checked against the published VVC tables in tests)."""
