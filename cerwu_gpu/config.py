@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 from cerwu_gpu.errors import ConfigError
@@ -45,7 +46,7 @@ class CompressionConfig:
     """Glob patterns of weight names to leave alone; wins over `include`."""
 
     calibration: str = "wikitext2"
-    """A hub dataset (or the short name wikitext2), a text file, or self (sampled from the model)."""
+    """A hub dataset (wikitext2 for short), a text file, or self (sampled from the model)."""
     samples: int = 128
     sequence_length: int = 512
     batch_size: int = 8
@@ -64,9 +65,7 @@ class CompressionConfig:
         ):
             if getattr(self, field) not in allowed:
                 choices = ", ".join(allowed)
-                raise ConfigError(
-                    f"{field} is {getattr(self, field)!r}: choose one of {choices}."
-                )
+                raise ConfigError(f"{field} is {getattr(self, field)!r}: choose one of {choices}.")
         if not (math.isfinite(self.lmbda) and self.lmbda >= 0):
             raise ConfigError(f"lmbda is {self.lmbda}: give a finite number >= 0.")
         if self.levels is not None and self.levels < 2:
@@ -80,13 +79,26 @@ class CompressionConfig:
             raise ConfigError(f"damping is {self.damping}: give a finite number >= 0.")
         if self.grid is not None:
             self._check_grid(self.grid)
+        if self.bounded and self.quantizer != "scalar":
+            raise ConfigError(
+                f"levels and grid work with quantizer scalar only, not {self.quantizer}."
+            )
+        if not self.bounded and self.method in ("optq", "rtn"):
+            raise ConfigError(f"{self.method} rounds to a given grid: give levels or grid.")
+        if not self.bounded and self.lmbda == 0:
+            raise ConfigError(
+                "lmbda is 0: steps follow from it, so make it positive or give levels."
+            )
+
+    @property
+    def bounded(self) -> bool:
+        """The grid is given (`levels` or `grid`) instead of following from lmbda."""
+        return self.levels is not None or self.grid is not None
 
     def _check_grid(self, grid: tuple[float, ...]) -> None:
         if self.levels is not None:
             raise ConfigError("levels and grid are both given: keep one of them.")
-        if self.quantizer != "scalar":
-            raise ConfigError(f"grid works with quantizer scalar only, not {self.quantizer}.")
         if len(grid) < 2 or not all(map(math.isfinite, grid)):
             raise ConfigError("grid needs at least 2 finite values.")
-        if any(a >= b for a, b in zip(grid, grid[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(grid)):
             raise ConfigError("grid must be sorted and without repetition: sort its values.")

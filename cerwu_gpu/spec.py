@@ -1,4 +1,4 @@
-"""The numbers that are part of the file format: changing one is a breaking change (docs/format.md)."""
+"""The numbers that are part of the file format; changing one breaks it (docs/format.md)."""
 
 from typing import Final
 

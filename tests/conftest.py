@@ -13,6 +13,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on the network
+os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars; read when torch imports tqdm
+
 import numpy
 import pytest
 import torch
@@ -26,8 +29,6 @@ GPU = torch.cuda.is_available()
 if not GPU:
     assert "triton" not in sys.modules, "TRITON_INTERPRET must be set before triton is imported"
     os.environ["TRITON_INTERPRET"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on the network
-os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars; it counts when tqdm is imported
 
 TEXT = (
     "The harbour lies behind a low hill. In the morning the boats come back, and the gulls "

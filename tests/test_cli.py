@@ -62,7 +62,7 @@ def test_info_accounts_for_every_byte(
     assert content["total_bytes"] == report["directory_bytes"]
     losses = {layer["name"]: layer["relative_loss"] for layer in report["layers"]}
     stored = {entry["name"]: entry["relative_loss"] for entry in content["tensors"]}
-    assert losses == pytest.approx({name: stored[name] for name in losses})
+    assert losses == pytest.approx({name: stored[name] for name in losses}, rel=1e-3)
 
 
 def test_info_prints_one_row_per_part_and_their_sum(

@@ -1,8 +1,8 @@
 """The small integer arrays of a matrix (tables, classes, steps, ...) as one short run of bytes.
 
-What is alike is taken out first: tables are stored as differences between neighbours, other arrays as
-multiples of a common divisor above their least value, steps less what their column's class tells
-about them. The rest goes through deflate, each array by itself (docs/format.md, "Side data").
+What is alike is taken out first: tables are stored as differences between neighbours, other arrays
+as multiples of a common divisor above a base, steps less what their column's class tells about
+them. The rest goes through deflate, each array by itself (docs/format.md, "Side data").
 """
 
 import zlib
@@ -25,7 +25,7 @@ _DEFLATED = 0x10
 
 @dataclass(frozen=True)
 class _Field:
-    """`id` is its byte in the file, `shape` one of rows, columns, streams, tables, escapes, grid."""
+    """Its byte in the file; shape: rows, columns, streams, tables, escapes or grid."""
 
     id: int
     dtype: str
@@ -123,6 +123,8 @@ def _unpack_array(
         shape = (reader.unsigned(), reader.unsigned(), reader.unsigned())
         if shape[1] > 2 or not 0 < shape[0] * shape[1] * shape[2] <= TABLE_CODES_MAX:
             raise FormatError(f"side data: {name} cannot have the shape {shape}.")
+        if coding & ~_DEFLATED > 1:
+            raise FormatError(f"side data: {name} has the unknown coding {coding}.")
         differences = _unpack_items(reader, coding, shape[0] * shape[1] * shape[2], name)
         return _sums(differences.astype(np.uint8).reshape(shape))
     count = _length(field.shape, m, n)

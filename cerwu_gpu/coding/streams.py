@@ -60,9 +60,9 @@ def encode(
     if symbols.min() < 0 or symbols.max() >= size:
         raise ValueError(f"a symbol is outside 0 ... {size - 1}.")
     if min(table.min(), columns.min()) < 0 or table.max() + columns.max() > count - quantizers:
-        raise ValueError(f"the classes of a row and a column do not add up to one of {count} tables.")
+        raise ValueError(f"the classes of a row and a column lead past the {count} tables.")
     trellis = trellis_quantizers(symbols, states, parity) if states else None
-    encoder = _no_choice
+    encoder: _Encoder = _no_choice
     if size > 1:
         encoder = _single_table(tables) if count == 1 else _many_tables(tables)
 

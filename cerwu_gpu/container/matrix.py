@@ -11,7 +11,7 @@ from cerwu_gpu.coding import side, streams
 from cerwu_gpu.coding.tables import table_from_codes
 from cerwu_gpu.container.header import Part
 from cerwu_gpu.errors import CorruptionError, FormatError
-from cerwu_gpu.quantize.layer import QuantizedMatrix
+from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.reference.ans import CodedMatrix
 from cerwu_gpu.reference.dequantize import dequantize
 

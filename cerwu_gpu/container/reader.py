@@ -124,7 +124,9 @@ class CompressedDirectory:
 
     def inventory(self) -> Inventory:
         """Where the bytes are."""
-        tensors, files, seen = [], [], set()
+        tensors: list[TensorEntry] = []
+        files: list[FileEntry] = []
+        seen = set()
         for shard in self._shards:
             stored = 0
             for name, entry in shard.manifest.compressed.items():
@@ -136,12 +138,14 @@ class CompressedDirectory:
                 size = tensor.numel() * tensor.element_size()
                 stored += size
                 tensors.append(_plain_entry(name, tensor, size))
-            files.append(FileEntry(f"{shard.path.name} (header)", shard.path.stat().st_size - stored))
+            files.append(
+                FileEntry(f"{shard.path.name} (header)", shard.path.stat().st_size - stored)
+            )
             seen.add(shard.path)
         for file in sorted(self.path.rglob("*")):
             if file.is_file() and file not in seen:
                 files.append(FileEntry(str(file.relative_to(self.path)), file.stat().st_size))
-        total = sum(entry.bytes for entry in (*tensors, *files))
+        total = sum(t.bytes for t in tensors) + sum(f.bytes for f in files)
         return Inventory(1, tuple(tensors), tuple(files), total)
 
     def compressed(self) -> dict[str, Entry]:

@@ -10,9 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 _NAMES = {
@@ -30,10 +28,10 @@ _NAMES = {
 }
 
 
-def tensor_bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    """The tensor's bytes, row-major, little-endian, as a flat uint8 array."""
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, row-major, little-endian; a view where it is contiguous on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -57,6 +55,6 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in order:
-            file.write(memoryview(tensor_bytes(tensors[name])))
+            file.write(tensor_bytes(tensors[name]))
         file.flush()
         os.fsync(file.fileno())

@@ -21,7 +21,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """"float32" for torch.float32."""
+    """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -36,7 +36,12 @@ class DirectoryWriter:
     """
 
     def __init__(
-        self, output: Path, *, generator: str, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
+        self,
+        output: Path,
+        *,
+        generator: str,
+        overwrite: bool = False,
+        shard_bytes: int = SHARD_BYTES,
     ) -> None:
         self.output = output
         self.generator = generator

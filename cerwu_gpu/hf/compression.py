@@ -17,10 +17,11 @@ from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.container.writer import DirectoryWriter, check_output
 from cerwu_gpu.errors import CalibrationError, CorruptionError
 from cerwu_gpu.hf.calibration import CalibratedBlocks
+from cerwu_gpu.hf.device import find_device
 from cerwu_gpu.hf.hessian_cache import HessianCache, StatedBlocks, cached_blocks, hessian_key
 from cerwu_gpu.hf.models import TOKENIZER_FILES, LoadedModel, load_model
 from cerwu_gpu.hf.structure import find_weights
-from cerwu_gpu.hf.text import SELF, calibration_tokens
+from cerwu_gpu.hf.text import calibration_tokens
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.pipeline import Clock, compress_blocks
 from cerwu_gpu.report import Report
@@ -36,6 +37,7 @@ COPIED_FILES = (
 )
 """Files that go into the compressed directory as they came."""
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
+
 
 def compress(
     model: str | Path | PreTrainedModel,
@@ -73,14 +75,14 @@ def compress(
     Raises:
         CerwuError: a subclass that says what is wrong; nothing is left at `output` then.
     """
-    config = config or CompressionConfig()
+    config, device = config or CompressionConfig(), find_device(device)
     output, clock = Path(output), Clock()
     check_output(output, overwrite=overwrite)
     with clock.stage("load"):
         loaded = _loaded(model, tokenizer, trust_remote_code)
         chosen = find_weights(loaded.model, config.include, config.exclude).chosen
     layouts = {layout.name: layout for layout in chosen}
-    original_bytes = _original_bytes(model, loaded.model)
+    original_bytes = _dense_bytes(loaded.model)
     with clock.stage("calibrate"):
         blocks, events = _blocks(
             loaded, list(layouts.values()), config, text, device, hessian_cache, progress
@@ -137,16 +139,19 @@ def _loaded(
     trust_remote_code: bool,
 ) -> LoadedModel:
     if isinstance(model, PreTrainedModel):
-        return LoadedModel(model.eval(), tokenizer, None)
+        model.eval()  # type: ignore[no-untyped-call]
+        return LoadedModel(model, tokenizer, None)
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         return loaded
     return LoadedModel(loaded.model, tokenizer, None)
 
 
-def _original_bytes(source: str | Path | PreTrainedModel, model: PreTrainedModel) -> int:
+def _dense_bytes(model: PreTrainedModel) -> int:
     """Bytes of the dense weights in the dtype they have in memory, tied ones once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in plain_tensors(model, {}).values())
+    return sum(
+        tensor.numel() * tensor.element_size() for tensor in plain_tensors(model, {}).values()
+    )
 
 
 def _blocks(
@@ -154,13 +159,11 @@ def _blocks(
     layouts: list[WeightLayout],
     config: CompressionConfig,
     text: str | None,
-    device: str | torch.device | None,
+    device: torch.device,
     hessian_cache: str | Path | None,
     progress: bool,
 ) -> tuple[StatedBlocks, tuple[str, ...]]:
     """The blocks with their Hessians, calibrated now or kept from an earlier run."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, events = calibration_tokens(
         config.calibration,
         loaded.model,

@@ -1,8 +1,10 @@
 """What transformers leaves undone when it reads a .gguf file."""
 
 import importlib.util
+import os
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import transformers
@@ -15,8 +17,14 @@ from transformers import (
 )
 
 from cerwu_gpu.errors import ModelError
+from cerwu_gpu.hf.reason import reason
 
 MAGIC = b"GGUF"
+STRING, ARRAY = 8, 9
+SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a metadata value by its type number, as the GGUF specification has them."""
+LONGEST_STRING = 1 << 26
+"""Bytes; nothing in a sound file comes near, and a damaged one must not claim all memory."""
 
 
 def check_gguf(path: Path) -> None:
@@ -53,7 +61,7 @@ def gguf_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             path.parent, gguf_file=path.name, dtype=dtype or torch.float32, **settings
         )
     except Exception as error:
-        raise ModelError(f"{path} cannot be read as a model: {error}") from error
+        raise ModelError(f"{path} cannot be read as a model: {reason(error)}") from error
     _forget_quantization(model)
     return model
 
@@ -73,16 +81,16 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
     Raises:
         ModelError: transformers cannot build it.
     """
-    kind = _text_field(path, "tokenizer.ggml.pre")
-    if _text_field(path, "tokenizer.ggml.model") is None:
+    fields = text_fields(path)
+    if "tokenizer.ggml.model" not in fields:
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name
         )
     except Exception as error:
-        raise ModelError(f"the tokenizer in {path} cannot be read: {error}") from error
-    if kind == "smollm":
+        raise ModelError(f"the tokenizer in {path} cannot be read: {reason(error)}") from error
+    if fields.get("tokenizer.ggml.pre") == "smollm":
         _split_digits(tokenizer)
     return tokenizer
 
@@ -97,8 +105,52 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
     )
 
 
-def _text_field(path: Path, key: str) -> str | None:
-    from gguf import GGUFReader
+def text_fields(path: Path) -> dict[str, str]:
+    """The metadata of a GGUF file whose values are text; gguf's own reader takes seconds for it.
 
-    field = GGUFReader(path).get_field(key)
-    return None if field is None else str(field.contents())
+    Raises:
+        ModelError: the file ends too early or is of a version without 64-bit lengths.
+    """
+    try:
+        with path.open("rb") as file:
+            _, version, _, count = _unpack(file, "4sIQQ")
+            if version < 2:
+                raise ModelError(f"{path} is of GGUF version {version}: convert it to a newer one.")
+            fields = {}
+            for _ in range(count):
+                key, kind = _string(file), _unpack(file, "I")[0]
+                value = _value(file, kind)
+                if isinstance(value, bytes):
+                    fields[key.decode()] = value.decode()
+            return fields
+    except (struct.error, KeyError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is damaged: its metadata cannot be read.") from error
+
+
+def _value(file: BinaryIO, kind: int) -> bytes | None:
+    """The value at the file's position if it is a string; others are passed over."""
+    if kind == STRING:
+        return _string(file)
+    if kind != ARRAY:
+        file.seek(SCALAR_BYTES[kind], os.SEEK_CUR)
+        return None
+    kind, count = _unpack(file, "IQ")
+    if kind in SCALAR_BYTES:
+        file.seek(SCALAR_BYTES[kind] * count, os.SEEK_CUR)
+    else:
+        for _ in range(count):
+            _value(file, kind)
+    return None
+
+
+def _string(file: BinaryIO) -> bytes:
+    (length,) = _unpack(file, "Q")
+    if length > LONGEST_STRING:
+        raise struct.error(f"a string of {length} bytes")
+    content: bytes = struct.unpack(f"{length}s", file.read(length))[0]
+    return content
+
+
+def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
+    form = f"<{form}"
+    return struct.unpack(form, file.read(struct.calcsize(form)))

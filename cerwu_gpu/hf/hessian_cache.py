@@ -92,12 +92,14 @@ class HessianCache:
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            save_file(hessians, temporary, {METADATA_KEY: json.dumps(contents)})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(target)
+            try:
+                save_file(hessians, temporary, {METADATA_KEY: json.dumps(contents)})
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
             raise OutputError(
                 f"the Hessian cache {self.path} cannot be written ({error}): "
                 "free some space or choose another directory."

@@ -120,17 +120,16 @@ def _built(folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None) ->
         raise FormatError(f"{folder}: its quantization method is {method!r}, not {QUANT_METHOD!r}.")
     try:
         config = AutoConfig.for_model(model_type, **content)
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        kind: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{folder}: transformers cannot build its model ({error}).") from None
     stored = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
-    model = kind.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype or stored
-    )
+    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or stored)
     _check_loaded(model, state)
     if (folder / "generation_config.json").is_file():
         model.generation_config = model.generation_config.from_pretrained(folder)
-    return model.eval()  # type: ignore[no-any-return]
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def _check_loaded(model: PreTrainedModel, state: dict[str, Tensor]) -> None:

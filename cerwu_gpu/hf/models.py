@@ -20,6 +20,7 @@ from transformers import (
 
 from cerwu_gpu.errors import ModelError
 from cerwu_gpu.hf.gguf import check_gguf, gguf_model, gguf_tokenizer
+from cerwu_gpu.hf.reason import reason
 from cerwu_gpu.hf.structure import holds_matrices
 from cerwu_gpu.spec import QUANT_METHOD
 
@@ -165,7 +166,9 @@ def _load_directory(path: Path, trust_remote_code: bool, dtype: torch.dtype | No
             output_loading_info=True,
         )
     except Exception as error:
-        raise ModelError(f"{path} cannot be loaded as a causal language model: {error}") from error
+        raise ModelError(
+            f"{path} cannot be loaded as a causal language model: {reason(error)}"
+        ) from error
     model, report = loaded
     if report["missing_keys"]:
         # transformers fills these with random numbers and only warns.
@@ -183,7 +186,7 @@ def _check_config(path: Path) -> None:
     except FileNotFoundError as error:
         raise ModelError(f"{path} has no config.json: it is no model directory.") from error
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
+        raise ModelError(f"{path / 'config.json'} cannot be read: {reason(error)}") from error
     if quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -200,5 +203,5 @@ def _load_tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerB
             path, trust_remote_code=trust_remote_code
         )
     except Exception as error:
-        raise ModelError(f"the tokenizer in {path} cannot be read: {error}") from error
+        raise ModelError(f"the tokenizer in {path} cannot be read: {reason(error)}") from error
     return tokenizer

@@ -123,20 +123,21 @@ def _expert_parameters(module: nn.Module) -> list[str]:
 
 
 def _routers(module: nn.Module) -> Iterator[nn.Module]:
-    """Linear children with one output, or one per expert, beside the experts."""
-    experts = {
-        getattr(child, name).shape[0]
-        for child in module.children()
-        for name in _expert_parameters(child)
-    }
-    experts |= {
-        len(child)
-        for child in module.children()
-        if isinstance(child, nn.ModuleList) and all(map(holds_matrices, child))
-    }
-    for child in module.children():
-        if experts and isinstance(child, nn.Linear) and child.out_features in {1, *experts}:
-            yield child
+    """Linear layers with one output, or one per expert, in the children beside the experts."""
+    counts = {child: _expert_counts(child) for child in module.children()}
+    experts = {1, *(count for found in counts.values() for count in found)}
+    if len(experts) > 1:
+        for child in (child for child, found in counts.items() if not found):
+            for layer in child.modules():
+                if isinstance(layer, nn.Linear) and layer.out_features in experts:
+                    yield layer
+
+
+def _expert_counts(module: nn.Module) -> set[int]:
+    """How many experts `module` itself holds, as parameters or as a list; empty if none."""
+    if isinstance(module, nn.ModuleList) and all(map(holds_matrices, module)):
+        return {len(module)}
+    return {getattr(module, name).shape[0] for name in _expert_parameters(module)}
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

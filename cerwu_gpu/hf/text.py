@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.hf.models import require_tokenizer
+from cerwu_gpu.hf.reason import reason
 from cerwu_gpu.hf.sampling import sampled_tokens
 
 SHORT_NAMES = {"wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1"}
@@ -83,7 +84,7 @@ def _file_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        raise CalibrationError(f"{path} cannot be read as UTF-8 text: {reason(error)}") from error
 
 
 def _dataset_text(name: str, split: str) -> str:
@@ -95,7 +96,7 @@ def _dataset_text(name: str, split: str) -> str:
     except Exception as error:
         raise CalibrationError(
             f"the {split} split of dataset {name} cannot be loaded "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+            f"({reason(error)}): "
             "check its name and the network, or give a text file."
         ) from error
     if "text" not in rows.column_names:
@@ -167,7 +168,7 @@ def demo_text() -> tuple[str, str]:
     seen: set[str] = set()
     # Longest first: short topics repeat sections of long ones, and those must not be torn apart.
     for index, name in enumerate(sorted(topics, key=lambda name: (-len(topics[name]), name))):
-        paragraphs = dict.fromkeys(_plain(topics[name]).split("\n\n"))
+        paragraphs = dict.fromkeys(p.strip("\n") for p in _plain(topics[name]).split("\n\n"))
         fresh = [p for p in paragraphs if p.strip() and p.strip() not in seen]
         seen.update(p.strip() for p in fresh)
         if fresh:
@@ -177,7 +178,8 @@ def demo_text() -> tuple[str, str]:
 
 
 def _plain(topic: str) -> str:
-    """The topic without underlines of titles, emphasis and line breaks inside paragraphs."""
+    """The topic without tables, underlines of titles, emphasis and line breaks in paragraphs."""
+    topic = re.sub(r"^ *[+|].*[+|]$", "", topic, flags=re.MULTILINE)
     topic = re.sub(r"^([*=\-~^\"'])\1{3,}\n", "", topic, flags=re.MULTILINE)
     topic = re.sub(r"(\*{1,2})(?=\w)([^*\n]+)\1", r"\2", topic)
     # A line break between two unindented lines is the page's, not the text's.

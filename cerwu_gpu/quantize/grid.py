@@ -46,10 +46,10 @@ class Grid:
         return step_values(self.row_scale).expand(rows)
 
 
-def waterfilled(factor_diagonal: Tensor, lmbda: float, states: int) -> Grid:
-    """Steps from the diagonal of C [n]; lmbda > 0."""
+def waterfilled(factor_diagonal: Tensor, sensitivity: Tensor, lmbda: float, states: int) -> Grid:
+    """Steps from the diagonal of C [n] and row scales from alpha [m]; lmbda > 0."""
     steps = factor_diagonal * (lmbda / KAPPA[states]) ** 0.5
-    return Grid(step_codes(steps, STEP_UNIT), step_codes(steps.new_ones(1)))
+    return Grid(step_codes(steps, STEP_UNIT), step_codes(sensitivity.rsqrt(), STEP_UNIT))
 
 
 def scaled(weight: Tensor, config: CompressionConfig) -> Grid:
@@ -76,3 +76,14 @@ def _codes(sizes: Tensor) -> Tensor:
     return torch.tensor(
         [covering_code(size) for size in sizes.tolist()], dtype=torch.int16, device=sizes.device
     )
+
+
+def nearest(x: Tensor, grid: Grid) -> Tensor:
+    """The nearest level of the grid to each x [m, n] (index space): [m, n] int32."""
+    if grid.levels is not None:
+        middle = (grid.levels[1:] + grid.levels[:-1]) / 2
+        return torch.bucketize(x, middle, out_int32=True)
+    rounded = x.round()
+    if grid.lowest is not None:
+        rounded = rounded.clamp(grid.lowest, grid.highest)
+    return rounded.to(torch.int32)

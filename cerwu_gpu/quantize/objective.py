@@ -48,7 +48,8 @@ def inverse_factor(hessian: Tensor) -> Tensor:
         )
     upper = backwards.flip(0, 1)
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True)
+    factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return factor
 
 
 def factor_with_damping(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:

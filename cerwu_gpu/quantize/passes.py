@@ -12,7 +12,6 @@ from torch import Tensor
 from cerwu_gpu import backend
 from cerwu_gpu.reference.obs import Alphabet
 
-
 LOOKAHEAD = 32
 """Columns beyond the ones decided that a trellis path is judged by; more brings nothing."""
 

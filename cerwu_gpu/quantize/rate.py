@@ -32,7 +32,7 @@ class Classes:
     count: int
 
     @staticmethod
-    def single(rows: int, columns: int, device: torch.device) -> "Classes":
+    def single(rows: int, columns: int, *, device: torch.device) -> "Classes":
         """One table for the whole matrix."""
         zero = torch.zeros(max(rows, columns), dtype=torch.int64, device=device)
         return Classes(zero[:rows], zero[:columns], 1)

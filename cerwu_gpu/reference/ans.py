@@ -122,6 +122,8 @@ def _checked(matrix: CodedMatrix) -> CodedMatrix:
         broken = "number of streams"
     elif not _within(lengths, 0, len(words)) or int(lengths.sum()) != len(words):
         broken = "number of words"
+    elif bool((words[lengths.cumsum(0)[lengths > 0] - 1] == 0).any()):
+        broken = "last word of a stream"
     elif tables.ndim != 2 or tables.numel() == 0 or len(tables) % quantizers:
         broken = "number of tables"
     elif not _within(tables, 1, 1 << PRECISION) or bool((tables.sum(1) != 1 << PRECISION).any()):
@@ -220,10 +222,7 @@ def _per_slot(values: list[Tensor], unsure: int) -> Tensor:
 
 
 class _Streams:
-    """The words of all matrices, one after the other, and where each stream is in them.
-
-    `ends` has one tensor [S + 1] per matrix: stream l holds words[ends[l] : ends[l + 1]], int64.
-    """
+    """All words, and per matrix [S + 1] ends: stream l holds words[ends[l] : ends[l + 1]]."""
 
     def __init__(self, batch: Sequence[CodedMatrix]) -> None:
         self.words = torch.cat([matrix.words for matrix in batch])

@@ -85,14 +85,14 @@ def quantize_block(
         if last - first > LEAF_COLUMNS:
             middle = (first + last) // 2
             solve(first, middle)
-            work[middle:last].addmm_(factor[first:middle, middle:last].t(), error[first:middle], alpha=-1)
+            work[middle:last].addmm_(
+                factor[first:middle, middle:last].t(), error[first:middle], alpha=-1
+            )
             solve(middle, last)
             return
         for j in range(first, last):
             table = row_class + column_class[j]
-            symbol, value = choose(
-                work[j], lmbda, importance[j], curvature[j], table, alphabet
-            )
+            symbol, value = choose(work[j], lmbda, importance[j], curvature[j], table, alphabet)
             symbols[j] = symbol
             torch.sub(work[j], value, out=error[j])
             if j + 1 < last:

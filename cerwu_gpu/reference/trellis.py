@@ -22,6 +22,7 @@ from torch import Tensor
 from cerwu_gpu.reference.obs import Alphabet
 from cerwu_gpu.spec import TRELLIS_NEXT, TRELLIS_QUANTIZER
 
+
 @dataclass(frozen=True)
 class Machine:
     """The trellis as index tensors: predecessors of every state and how they lead there.
@@ -77,8 +78,16 @@ def quantize_block_trellis(
         [m] int64 after column `commit`.
     """
     search = _Search(
-        Machine.of(states, x.device), factor, alphabet, row_class, column_class, lmbda,
-        importance, curvature, x.t()[:, None, :].repeat(1, states, 1), start,
+        Machine.of(states, x.device),
+        factor,
+        alphabet,
+        row_class,
+        column_class,
+        lmbda,
+        importance,
+        curvature,
+        x.t()[:, None, :].repeat(1, states, 1),
+        start,
     )
     search.solve(0, x.shape[1])
     return search.best(commit)

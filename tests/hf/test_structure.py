@@ -73,6 +73,7 @@ def test_a_router_beside_a_list_of_experts_is_left_alone():
         def __init__(self) -> None:
             super().__init__()
             self.gate = nn.Linear(32, 4)
+            self.router = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 4))
             self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
 
     model = toy("llama")
@@ -80,6 +81,7 @@ def test_a_router_beside_a_list_of_experts_is_left_alone():
         block.mlp = Mixture()
     weights = find_weights(model)
     assert weights.left["model.layers.1.mlp.gate.weight"] == "router"
+    assert weights.left["model.layers.1.mlp.router.1.weight"] == "router"
     assert "model.layers.1.mlp.experts.3.weight" in {w.name for w in weights.chosen}
 
 

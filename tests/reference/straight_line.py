@@ -22,7 +22,9 @@ def obs(x, factor, rates, lowest, table, lmbda, importance, curvature):
     return q
 
 
-def trellis_path_cost(x, symbols, factor, rates, lowest, row_table, lmbda, importance, follow, second):
+def trellis_path_cost(
+    x, symbols, factor, rates, lowest, row_table, lmbda, importance, follow, second
+):
     """Cost of one row's path of trellis symbols, from state 0."""
     x = np.array(x, dtype=np.float64)
     state, total = 0, 0.0

@@ -34,9 +34,7 @@ def problem(rows, columns, seed=0, lmbda=0.05, coupling=0.3):
 def solve(given, states, commit=None, start=None):
     rows, columns = given["x"].shape
     start = torch.zeros(rows, dtype=torch.int64) if start is None else start
-    return quantize_block_trellis(
-        **given, states=states, start=start, commit=commit or columns
-    )
+    return quantize_block_trellis(**given, states=states, start=start, commit=commit or columns)
 
 
 def straight(given, row, states):

@@ -1,0 +1,176 @@
+"""A stack of matrices in index space, ready for its passes (docs/method.md)."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from cerwu_gpu.config import TRELLIS_STATES, CompressionConfig
+from cerwu_gpu.quantize import rate
+from cerwu_gpu.quantize.grid import Grid, nearest, scaled, waterfilled
+from cerwu_gpu.quantize.objective import complete_square, normalised_factor
+from cerwu_gpu.quantize.passes import Weights, scalar_pass, trellis_pass
+from cerwu_gpu.quantize.rate import Classes
+from cerwu_gpu.quantize.symbols import symbol_range
+from cerwu_gpu.reference.dequantize import trellis_quantizers
+from cerwu_gpu.reference.obs import Alphabet
+
+SAMPLED_ROWS = 512
+"""Passes before the last see about this many rows of a stack: enough to estimate its tables."""
+EXHAUSTIVE_LEVELS = 65
+"""Bounded alphabets up to this size are scanned whole, larger ones near the target."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A stack in index space, ready for its passes."""
+
+    x: Tensor
+    factor: Tensor
+    grid: Grid
+    classes: Classes
+    weights: Weights
+    bounds: list[int]
+    config: CompressionConfig
+
+    @staticmethod
+    def build(
+        weight: Tensor,
+        sensitivity: Tensor,
+        damped: Tensor,
+        factor: Tensor,
+        bounds: list[int],
+        config: CompressionConfig,
+    ) -> "Problem":
+        """Steps, completed square and classes of a stack.
+
+        Args:
+            weight: W [m, n] float32.
+            sensitivity: alpha [m] float32 > 0, what a unit of squared error costs in each row.
+            damped: H [n, n] float64, damped; `factor` its C [n, n] float64.
+            bounds: row ranges of the matrices in the stack.
+            config: method, grid and trade-off.
+        """
+        rows, columns = weight.shape
+        lmbda = 0.0 if config.method == "optq" else config.lmbda
+        if config.bounded:
+            grid = scaled(weight, config)
+            unit, price = torch.ones_like(sensitivity), lmbda / float(sensitivity.mean())
+        else:
+            states = TRELLIS_STATES[config.quantizer]
+            grid = waterfilled(factor.diagonal(), sensitivity, config.lmbda, states)
+            unit, price = grid.scales(rows), lmbda
+        weight = weight / unit[:, None]
+        gamma = _gaussian_curvature(weight, per_column=not config.bounded)
+        if config.method != "cerwu" or lmbda == 0:
+            gamma = torch.zeros_like(gamma)
+        else:
+            weight, factor = complete_square(weight, damped, price * gamma)
+        steps, scales = grid.steps(columns), grid.scales(rows)
+        x = weight * (unit / scales)[:, None] / steps
+        square = factor.diagonal().square()
+        weights = Weights(
+            lmbda=lmbda / (sensitivity * scales.square()),
+            importance=(steps.square() / square).to(torch.float32),
+            curvature=(price * gamma * square).to(torch.float32),
+        )
+        single = Classes.single(rows, columns, device=weight.device)
+        classes = single if config.bounded else rate.classify(x)
+        return Problem(x, normalised_factor(factor, steps), grid, classes, weights, bounds, config)
+
+    def solve(self) -> Tensor:
+        """Symbols [m, n] int32 after all passes."""
+        sampled = self._sampled()
+        alphabet = sampled._first_alphabet()
+        for _ in range(self.config.passes - 1):
+            alphabet = sampled._alphabet(sampled._pass(alphabet))
+        return self._pass(alphabet)
+
+    def _sampled(self) -> "Problem":
+        """The same problem for every k-th row, k such that about SAMPLED_ROWS rows are left."""
+        rows = len(self.x)
+        every = max(1, rows // SAMPLED_ROWS)
+        if every == 1:
+            return self
+        keep = torch.arange(0, rows, every, device=self.x.device)
+        bounds = [math.ceil(b / every) for b in self.bounds]
+        classes = Classes(self.classes.row[keep], self.classes.column, self.classes.count)
+        weights = Weights(self.weights.lmbda[keep], self.weights.importance, self.weights.curvature)
+        return Problem(self.x[keep], self.factor, self.grid, classes, weights, bounds, self.config)
+
+    @property
+    def _states(self) -> int:
+        return TRELLIS_STATES[self.config.quantizer]
+
+    def _first_alphabet(self) -> Alphabet:
+        """Tables before any pass: of plain rounding, in each quantizer of a trellis."""
+        table = self.classes.row[:, None] + self.classes.column
+        if not self._states:
+            return self._tables(nearest(self.x, self.grid), table)
+        magnitude = self.x.abs()
+        even = (magnitude / 2).round()
+        odd = torch.where(magnitude < 0.5, 0.0, ((magnitude + 1) / 2).round())
+        symbols = torch.cat([even, odd]).mul_(torch.sign(self.x).repeat(2, 1)).to(torch.int32)
+        owner = torch.cat([2 * table, 2 * table + 1])
+        bounds = self.bounds
+        order = torch.cat(
+            [
+                torch.arange(first, last, device=self.x.device) + shift
+                for first, last in pairwise(bounds)
+                for shift in (0, len(self.x))
+            ]
+        )
+        return self._tables(symbols[order], owner[order], rows_each=2)
+
+    def _alphabet(self, seen: Tensor) -> Alphabet:
+        """Tables of the symbols of a pass."""
+        table = self.classes.row[:, None] + self.classes.column
+        if self._states:
+            table = 2 * table + trellis_quantizers(seen, self._states)
+        return self._tables(seen, table)
+
+    def _tables(self, symbols: Tensor, table: Tensor, rows_each: int = 1) -> Alphabet:
+        """One alphabet for the stack, and tables of each of its matrices, one below the other."""
+        count = self.classes.count * (2 if self._states else 1)
+        span = symbol_range(symbols, self.grid, count, self._states)
+        index = span.indices(symbols)
+        parts = []
+        for first, last in pairwise(self.bounds):
+            rows = slice(rows_each * first, rows_each * last)
+            counts = rate.histogram(index[rows], table[rows], count, span.total)
+            parts.append(rate.rates(rate.codes(counts, span.mirrored)))
+        rates = torch.cat(parts)
+        if span.escapes:
+            escape = rates[:, span.size :].amin(dim=1, keepdim=True) + rate.ESCAPE_PAYLOAD_BITS
+            rates = torch.cat([rates[:, : span.size], escape], dim=1)
+        return Alphabet(rates, span.lowest, bool(span.escapes), self.grid.levels)
+
+    def _pass(self, alphabet: Alphabet) -> Tensor:
+        number = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
+        for first in self.bounds[1:-1]:
+            number[first:] += self.classes.count
+        arguments = (
+            self.x,
+            self.factor,
+            alphabet,
+            self.classes.row + number,
+            self.classes.column,
+            self.weights,
+        )
+        block_size = self.config.block_size
+        if self._states:
+            return trellis_pass(*arguments, block_size=block_size, states=self._states)
+        exhaustive = self.grid.lowest is not None and alphabet.size <= EXHAUSTIVE_LEVELS
+        return scalar_pass(*arguments, block_size=block_size, exhaustive=exhaustive)
+
+
+def _gaussian_curvature(weight: Tensor, *, per_column: bool) -> Tensor:
+    """gamma_j = 1 / (variance ln 2) [n] float64, of each column or of the whole matrix."""
+    square = weight.to(torch.float64).square()
+    total = square.mean()
+    if float(total) == 0:
+        return torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    variance = square.mean(dim=0).clamp_min(1e-6 * total) if per_column else total
+    return (1 / (variance * math.log(2))).expand(weight.shape[1])

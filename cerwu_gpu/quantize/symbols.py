@@ -1,0 +1,115 @@
+"""Quantized matrices as they are stored: symbols, their alphabet, their tables and classes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cerwu_gpu.quantize import rate
+from cerwu_gpu.quantize.grid import Grid
+from cerwu_gpu.quantize.rate import Classes
+from cerwu_gpu.reference.dequantize import dequantize, trellis_quantizers
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """What is stored of a matrix, still as tensors.
+
+    Attributes:
+        symbols: [m, n] int32 integers (positions, for a list).
+        lowest, size: the alphabet is lowest ... lowest + size - 1, then the escape symbols.
+        escapes: how many escape symbols follow: 0 or 1; 2 under a trellis (even, odd).
+        codes: [T * Q, size + escapes] uint8 table codes (Q = 2 under a trellis).
+        row_class, column_class: [m] and [n] int64.
+        column_step, row_scale: int16 step codes, [n] or [1] and [m] or [1].
+        grid: [K] float32 values of a list, or None.
+        states: 0, 4 or 8.
+    """
+
+    symbols: Tensor
+    lowest: int
+    size: int
+    escapes: int
+    codes: Tensor
+    row_class: Tensor
+    column_class: Tensor
+    column_step: Tensor
+    row_scale: Tensor
+    grid: Tensor | None
+    states: int
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight [m, n] that every decoder gives back."""
+        return dequantize(
+            self.symbols,
+            self.column_step,
+            self.row_scale,
+            grid=self.grid,
+            states=self.states,
+            dtype=dtype,
+        )
+
+
+@dataclass(frozen=True)
+class SymbolRange:
+    """An alphabet without its tables: lowest ... lowest + size - 1, then the escape symbols."""
+
+    lowest: int
+    size: int
+    escapes: int
+
+    @property
+    def total(self) -> int:
+        return self.size + self.escapes
+
+    @property
+    def mirrored(self) -> int:
+        """How many leading symbols share their codes in pairs."""
+        return self.size if self.size % 2 and self.lowest == -(self.size // 2) else 0
+
+    def indices(self, symbols: Tensor) -> Tensor:
+        """Alphabet index [m, n] int64 of each symbol; an escape is told by its parity."""
+        index = symbols.to(torch.int64) - self.lowest
+        if not self.escapes:
+            return index
+        outside = (index < 0) | (index >= self.size)
+        escape = self.size + (symbols & (self.escapes - 1))
+        return torch.where(outside, escape, index)
+
+
+def symbol_range(symbols: Tensor, grid: Grid, tables: int, states: int) -> SymbolRange:
+    """The alphabet that suits these symbols."""
+    if grid.lowest is not None and grid.highest is not None:
+        return SymbolRange(grid.lowest, grid.highest - grid.lowest + 1, 0)
+    limit = rate.alphabet_limit(symbols, tables)
+    return SymbolRange(-limit, 2 * limit + 1, 2 if states else 1)
+
+
+def finish_matrix(
+    symbols: Tensor, grid: Grid, rows: slice, classes: Classes, states: int
+) -> QuantizedMatrix:
+    """Final classes and tables of one matrix of the stack, from its final symbols."""
+    row_class, column_class = classes.row[rows], classes.column
+    row_class = row_class - row_class.min()
+    tables = int(row_class.max() + column_class.max()) + 1
+    table = row_class[:, None] + column_class
+    if states:
+        tables, table = 2 * tables, 2 * table + trellis_quantizers(symbols, states)
+    span = symbol_range(symbols, grid, tables, states)
+    counts = rate.histogram(span.indices(symbols), table, tables, span.total)
+    if span.escapes and int(counts[:, span.size :].sum()) == 0:
+        span = SymbolRange(span.lowest, span.size, 0)
+        counts = counts[:, : span.size]
+    return QuantizedMatrix(
+        symbols=symbols,
+        lowest=span.lowest,
+        size=span.size,
+        escapes=span.escapes,
+        codes=rate.codes(counts, span.mirrored),
+        row_class=row_class,
+        column_class=column_class,
+        column_step=grid.column_step,
+        row_scale=grid.row_scale if len(grid.row_scale) == 1 else grid.row_scale[rows],
+        grid=grid.levels,
+        states=states,
+    )
