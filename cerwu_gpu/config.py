@@ -10,7 +10,9 @@ from cerwu_gpu.errors import ConfigError
 Method = Literal["cerwu", "cerwu-gamma0", "optq", "rtn"]
 Quantizer = Literal["scalar", "trellis4", "trellis8"]
 Scale = Literal["per-tensor", "per-row"]
+Sensitivity = Literal["none", "relative", "layer", "row"]
 
+LEVELS_LIMIT = 4096
 TRELLIS_STATES: dict[Quantizer, int] = {"scalar": 0, "trellis4": 4, "trellis8": 8}
 
 
@@ -33,6 +35,14 @@ class CompressionConfig:
     scale: Scale = "per-row"
     """Whether abs-max is taken over the matrix or over each row (with `levels` or `grid`)."""
     quantizer: Quantizer = "scalar"
+    sensitivity: Sensitivity = "none"
+    """What a unit of output error costs in each layer or row (quantize/sensitivity.py)."""
+    bits: float | None = None
+    """Wanted average of bits per quantized weight; sets lmbda."""
+    max_size: int | None = None
+    """Most bytes of the whole directory; sets lmbda."""
+    max_perplexity_increase: float | None = None
+    """Most relative growth of the perplexity on held-out calibration text; sets lmbda."""
     passes: int = 2
     """Passes over each matrix; the rate table of a pass is the histogram of the one before."""
     damping: float = 0.01
@@ -62,14 +72,17 @@ class CompressionConfig:
             ("method", get_args(Method)),
             ("scale", get_args(Scale)),
             ("quantizer", get_args(Quantizer)),
+            ("sensitivity", get_args(Sensitivity)),
         ):
             if getattr(self, field) not in allowed:
                 choices = ", ".join(allowed)
                 raise ConfigError(f"{field} is {getattr(self, field)!r}: choose one of {choices}.")
         if not (math.isfinite(self.lmbda) and self.lmbda >= 0):
             raise ConfigError(f"lmbda is {self.lmbda}: give a finite number >= 0.")
-        if self.levels is not None and self.levels < 2:
-            raise ConfigError(f"levels is {self.levels}: a grid needs at least 2 levels.")
+        if self.levels is not None and not 2 <= self.levels <= LEVELS_LIMIT:
+            raise ConfigError(
+                f"levels is {self.levels}: a grid needs at least 2 levels, at most {LEVELS_LIMIT}."
+            )
         for field in ("passes", "block_size", "samples", "batch_size"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}: give at least 1.")
@@ -77,6 +90,7 @@ class CompressionConfig:
             raise ConfigError(f"sequence_length is {self.sequence_length}: give at least 2.")
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise ConfigError(f"damping is {self.damping}: give a finite number >= 0.")
+        self._check_target()
         if self.grid is not None:
             self._check_grid(self.grid)
         if self.bounded and self.quantizer != "scalar":
@@ -91,6 +105,30 @@ class CompressionConfig:
             )
 
     @property
+    def targeted(self) -> bool:
+        """lmbda follows from a wanted rate, size or quality."""
+        return any(goal is not None for goal in self._goals().values())
+
+    def _goals(self) -> dict[str, float | None]:
+        return {
+            "bits": self.bits,
+            "max_size": self.max_size,
+            "max_perplexity_increase": self.max_perplexity_increase,
+        }
+
+    def _check_target(self) -> None:
+        given = {name: goal for name, goal in self._goals().items() if goal is not None}
+        for name, goal in given.items():
+            if not (math.isfinite(goal) and goal > 0):
+                raise ConfigError(f"{name} is {goal}: give a positive number.")
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} are both given: keep one of them.")
+        if given and (self.bounded or self.method in ("optq", "rtn")):
+            raise ConfigError(
+                f"{min(given)} is reached through lmbda: drop levels and grid, and use method cerwu."
+            )
+
+    @property
     def bounded(self) -> bool:
         """The grid is given (`levels` or `grid`) instead of following from lmbda."""
         return self.levels is not None or self.grid is not None
@@ -98,6 +136,8 @@ class CompressionConfig:
     def _check_grid(self, grid: tuple[float, ...]) -> None:
         if self.levels is not None:
             raise ConfigError("levels and grid are both given: keep one of them.")
+        if len(grid) > LEVELS_LIMIT:
+            raise ConfigError(f"grid has {len(grid)} values: give at most {LEVELS_LIMIT}.")
         if len(grid) < 2 or not all(map(math.isfinite, grid)):
             raise ConfigError("grid needs at least 2 finite values.")
         if any(a >= b for a, b in pairwise(grid)):

@@ -6,7 +6,7 @@ Only names and tensors are known here; `cerwu_gpu.hf` supplies the blocks of a t
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,13 @@ from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import CalibrationError, FactorizationError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.quantize.layer import QuantizedStack, quantize_stack
+from cerwu_gpu.quantize.sensitivity import row_sensitivity
+from cerwu_gpu.quantize.symbols import QuantizedMatrix
+from cerwu_gpu.quantize.target import Estimate, Probe, estimate, probe
 from cerwu_gpu.report import LayerReport
+
+SAMPLED_BLOCKS = 8
+"""Blocks that an estimate of the rate looks into."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Block(Protocol):
         ...
 
     def replace(self, name: str, part: int, weight: Tensor) -> None:
-        """Put the quantized `weight` [m, n] into the model, in the parameter's own layout and dtype."""
+        """Put the quantized `weight` [m, n] into the model, in the parameter's layout and dtype."""
         ...
 
 
@@ -102,6 +108,7 @@ def compress_blocks(
     writer: DirectoryWriter,
     config: CompressionConfig,
     clock: Clock,
+    gradients: Mapping[tuple[str, int], Tensor] | None = None,
 ) -> list[LayerReport]:
     """Quantize, code and store every matrix of every block; the model gets the quantized weights.
 
@@ -111,6 +118,8 @@ def compress_blocks(
         writer: takes the coded tensors.
         config: how to quantize.
         clock: gets the stages calibrate, quantize and code.
+        gradients: (name, part) -> mean squared gradient [m] at the outputs of each matrix, for
+            config.sensitivity layer and row.
 
     Raises:
         CerwuError: with `config.strict`, at the first event.
@@ -126,7 +135,9 @@ def compress_blocks(
         coded: dict[str, dict[int, tuple[EncodedMatrix, LayerReport]]] = {}
         for stack in stacks(block.matrices()):
             with clock.stage("quantize"):
-                quantized, events = _quantize(stack, statistics[stack[0].input], config)
+                given = statistics[stack[0].input]
+                name = layouts[stack[0].name].key(stack[0].part)
+                quantized, events = _quantize(name, stack, given, config, gradients or {})
             for number, matrix in enumerate(stack):
                 done = quantized.matrices[number]
                 loss = quantized.relative_losses[number]
@@ -142,6 +153,70 @@ def compress_blocks(
             reports.extend(report for _, report in ordered)
 
 
+def sample_stacks(
+    blocks: Blocks,
+    config: CompressionConfig,
+    gradients: Mapping[tuple[str, int], Tensor],
+) -> list[Probe]:
+    """Some rows of some stacks, spread over the model, for a fast estimate of its rate.
+
+    All blocks are walked through, so that a cache behind them is complete afterwards.
+    """
+    taken: dict[int, list[Probe]] = {}
+    weights: dict[int, int] = {}
+    every = max(1, len(blocks) // SAMPLED_BLOCKS)
+    for index, block in enumerate(blocks):
+        group = min(index // every, (len(blocks) - 1) // every)
+        statistics = block.statistics()
+        matrices = block.matrices()
+        size = sum(matrix.weight.numel() for matrix in matrices)
+        weights[group] = weights.get(group, 0) + size
+        if group in taken:
+            continue
+        taken[group] = [
+            _probe(stack, statistics[stack[0].input], config, gradients)
+            for stack in stacks(matrices)
+        ]
+    probes = []
+    for group, members in taken.items():
+        scale = weights[group] / max(1.0, sum(member.weights for member in members))
+        probes += [
+            replace(each, weights=each.weights * scale, matrices=each.matrices * scale)
+            for each in members
+        ]
+    return probes
+
+
+def estimate_model(probes: Sequence[Probe], config: CompressionConfig) -> Estimate:
+    """Bits per weight and loss of the whole model at config.lmbda, from a sample of its rows."""
+
+    def stored(matrix: QuantizedMatrix) -> tuple[float, float]:
+        encoded = encode_matrix(matrix, 0.0)
+        return 32.0 * len(encoded.words), 8.0 * len(encoded.side)
+
+    return estimate(probes, config, stored)
+
+
+def _probe(
+    stack: Sequence[Matrix],
+    statistics: InputStatistics,
+    config: CompressionConfig,
+    gradients: Mapping[tuple[str, int], Tensor],
+) -> Probe:
+    hessian = _used_hessian(statistics)
+    alpha = stack_sensitivities(stack, hessian, config, gradients)
+    weights = [matrix.weight for matrix in stack]
+    return probe(weights, hessian, alpha)
+
+
+def _used_hessian(statistics: InputStatistics) -> Tensor:
+    """H, or the identity where no token was seen."""
+    hessian = statistics.hessian
+    if statistics.tokens:
+        return hessian
+    return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+
+
 def stacks(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
     """Matrices that see the same input, together: one factorisation and one pass for all."""
     by_input: dict[str, list[Matrix]] = {}
@@ -150,18 +225,36 @@ def stacks(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
     return list(by_input.values())
 
 
+def stack_sensitivities(
+    stack: Sequence[Matrix],
+    hessian: Tensor,
+    config: CompressionConfig,
+    gradients: Mapping[tuple[str, int], Tensor],
+) -> list[Tensor]:
+    """alpha [m_k] of each matrix of a stack (quantize/sensitivity.py)."""
+    return [
+        row_sensitivity(
+            config.sensitivity, matrix.weight, hessian, gradients.get((matrix.name, matrix.part))
+        )
+        for matrix in stack
+    ]
+
+
 def _quantize(
-    stack: list[Matrix], statistics: InputStatistics, config: CompressionConfig
+    name: str,
+    stack: list[Matrix],
+    statistics: InputStatistics,
+    config: CompressionConfig,
+    gradients: Mapping[tuple[str, int], Tensor],
 ) -> tuple[QuantizedStack, tuple[str, ...]]:
     """The stack quantized, and what did not go as planned."""
-    name = _full_name(stack[0])
     events = []
-    hessian = statistics.hessian
+    hessian = _used_hessian(statistics)
     if statistics.tokens == 0:
-        hessian = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
         events.append("no calibration token reached it: quantized against H = I")
     try:
-        quantized = quantize_stack([matrix.weight for matrix in stack], hessian, config)
+        alpha = stack_sensitivities(stack, hessian, config, gradients)
+        quantized = quantize_stack([matrix.weight for matrix in stack], hessian, config, alpha)
     except FactorizationError as error:
         raise FactorizationError(f"{name}: {error}") from None
     if quantized.damping != config.damping:
@@ -169,10 +262,6 @@ def _quantize(
     if events and config.strict:
         raise CalibrationError(f"{name}: {events[0]} (strict): give more calibration text.")
     return quantized, tuple(events)
-
-
-def _full_name(matrix: Matrix) -> str:
-    return f"{matrix.name}[{matrix.part}]" if matrix.part else matrix.name
 
 
 def _report(

@@ -30,12 +30,14 @@ class Report:
     """One compressed model."""
 
     layers: tuple[LayerReport, ...]
+    lmbda: float
+    """What it was compressed with; found by a search where a rate, size or quality was asked."""
     bits_per_weight: float
     """Over all quantized weights, everything stored for them counted."""
     directory_bytes: int
     """Every file of the compressed directory."""
     original_bytes: int
-    """Every file of the original, or its dense weights where it has no files."""
+    """The .gguf file, or the dense weights in the dtype they were loaded in, tied ones once."""
     seconds: dict[str, float]
     """Stage (load, calibrate, quantize, code, write, verify) -> seconds."""
     events: tuple[str, ...] = ()

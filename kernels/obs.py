@@ -16,7 +16,7 @@ for its errors in the same tile, so that x and e share their registers. The erro
 memory is the only thing that a program reads back.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from typing import Protocol
 
@@ -24,7 +24,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
 BLOCK_ROWS = 16
 """Rows of a program: the fewest that a product takes, and 4096 rows still fill 132 processors."""
@@ -33,6 +32,9 @@ BLOCK_COLUMNS = 16
 BLOCK_LEVELS = 16
 """Levels of an alphabet tried at a time in a full scan."""
 WARPS = 4
+STAGES = 2
+REGISTERS = 128
+"""A thread may have so many: left alone, ptxas spills a few to fit in more programs."""
 
 
 class Alphabet(Protocol):
@@ -252,34 +254,35 @@ def quantize_block(
     if rows == 0 or columns == 0:
         return symbols, error
     levels = alphabet.levels
-    with torch.cuda.device_of(x):
-        quantize_block_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
-            x,
-            factor,
-            rates,
-            rates if levels is None else levels.contiguous(),
-            row_class.contiguous(),
-            column_class.contiguous(),
-            lmbda.contiguous(),
-            importance.contiguous(),
-            curvature.contiguous(),
-            symbols,
-            error,
-            rows,
-            columns,
-            x.stride(0),
-            factor.stride(0),
-            rates.stride(0),
-            alphabet.lowest,
-            alphabet.size,
-            BR=BLOCK_ROWS,
-            BC=BLOCK_COLUMNS,
-            BG=BLOCK_LEVELS,
-            LEVELS=levels is not None,
-            ESCAPES=alphabet.escapes,
-            EXHAUSTIVE=exhaustive or levels is not None,
-            num_warps=WARPS,
-        )
+    quantize_block_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
+        x,
+        factor,
+        rates,
+        rates if levels is None else levels.contiguous(),
+        row_class.contiguous(),
+        column_class.contiguous(),
+        lmbda.contiguous(),
+        importance.contiguous(),
+        curvature.contiguous(),
+        symbols,
+        error,
+        rows,
+        columns,
+        x.stride(0),
+        factor.stride(0),
+        rates.stride(0),
+        alphabet.lowest,
+        alphabet.size,
+        BR=BLOCK_ROWS,
+        BC=BLOCK_COLUMNS,
+        BG=BLOCK_LEVELS,
+        LEVELS=levels is not None,
+        ESCAPES=alphabet.escapes,
+        EXHAUSTIVE=exhaustive or levels is not None,
+        num_warps=WARPS,
+        num_stages=STAGES,
+        maxnreg=REGISTERS,
+    )
     return symbols, error
 
 
@@ -317,10 +320,6 @@ def check_block(
                 f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}: "
                 f"give {dtype} {list(shape)} on {x.device}."
             )
-    if x.device.type != "cuda" and isinstance(quantize_block_kernel, JITFunction):
-        raise ValueError(
-            f"x is on {x.device}: give the kernels a CUDA device, or call the reference."
-        )
 
 
 def contiguous_rows(matrix: Tensor) -> Tensor:

@@ -1,38 +1,41 @@
 r"""Trellis (dependent) quantization of one block of columns, on the GPU.
 
-Symbol k stands for the level v = 2k - [quantizer 1] sgn(k); which quantizer rounds a weight follows
-from a machine with S = 4 or 8 states that the parity of k drives along the row (spec.py). Over whole
-paths a Viterbi search minimises (reference/trellis.py)
+Symbol k stands for the level v = 2k - [quantizer 1] sgn(k); which quantizer rounds a weight
+follows from a machine with S = 4 or 8 states that the parity of k drives along the row (spec.py).
+Over whole paths a Viterbi search minimises (reference/trellis.py)
 
     sum_j omega_j (1/2 (x_ij - v_ij)^2 - 1/2 beta_j v_ij^2) + lmbda_i r_ij(k_ij),
 
 with one survivor per state, each with its own residual x_ik <- x_ik - (x_ij - v_ij) V_jk, k > j.
 
 Rows are independent: a program owns BR of them. It takes BC columns at a time into registers, one
-tile [BR, BC] of residuals and one of symbols for every survivor. Two states a < b always lead to the
-same two states, by opposite parities, and share their quantizer: one column is S / 2 butterflies,
-each from two survivors to two. A survivor takes its tiles along when it is chosen, so that at the
-end of a group every survivor holds its own path; the paths and the survivors that they started from
-go to global scratch. The next group starts from x less the errors of those paths, one product per
-earlier group, and at the end the cheapest survivor is followed back from group to group.
+tile [BR, BC] of residuals and one of symbols for every survivor. A survivor takes its tiles along
+when it is chosen (butterfly.py), so that at the end of a group every survivor holds its own path;
+the paths and the survivors that they started from go to global scratch. The next group starts from
+x less the errors of those paths, one product per earlier group. At the end a second kernel follows
+the cheapest survivor back from group to group.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cerwu_gpu.kernels.obs import Alphabet, check_block, contiguous_rows, round_half_even
+from cerwu_gpu.kernels.butterfly import advance_4, advance_8
+from cerwu_gpu.kernels.obs import Alphabet, check_block, contiguous_rows
 
 BLOCK_ROWS = 16
 """Rows of a program: the fewest that a product takes."""
 BLOCK_COLUMNS = 16
 """Columns in registers at a time: the fewest that a product takes."""
 WARPS = 4
+STAGES = 1
+REGISTERS = 255
+"""A thread may have them all: left alone, ptxas spills a few to fit in more programs."""
 LAUNCH_ROWS = 16384
-"""Rows of a launch; its scratch takes 64 bytes for each of its survivors and columns / 16."""
+"""Rows of a launch: its scratch takes 8 bytes a row, survivor and column, 168 MB at 160 columns."""
 
 
 @triton.jit
@@ -41,117 +44,6 @@ def _group(i_group, committed, commit, columns, BC: tl.constexpr):
     inside = i_group < committed  # groups before the commitment's end
     first = tl.where(inside, i_group * BC, commit + (i_group - committed) * BC)
     return first, tl.minimum(first + BC, tl.where(inside, commit, columns))
-
-
-@triton.jit
-def _cost(b_magnitude, b_sign, b_k, omega, beta, b_lmbda, p_table, lowest, size, OFFSET):
-    """What the symbol b_sign * b_k costs; b_k >= 0."""
-    b_level = 2 * b_k - tl.where(b_k > 0, OFFSET * 1.0, 0.0)  # [BR]
-    o_k = (b_k * b_sign).to(tl.int32) - lowest  # [BR]
-    o_k = tl.where((o_k < 0) | (o_k >= size), size, o_k)  # the escape
-    b_square = (b_magnitude - b_level) * (b_magnitude - b_level) - beta * (b_level * b_level)
-    return b_square * (omega * 0.5) + b_lmbda * tl.load(p_table + o_k)
-
-
-@triton.jit
-def _step(
-    b_now, omega, beta, b_lmbda, p_table, lowest, size, OFFSET: tl.constexpr, PARITY: tl.constexpr
-):
-    """The best symbol of one parity, and its cost: the nearest level or the next toward zero."""
-    b_magnitude = tl.abs(b_now)  # [BR]
-    b_sign = tl.where(b_now < 0, -1.0, 1.0)
-    b_quarter = (b_magnitude + (OFFSET - 2 * PARITY)) * 0.25
-    b_outer = 2 * tl.maximum(round_half_even(b_quarter), 0.0) + PARITY
-    b_inner = tl.maximum(b_outer - 2, PARITY * 1.0)
-    b_cost = _cost(
-        b_magnitude, b_sign, b_outer, omega, beta, b_lmbda, p_table, lowest, size, OFFSET
-    )
-    b_less = _cost(
-        b_magnitude, b_sign, b_inner, omega, beta, b_lmbda, p_table, lowest, size, OFFSET
-    )
-    b_k = tl.where(b_less < b_cost, b_inner, b_outer) * b_sign
-    return tl.where(b_less < b_cost, b_less, b_cost), b_k
-
-
-@triton.jit
-def _arrive(
-    b_xa, b_qa, b_ca, b_oa, b_na, b_ka, b_xb, b_qb, b_cb, b_ob, b_nb, b_kb, b_v, m_now,
-    OFFSET: tl.constexpr,
-):  # fmt: skip
-    """The better of two ways into one state: survivor a with symbol ka, or b with kb."""
-    m_b = b_cb < b_ca  # [BR]
-    b_k = tl.where(m_b, b_kb, b_ka)
-    b_level = 2 * b_k - OFFSET * tl.where(b_k > 0, 1.0, tl.where(b_k < 0, -1.0, 0.0))
-    b_e = tl.where(m_b, b_nb, b_na) - b_level  # [BR]
-    b_x = tl.where(m_b[:, None], b_xb, b_xa) - b_e[:, None] * b_v[None, :]  # [BR, BC]
-    b_q = tl.where(m_b[:, None], b_qb, b_qa)  # [BR, BC]
-    b_x = tl.where(m_now[None, :], b_e[:, None], b_x)
-    b_q = tl.where(m_now[None, :], b_k.to(tl.int32)[:, None], b_q)
-    return b_x, b_q, tl.where(m_b, b_cb, b_ca), tl.where(m_b, b_ob, b_oa)
-
-
-@triton.jit
-def _butterfly(
-    b_xa, b_qa, b_ca, b_oa, b_xb, b_qb, b_cb, b_ob, b_v, m_now, omega, beta, b_lmbda, p_table,
-    lowest, size, OFFSET: tl.constexpr,
-):  # fmt: skip
-    """One column for survivors a and b: those of the state that a reaches by an even symbol and b
-    by an odd one, and of the other. A survivor is residuals x, symbols q, cost c, and origin o."""
-    b_na = tl.sum(tl.where(m_now[None, :], b_xa, 0.0), axis=1)  # [BR] column j
-    b_nb = tl.sum(tl.where(m_now[None, :], b_xb, 0.0), axis=1)  # [BR]
-    b_a0, b_ka0 = _step(b_na, omega, beta, b_lmbda, p_table, lowest, size, OFFSET, 0)
-    b_a1, b_ka1 = _step(b_na, omega, beta, b_lmbda, p_table, lowest, size, OFFSET, 1)
-    b_b0, b_kb0 = _step(b_nb, omega, beta, b_lmbda, p_table, lowest, size, OFFSET, 0)
-    b_b1, b_kb1 = _step(b_nb, omega, beta, b_lmbda, p_table, lowest, size, OFFSET, 1)
-    b_xe, b_qe, b_ce, b_oe = _arrive(
-        b_xa, b_qa, b_ca + b_a0, b_oa, b_na, b_ka0,
-        b_xb, b_qb, b_cb + b_b1, b_ob, b_nb, b_kb1, b_v, m_now, OFFSET,
-    )  # fmt: skip
-    b_xo, b_qo, b_co, b_oo = _arrive(
-        b_xa, b_qa, b_ca + b_a1, b_oa, b_na, b_ka1,
-        b_xb, b_qb, b_cb + b_b0, b_ob, b_nb, b_kb0, b_v, m_now, OFFSET,
-    )  # fmt: skip
-    return b_xe, b_qe, b_ce, b_oe, b_xo, b_qo, b_co, b_oo
-
-
-@triton.jit
-def _advance_4(
-    x0, q0, c0, o0, x1, q1, c1, o1, x2, q2, c2, o2, x3, q3, c3, o3, b_v, m_now, omega, beta,
-    b_lmbda, p_even, p_odd, lowest, size,
-):  # fmt: skip
-    """One column for 4 survivors; the wiring is spec.TRELLIS_NEXT[4], p_odd quantizer 1's table."""
-    y0, r0, d0, u0, y2, r2, d2, u2 = _butterfly(
-        x0, q0, c0, o0, x1, q1, c1, o1, b_v, m_now, omega, beta, b_lmbda, p_even, lowest, size, 0
-    )
-    y1, r1, d1, u1, y3, r3, d3, u3 = _butterfly(
-        x2, q2, c2, o2, x3, q3, c3, o3, b_v, m_now, omega, beta, b_lmbda, p_odd, lowest, size, 1
-    )
-    return y0, r0, d0, u0, y1, r1, d1, u1, y2, r2, d2, u2, y3, r3, d3, u3
-
-
-@triton.jit
-def _advance_8(
-    x0, q0, c0, o0, x1, q1, c1, o1, x2, q2, c2, o2, x3, q3, c3, o3,
-    x4, q4, c4, o4, x5, q5, c5, o5, x6, q6, c6, o6, x7, q7, c7, o7, b_v, m_now, omega, beta,
-    b_lmbda, p_even, p_odd, lowest, size,
-):  # fmt: skip
-    """One column for 8 survivors; the wiring is spec.TRELLIS_NEXT[8], p_odd quantizer 1's table."""
-    y0, r0, d0, u0, y2, r2, d2, u2 = _butterfly(
-        x0, q0, c0, o0, x4, q4, c4, o4, b_v, m_now, omega, beta, b_lmbda, p_even, lowest, size, 0
-    )
-    y5, r5, d5, u5, y7, r7, d7, u7 = _butterfly(
-        x1, q1, c1, o1, x7, q7, c7, o7, b_v, m_now, omega, beta, b_lmbda, p_odd, lowest, size, 1
-    )
-    y1, r1, d1, u1, y3, r3, d3, u3 = _butterfly(
-        x2, q2, c2, o2, x6, q6, c6, o6, b_v, m_now, omega, beta, b_lmbda, p_even, lowest, size, 0
-    )
-    y6, r6, d6, u6, y4, r4, d4, u4 = _butterfly(
-        x3, q3, c3, o3, x5, q5, c5, o5, b_v, m_now, omega, beta, b_lmbda, p_odd, lowest, size, 1
-    )
-    return (
-        y0, r0, d0, u0, y1, r1, d1, u1, y2, r2, d2, u2, y3, r3, d3, u3,
-        y4, r4, d4, u4, y5, r5, d5, u5, y6, r6, d6, u6, y7, r7, d7, u7,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -198,29 +90,6 @@ def _less(b_cost, b_best, b_new, STATE: tl.constexpr):
 
 
 @triton.jit
-def _trace_back(
-    p_path_error, p_path_symbol, p_origin, p_symbols, p_error, p_end, b_best, o_r, m_r, groups,
-    committed, commit, rows, columns, STATES: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Write the path of survivor b_best [BR], and its state after column `commit`."""
-    o_b = tl.arange(0, BC)  # [BC]
-    for i_back in range(0, groups):
-        i_group = groups - 1 - i_back
-        first, last = _group(i_group, committed, commit, columns, BC)
-        decided = i_group < committed
-        tl.store(p_end + o_r, b_best.to(tl.int64), mask=m_r & (i_group == committed - 1))
-        o_path = (i_group * rows.to(tl.int64) + o_r) * STATES + b_best  # [BR]
-        o_tile = o_path[:, None] * BC + o_b[None, :]  # [BR, BC]
-        m_tile = m_r[:, None] & (first + o_b < last)[None, :] & decided
-        o_out = o_r[:, None] * commit + (first + o_b)[None, :]  # [BR, BC]
-        b_symbol = tl.load(p_path_symbol + o_tile, mask=m_tile, other=0)  # [BR, BC]
-        b_error = tl.load(p_path_error + o_tile, mask=m_tile, other=0.0)  # [BR, BC]
-        tl.store(p_symbols + o_out, b_symbol, mask=m_tile)
-        tl.store(p_error + o_out, b_error, mask=m_tile)
-        b_best = tl.load(p_origin + o_path, mask=m_r, other=0)
-
-
-@triton.jit
 def _keep(
     p_tile, p_symbol, p_origin, b_x, b_q, b_o, m_tile, m_r, STATE: tl.constexpr, BC: tl.constexpr
 ):
@@ -241,12 +110,10 @@ def quantize_block_trellis_kernel(
     p_importance,  # [columns] float32
     p_curvature,  # [columns] float32
     p_start,  # [rows] int64
-    p_symbols,  # [rows, commit] int32, out
-    p_error,  # [rows, commit] float32, out
-    p_end,  # [rows] int64, out
-    p_path_error,  # [groups, rows, STATES, BC] float32, scratch
-    p_path_symbol,  # [groups, rows, STATES, BC] int32, scratch
-    p_origin,  # [groups, rows, STATES] int32, scratch: the survivor each path came from
+    p_path_error,  # [groups, rows, STATES, BC] float32, out
+    p_path_symbol,  # [groups, rows, STATES, BC] int32, out
+    p_origin,  # [groups, rows, STATES] int32, out: the survivor at its start that each path is from
+    p_best,  # [rows] int64, out: the cheapest survivor
     rows,
     columns,
     commit,
@@ -315,7 +182,7 @@ def quantize_block_trellis_kernel(
             if STATES == 4:
                 (
                     x0, q0, c0, o0, x1, q1, c1, o1, x2, q2, c2, o2, x3, q3, c3, o3,
-                ) = _advance_4(
+                ) = advance_4(
                     x0, q0, c0, o0, x1, q1, c1, o1, x2, q2, c2, o2, x3, q3, c3, o3,
                     b_v, m_now, omega, beta, b_lmbda, p_even, p_odd, lowest, size,
                 )  # fmt: skip
@@ -323,7 +190,7 @@ def quantize_block_trellis_kernel(
                 (
                     x0, q0, c0, o0, x1, q1, c1, o1, x2, q2, c2, o2, x3, q3, c3, o3,
                     x4, q4, c4, o4, x5, q5, c5, o5, x6, q6, c6, o6, x7, q7, c7, o7,
-                ) = _advance_8(
+                ) = advance_8(
                     x0, q0, c0, o0, x1, q1, c1, o1, x2, q2, c2, o2, x3, q3, c3, o3,
                     x4, q4, c4, o4, x5, q5, c5, o5, x6, q6, c6, o6, x7, q7, c7, o7,
                     b_v, m_now, omega, beta, b_lmbda, p_even, p_odd, lowest, size,
@@ -349,10 +216,46 @@ def quantize_block_trellis_kernel(
         b_cost, b_best = _less(b_cost, b_best, c5, 5)
         b_cost, b_best = _less(b_cost, b_best, c6, 6)
         b_cost, b_best = _less(b_cost, b_best, c7, 7)
-    _trace_back(
-        p_path_error, p_path_symbol, p_origin, p_symbols, p_error, p_end, b_best, o_r, m_r, groups,
-        committed, commit, rows, columns, STATES, BC,
-    )  # fmt: skip
+    tl.store(p_best + o_r, b_best.to(tl.int64), mask=m_r)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "commit"])
+def trace_back_kernel(
+    p_path_error,  # [groups, rows, STATES, BC] float32
+    p_path_symbol,  # [groups, rows, STATES, BC] int32
+    p_origin,  # [groups, rows, STATES] int32
+    p_symbols,  # [rows, commit] int32, out
+    p_error,  # [rows, commit] float32, out
+    p_state,  # [rows] int64: the cheapest survivor, in; the state after column `commit`, out
+    rows,
+    columns,
+    commit,
+    STATES: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    i_tile = tl.program_id(0).to(tl.int64)
+    o_r = i_tile * BR + tl.arange(0, BR)  # [BR]
+    o_b = tl.arange(0, BC)  # [BC]
+    m_r = o_r < rows
+    b_state = tl.load(p_state + o_r, mask=m_r, other=0)  # [BR]
+    committed = tl.cdiv(commit, BC)
+    groups = committed + tl.cdiv(columns - commit, BC)
+    for i_back in range(0, groups):
+        i_group = groups - 1 - i_back
+        first, last = _group(i_group, committed, commit, columns, BC)
+        if i_group == committed - 1:
+            tl.store(p_state + o_r, b_state, mask=m_r)
+        o_path = (i_group * rows.to(tl.int64) + o_r) * STATES + b_state  # [BR]
+        o_tile = o_path[:, None] * BC + o_b[None, :]  # [BR, BC]
+        # Beyond the commitment nothing is written, there is only the way back to follow.
+        m_tile = m_r[:, None] & (first + o_b < tl.minimum(last, commit))[None, :]
+        o_out = o_r[:, None] * commit + (first + o_b)[None, :]  # [BR, BC]
+        b_symbol = tl.load(p_path_symbol + o_tile, mask=m_tile, other=0)  # [BR, BC]
+        b_error = tl.load(p_path_error + o_tile, mask=m_tile, other=0.0)  # [BR, BC]
+        tl.store(p_symbols + o_out, b_symbol, mask=m_tile)
+        tl.store(p_error + o_out, b_error, mask=m_tile)
+        b_state = tl.load(p_origin + o_path, mask=m_r, other=0).to(tl.int64)
 
 
 def quantize_block_trellis(
@@ -401,42 +304,55 @@ def quantize_block_trellis(
     error = torch.empty((rows, commit), dtype=torch.float32, device=x.device)
     end = torch.empty(rows, dtype=torch.int64, device=x.device)
     groups = triton.cdiv(commit, BLOCK_COLUMNS) + triton.cdiv(columns - commit, BLOCK_COLUMNS)
-    paths = (groups, min(rows, LAUNCH_ROWS), states)
-    path_error = torch.empty((*paths, BLOCK_COLUMNS), dtype=torch.float32, device=x.device)
-    path_symbol = torch.empty((*paths, BLOCK_COLUMNS), dtype=torch.int32, device=x.device)
-    origin = torch.empty(paths, dtype=torch.int32, device=x.device)
+    shape = (groups, min(rows, LAUNCH_ROWS), states)
+    paths = (
+        torch.empty((*shape, BLOCK_COLUMNS), dtype=torch.float32, device=x.device),
+        torch.empty((*shape, BLOCK_COLUMNS), dtype=torch.int32, device=x.device),
+        torch.empty(shape, dtype=torch.int32, device=x.device),
+    )
     columnwise = (column_class.contiguous(), importance.contiguous(), curvature.contiguous())
-    with torch.cuda.device_of(x):
-        for first in range(0, rows, LAUNCH_ROWS):
-            part = slice(first, min(first + LAUNCH_ROWS, rows))
-            count = part.stop - first
-            quantize_block_trellis_kernel[(triton.cdiv(count, BLOCK_ROWS),)](
-                x[part],
-                factor,
-                rates,
-                row_class[part].contiguous(),
-                columnwise[0],
-                lmbda[part].contiguous(),
-                columnwise[1],
-                columnwise[2],
-                start[part].contiguous(),
-                symbols[part],
-                error[part],
-                end[part],
-                path_error,
-                path_symbol,
-                origin,
-                count,
-                columns,
-                commit,
-                x.stride(0),
-                factor.stride(0),
-                rates.stride(0),
-                alphabet.lowest,
-                alphabet.size,
-                STATES=states,
-                BR=BLOCK_ROWS,
-                BC=BLOCK_COLUMNS,
-                num_warps=WARPS,
-            )
+    for first in range(0, rows, LAUNCH_ROWS):
+        part = slice(first, min(first + LAUNCH_ROWS, rows))
+        count = part.stop - first
+        grid = (triton.cdiv(count, BLOCK_ROWS),)
+        quantize_block_trellis_kernel[grid](
+            x[part],
+            factor,
+            rates,
+            row_class[part].contiguous(),
+            columnwise[0],
+            lmbda[part].contiguous(),
+            columnwise[1],
+            columnwise[2],
+            start[part].contiguous(),
+            *paths,
+            end[part],
+            count,
+            columns,
+            commit,
+            x.stride(0),
+            factor.stride(0),
+            rates.stride(0),
+            alphabet.lowest,
+            alphabet.size,
+            STATES=states,
+            BR=BLOCK_ROWS,
+            BC=BLOCK_COLUMNS,
+            num_warps=WARPS,
+            num_stages=STAGES,
+            maxnreg=REGISTERS,
+        )
+        trace_back_kernel[grid](
+            *paths,
+            symbols[part],
+            error[part],
+            end[part],
+            count,
+            columns,
+            commit,
+            STATES=states,
+            BR=BLOCK_ROWS,
+            BC=BLOCK_COLUMNS,
+            num_warps=WARPS,
+        )
     return symbols, error, end

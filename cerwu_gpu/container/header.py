@@ -15,6 +15,8 @@ from cerwu_gpu.spec import FORMAT_VERSION
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZERS = {"scalar": 0, "grid": 0, "trellis4": 4, "trellis8": 8}
 DIMENSION_LIMIT = 1 << 31
+LEVEL_LIMIT = 1 << 30
+"""Integers stay below this magnitude, so that twice of one fits 32 bits."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -72,13 +74,14 @@ class Part:
         plausible = (
             all(1 <= value < DIMENSION_LIMIT for value in positive)
             and all(0 <= value < DIMENSION_LIMIT for value in counts)
-            and abs(self.lowest) < DIMENSION_LIMIT
+            and abs(self.lowest) < LEVEL_LIMIT
             and self.quantizer in QUANTIZERS
             and self.escapes in (0, 1 + bool(self.states))
             and self.tables <= self.rows + self.columns
             and self.alphabet <= 1 << 16
             and self.escaped <= self.rows * self.columns
             and (self.escapes > 0 or self.escaped == 0)
+            and (self.quantizer != "grid" or (self.lowest, self.escapes) == (0, 0))
         )
         if not plausible:
             raise FormatError(f"{name}: its manifest entry contradicts itself; the file is broken.")
@@ -185,7 +188,7 @@ def _entry(content: dict[str, Any]) -> Entry:
 
 def _part(content: dict[str, Any]) -> Part:
     loss = content["relative_loss"]
-    values: dict[str, Any] = {"relative_loss": None if loss is None else float(loss)}
+    values: dict[str, Any] = {"relative_loss": None if loss is None else _typed(loss, float)}
     for field in fields(Part):
         if field.name != "relative_loss":
             values[field.name] = _typed(content[field.name], str if field.type is str else int)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cerwu_gpu.coding import side, streams
 from cerwu_gpu.coding.tables import table_from_codes
-from cerwu_gpu.container.header import Part
+from cerwu_gpu.container.header import LEVEL_LIMIT, Part
 from cerwu_gpu.errors import CorruptionError, FormatError
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.reference.ans import CodedMatrix
@@ -48,6 +48,10 @@ class StoredMatrix:
             if int(escaped.sum()) != len(self.escapes):
                 raise CorruptionError(f"{self.coded.name}: escapes are missing; get it again.")
             if len(self.escapes):
+                parity = (indices[escaped] - self.part.size) ^ (self.escapes & 1)
+                wrong = bool(parity.any()) and self.part.states > 0
+                if wrong or int(self.escapes.abs().max()) >= LEVEL_LIMIT:
+                    raise FormatError(f"{self.coded.name}: an escape cannot have this value.")
                 symbols[escaped] = self.escapes
         return dequantize(
             symbols,

@@ -18,7 +18,7 @@ from cerwu_gpu.container.matrix import StoredMatrix, unpack_matrix
 from cerwu_gpu.container.shard import tensor_bytes
 from cerwu_gpu.errors import CorruptionError, FormatError
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.spec import METADATA_KEY
+from cerwu_gpu.spec import FORMAT_VERSION, METADATA_KEY
 
 BATCH_WEIGHTS = 1 << 25
 """Weights decoded together: enough lanes to be fast, few enough to stay small in memory."""
@@ -146,7 +146,7 @@ class CompressedDirectory:
             if file.is_file() and file not in seen:
                 files.append(FileEntry(str(file.relative_to(self.path)), file.stat().st_size))
         total = sum(t.bytes for t in tensors) + sum(f.bytes for f in files)
-        return Inventory(1, tuple(tensors), tuple(files), total)
+        return Inventory(FORMAT_VERSION, tuple(tensors), tuple(files), total)
 
     def compressed(self) -> dict[str, Entry]:
         """Manifest entry of every compressed weight."""
@@ -218,6 +218,8 @@ def _open_shard(path: Path) -> _Shard:
     if METADATA_KEY not in metadata:
         raise FormatError(f"{path.name} has no cerwu manifest: it is no compressed model.")
     manifest = Manifest.from_json(metadata[METADATA_KEY], path.name)
+    for name in manifest.compressed.keys() & manifest.plain_sha256.keys():
+        raise FormatError(f"{path.name}: {name} is stored both compressed and as it is.")
     promised = set(manifest.plain_sha256)
     for name in manifest.compressed:
         promised |= {f"{name}.words", f"{name}.side"}

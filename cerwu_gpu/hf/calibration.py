@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.hf.capture import Call, capture
+from cerwu_gpu.hf.ends import Ends, ends_placed
+from cerwu_gpu.hf.head import head_modules, head_statistics
 from cerwu_gpu.hf.inputs import InputMoments, Label, observed
 from cerwu_gpu.hf.models import check_tokens
 from cerwu_gpu.hf.structure import find_blocks
@@ -99,8 +101,36 @@ class CalibratedBlock:
         self._stream.advance(self._module)
 
 
+class KnownBlock:
+    """One block in work whose statistics are known already (pipeline.Block)."""
+
+    def __init__(
+        self,
+        name: str,
+        weights: BlockWeights,
+        inputs: dict[Label, str],
+        statistics: dict[str, InputStatistics],
+        device: torch.device,
+    ) -> None:
+        self.name = name
+        self.inputs = inputs
+        self._weights = weights
+        self._statistics = statistics
+        self._device = device
+
+    def matrices(self) -> list[Matrix]:
+        return self._weights.matrices(self.inputs, self._device)
+
+    def statistics(self) -> dict[str, InputStatistics]:
+        return self._statistics
+
+    def replace(self, name: str, part: int, weight: Tensor) -> None:
+        self._weights.store(name, part, weight)
+
+
 class CalibratedBlocks:
-    """The model's blocks in order (pipeline.Blocks).
+    """The model's blocks in order (pipeline.Blocks), then, where `layouts` has them, the head and
+    the input embedding as a block each (head.py).
 
     The model's weights change in place as blocks are replaced, so iterate once. One block at a
     time is on `device`, with its Hessians and the calibration activations; the model stays where
@@ -142,26 +172,44 @@ class CalibratedBlocks:
         self._model = model.train(False)
         self._layouts = tuple(layouts)
         self._blocks = find_blocks(model)
+        self._heads = head_modules(model, layouts)
         self._batches = torch.split(tokens, batch_size)
         self._device = model.device if device is None else torch.device(device)
         self._sequential = sequential
         self._progress = progress
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._blocks) + len(self._heads)
 
-    def __iter__(self) -> Iterator[CalibratedBlock]:
+    def __iter__(self) -> Iterator[CalibratedBlock | KnownBlock]:
         captured = capture(self._model, self._blocks, self._batches, self._device)
         stream = _Stream(self._model, captured.hidden, self._device, self._sequential)
-        shown = tqdm(self._blocks, desc="blocks", unit="block", disable=not self._progress)
-        for index, (name, module) in enumerate(shown):
-            stream.calls = captured.calls[index]
+        with tqdm(
+            total=len(self), desc="blocks", unit="block", disable=not self._progress
+        ) as shown:
+            for index, (name, module) in enumerate(self._blocks):
+                stream.calls = captured.calls[index]
+                with placed(module, self._device):
+                    weights = BlockWeights(name, module, self._layouts)
+                    block = CalibratedBlock(name, module, weights, stream)
+                    yield block
+                    if index + 1 < len(self):
+                        block.finish()
+                shown.update()
+            for head in self._after_blocks(Ends(self._model, self._blocks, captured.wrap), stream):
+                yield head
+                shown.update()
+
+    def _after_blocks(self, ends: Ends, stream: "_Stream") -> Iterator[KnownBlock]:
+        """The head and the input embedding, with their module on the device."""
+        for name, module in self._heads:
+            weights = BlockWeights(name, module, self._layouts)
+            with ends_placed(self._model, self._blocks, self._device):
+                inputs, statistics = head_statistics(
+                    self._model, weights.layouts[0], ends, self._batches, stream.hidden
+                )
             with placed(module, self._device):
-                weights = BlockWeights(name, module, self._layouts)
-                block = CalibratedBlock(name, module, weights, stream)
-                yield block
-                if index + 1 < len(self._blocks):
-                    block.finish()
+                yield KnownBlock(name, weights, inputs, statistics, self._device)
 
 
 class _Stream:
@@ -173,35 +221,35 @@ class _Stream:
         self.device = device
         self.calls: dict[int, Call] = {}
         self._model = model
-        self._hidden = hidden
+        self.hidden = hidden
         self._sequential = sequential
 
     def observe(self, block: nn.Module, moments: InputMoments) -> None:
         """Run the block with its original weights; unless the replaced block is to give them,
         its outputs are the next block's inputs."""
         first = 0
-        for index, hidden in enumerate(self._hidden):
+        for index, hidden in enumerate(self.hidden):
             samples = range(first, first + hidden.shape[0])
             first = samples.stop
             with moments.forward(samples):
                 output = self._run(block, hidden)
             if not self._sequential:
-                self._hidden[index] = output
+                self.hidden[index] = output
 
     def advance(self, block: nn.Module) -> None:
         """Put the activations in front of the next block."""
         if self._sequential:
-            for index, hidden in enumerate(self._hidden):
-                self._hidden[index] = self._run(block, hidden)
+            for index, hidden in enumerate(self.hidden):
+                self.hidden[index] = self._run(block, hidden)
 
     @torch.no_grad()
     def _run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        with _eager_experts(self._model):
+        with eager_experts(self._model):
             return self.calls[hidden.shape[0]].run(block, hidden)
 
 
 @contextmanager
-def _eager_experts(model: PreTrainedModel) -> Iterator[None]:
+def eager_experts(model: PreTrainedModel) -> Iterator[None]:
     """Fused implementations of experts never show one expert's input."""
     before = getattr(model.config, "_experts_implementation", None)
     if before in (None, "eager"):

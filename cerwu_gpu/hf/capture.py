@@ -33,10 +33,12 @@ class Capture:
     Attributes:
         hidden: per batch, the first block's input [batch, sequence, width], on the device of work.
         calls: calls[block][batch size] is how the model calls that block.
+        wrap: turns hidden states into what a block returns: a tensor, or a tuple that begins so.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[dict[int, Call]] = field(default_factory=list)
+    wrap: Callable[[Tensor], Any] = lambda hidden: hidden
 
 
 def first_output(output: Any) -> Tensor:
@@ -63,7 +65,9 @@ def capture(
         CalibrationError: the model does otherwise; the message names the block.
     """
     recorder = _Recorder([name for name, _ in blocks], Capture(calls=[{} for _ in blocks]))
-    with recorder.installed([block for _, block in blocks]):
+    modules = [block for _, block in blocks]
+    stand_ins = [recorder.stand_in(index, block.forward) for index, block in enumerate(modules)]
+    with replaced(modules, stand_ins):
         for tokens in batches:
             recorder.start()
             model.base_model(input_ids=tokens.to(model.device), use_cache=False)
@@ -71,27 +75,30 @@ def capture(
     return recorder.captured
 
 
+@contextmanager
+def replaced(
+    modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
+    """Give each module another forward; what was set on the instances before comes back."""
+    before = [module.__dict__.get("forward") for module in modules]
+    for module, stand_in in zip(modules, forwards, strict=True):
+        module.forward = stand_in
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
 class _Recorder:
     def __init__(self, names: list[str], captured: Capture) -> None:
         self.names = names
         self.captured = captured
         self._inputs: list[Tensor] = []
-        self._returns: Callable[[Tensor], Any] | None = None
-
-    @contextmanager
-    def installed(self, blocks: list[nn.Module]) -> Iterator[None]:
-        """Replace the blocks' forward; what was set on the instances before comes back."""
-        before = [block.__dict__.get("forward") for block in blocks]
-        for index, block in enumerate(blocks):
-            block.forward = self._stand_in(index, block.forward)
-        try:
-            yield
-        finally:
-            for block, forward in zip(blocks, before, strict=True):
-                if forward is None:
-                    del block.forward
-                else:
-                    block.forward = forward
+        self._real_run = False
 
     def start(self) -> None:
         self._inputs = []
@@ -104,16 +111,17 @@ class _Recorder:
             )
         self.captured.hidden.append(self._inputs[0].to(device))
 
-    def _stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def record(*arguments: Any, **keywords: Any) -> Any:
-            hidden, call = _split(arguments, keywords)
+            hidden, call = split(arguments, keywords)
             self._check_order(index, hidden)
             self._inputs.append(hidden)
             self._note(index, hidden.shape[0], call)
-            if self._returns is None:
+            if not self._real_run:
                 # One real run tells whether a block returns a tensor or a tuple around it.
-                self._returns = _wrapping(forward(*arguments, **keywords))
-            return self._returns(hidden)
+                self.captured.wrap = _wrapping(forward(*arguments, **keywords))
+                self._real_run = True
+            return self.captured.wrap(hidden)
 
         return record
 
@@ -135,7 +143,8 @@ class _Recorder:
             )
 
 
-def _split(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor, Call]:
+def split(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor, Call]:
+    """The hidden states that a block is called with, and all else."""
     if arguments:
         return arguments[0], Call(arguments[1:], keywords)
     others = {name: value for name, value in keywords.items() if name != "hidden_states"}

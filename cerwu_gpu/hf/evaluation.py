@@ -105,6 +105,17 @@ def negative_log_likelihood(
     return total, sum(window.counted for window in windows)
 
 
+@torch.no_grad()
+def token_loss(model: PreTrainedModel, tokens: Tensor, batch_size: int = 4) -> tuple[float, int]:
+    """(total negative log likelihood in nats, predicted tokens) of int64 [samples, sequence]."""
+    model.train(False)
+    count = tokens.shape[1] - 1
+    total = 0.0
+    for batch in tokens.split(batch_size):
+        total += _batch_loss(model, batch.to(model.device), [count] * len(batch))
+    return total, count * len(tokens)
+
+
 def sliding_windows(tokens: int, context_length: int, stride: int) -> Iterator[Window]:
     """The windows over a text of so many tokens; those that predict nothing are left out."""
     read = 0

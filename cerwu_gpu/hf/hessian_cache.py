@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,11 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cerwu_gpu.errors import CalibrationError, OutputError
-from cerwu_gpu.hf.calibration import BlockWeights, CalibratedBlock, CalibratedBlocks, placed
+from cerwu_gpu.hf.calibration import (
+    BlockWeights,
+    CalibratedBlock,
+    CalibratedBlocks,
+    KnownBlock,
+    placed,
+)
+from cerwu_gpu.hf.head import head_modules
 from cerwu_gpu.hf.inputs import Label
 from cerwu_gpu.hf.structure import find_blocks
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.pipeline import Block, InputStatistics, Matrix
+from cerwu_gpu.pipeline import Block, InputStatistics
 
 VERSION = 1
 """Part of every key: raised when the contents of the files change their meaning."""
@@ -60,7 +68,8 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class HessianCache:
-    """The files of one key: `directory`/`key`/block-00000.safetensors and so on."""
+    """The files of one key: `directory`/`key`/block-00000.safetensors and so on, a head and an
+    embedding counted like blocks after the last one, and sensitivities.safetensors."""
 
     def __init__(self, directory: Path | str, key: str) -> None:
         self.path = Path(directory).expanduser() / key
@@ -88,12 +97,14 @@ class HessianCache:
             "tokens": {key: value.tokens for key, value in statistics.items()},
         }
         hessians = {key: value.hessian.cpu() for key, value in statistics.items()}
-        target = self.file(index)
+        self._write(self.file(index), hessians, contents)
+
+    def _write(self, target: Path, tensors: dict[str, Tensor], contents: object) -> None:
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
-                save_file(hessians, temporary, {METADATA_KEY: json.dumps(contents)})
+                save_file(tensors, temporary, {METADATA_KEY: json.dumps(contents)})
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
                 temporary.replace(target)
@@ -113,19 +124,52 @@ class HessianCache:
         Raises:
             CalibrationError: the file is damaged.
         """
-        try:
-            with safe_open(self.file(index), "pt", device=str(device)) as file:
-                contents = json.loads(file.metadata()[METADATA_KEY])
-                statistics = {
-                    key: InputStatistics(file.get_tensor(key), tokens)
-                    for key, tokens in contents["tokens"].items()
-                }
+        with self._opened(self.file(index), device) as (file, contents):
+            statistics = {
+                key: InputStatistics(file.get_tensor(key), tokens)
+                for key, tokens in contents["tokens"].items()
+            }
             inputs = {(name, part): key for name, part, key in contents["inputs"]}
+        return inputs, statistics
+
+    def write_sensitivities(self, sensitivities: Mapping[Label, Tensor]) -> None:
+        """Keep what sensitivity.output_sensitivities gave, whole or not at all.
+
+        Raises:
+            OutputError: the directory cannot be written.
+        """
+        labels = list(sensitivities)
+        tensors = {str(number): sensitivities[label].cpu() for number, label in enumerate(labels)}
+        self._write(self._sensitivities, tensors, labels)
+
+    def read_sensitivities(self) -> dict[Label, Tensor] | None:
+        """What `write_sensitivities` was given, on the CPU; None where it was not called.
+
+        Raises:
+            CalibrationError: the file is damaged.
+        """
+        if not self._sensitivities.is_file():
+            return None
+        with self._opened(self._sensitivities, torch.device("cpu")) as (file, labels):
+            return {
+                (name, part): file.get_tensor(str(number))
+                for number, (name, part) in enumerate(labels)
+            }
+
+    @property
+    def _sensitivities(self) -> Path:
+        return self.path / "sensitivities.safetensors"
+
+    @contextmanager
+    def _opened(self, path: Path, device: torch.device) -> Iterator[tuple[Any, Any]]:
+        """The open file and its contents' description."""
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                yield file, json.loads(file.metadata()[METADATA_KEY])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CalibrationError(
-                f"{self.file(index)} is damaged: delete {self.path} and calibrate again."
+                f"{path} is damaged: delete {self.path} and calibrate again."
             ) from error
-        return inputs, statistics
 
 
 class StatedBlocks(Protocol):
@@ -153,7 +197,7 @@ def cached_blocks(
     Raises:
         ModelError: the model has no blocks.
     """
-    if cache.complete(len(find_blocks(model))):
+    if cache.complete(len(find_blocks(model)) + len(head_modules(model, layouts))):
         return CachedBlocks(model, layouts, cache, device)
     return RecordedBlocks(calibrate(), cache)
 
@@ -170,7 +214,7 @@ class RecordedBlocks:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __iter__(self) -> Iterator[CalibratedBlock]:
+    def __iter__(self) -> Iterator[CalibratedBlock | KnownBlock]:
         for index, block in enumerate(self._blocks):
             self._cache.write(index, block.inputs, block.statistics())
             yield block
@@ -188,7 +232,7 @@ class CachedBlocks:
         cache: HessianCache,
         device: torch.device | str | None,
     ) -> None:
-        self._blocks = find_blocks(model)
+        self._blocks = [*find_blocks(model), *head_modules(model, layouts)]
         self._layouts = tuple(layouts)
         self._cache = cache
         self._device = model.device if device is None else torch.device(device)
@@ -196,36 +240,9 @@ class CachedBlocks:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __iter__(self) -> Iterator["CachedBlock"]:
+    def __iter__(self) -> Iterator[KnownBlock]:
         for index, (name, module) in enumerate(self._blocks):
             with placed(module, self._device):
                 inputs, statistics = self._cache.read(index, self._device)
                 weights = BlockWeights(name, module, self._layouts)
-                yield CachedBlock(name, weights, inputs, statistics, self._device)
-
-
-class CachedBlock:
-    """One block in work (pipeline.Block)."""
-
-    def __init__(
-        self,
-        name: str,
-        weights: BlockWeights,
-        inputs: dict[Label, str],
-        statistics: dict[str, InputStatistics],
-        device: torch.device,
-    ) -> None:
-        self.name = name
-        self._weights = weights
-        self._inputs = inputs
-        self._statistics = statistics
-        self._device = device
-
-    def matrices(self) -> list[Matrix]:
-        return self._weights.matrices(self._inputs, self._device)
-
-    def statistics(self) -> dict[str, InputStatistics]:
-        return self._statistics
-
-    def replace(self, name: str, part: int, weight: Tensor) -> None:
-        self._weights.store(name, part, weight)
+                yield KnownBlock(name, weights, inputs, statistics, self._device)

@@ -1,6 +1,6 @@
 """Second moments of every distinct input of a block's weights, seen while the block runs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -129,6 +129,10 @@ def observed(
         modules: parameter name -> the module that owns it.
     """
     experts = [layout for layout in layouts if len(layout.shape) == 3]
+
+    def note(layout: WeightLayout, part: int, x: Tensor, output: Tensor) -> None:
+        moments.add(layout, part, x)
+
     with ExitStack() as stack:
         for layout in layouts:
             if len(layout.shape) == 2:
@@ -136,7 +140,7 @@ def observed(
                 handle = modules[layout.name].register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
         if experts:
-            stack.enter_context(_ExpertInputs(modules, experts, moments))
+            stack.enter_context(ExpertProducts(modules, experts, note))
         yield
 
 
@@ -148,7 +152,11 @@ def _linear_hook(layout: WeightLayout, moments: InputMoments) -> Any:
     return hook
 
 
-class _ExpertInputs(TorchFunctionMode):
+NoteProduct = Callable[[WeightLayout, int, Tensor, Tensor], None]
+"""Called with layout, part, input x [..., n] and output [..., m] of a product."""
+
+
+class ExpertProducts(TorchFunctionMode):
     """Sees each product with one expert's slice of a parameter [experts, ., .].
 
     The experts of a mixture are no modules of their own, so no hook can see their inputs; the
@@ -159,10 +167,10 @@ class _ExpertInputs(TorchFunctionMode):
         self,
         modules: Mapping[str, nn.Module],
         experts: Sequence[WeightLayout],
-        moments: InputMoments,
+        note: NoteProduct,
     ) -> None:
         super().__init__()
-        self._moments = moments
+        self._note = note
         self._slices: dict[int, tuple[WeightLayout, int, tuple[int, ...]]] = {}
         for layout in experts:
             parameter = modules[layout.name].get_parameter(layout.name.rpartition(".")[2])
@@ -173,14 +181,15 @@ class _ExpertInputs(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        output = func(*args, **(kwargs or {}))
         if func is functional.linear:
-            self._note(args[0], args[1])
+            self._see(args[0], args[1], output)
         elif func in _PRODUCTS:
-            self._note(args[0], args[1].mT)
-        return func(*args, **(kwargs or {}))
+            self._see(args[0], args[1].mT, output)
+        return output
 
-    def _note(self, x: Tensor, matrix: Tensor) -> None:
-        """`matrix` [m, n] is applied to x [..., n]."""
+    def _see(self, x: Tensor, matrix: Tensor, output: Tensor) -> None:
+        """`matrix` [m, n] was applied to x [..., n]."""
         found = self._slices.get(matrix.data_ptr())
         if found is None or matrix.dim() != 2 or matrix.numel() == 0:
             return
@@ -189,4 +198,4 @@ class _ExpertInputs(TorchFunctionMode):
             raise CalibrationError(
                 f"{layout.key(part)} is applied to its inputs in an unknown way: exclude it."
             )
-        self._moments.add(layout, part, x)
+        self._note(layout, part, x, output)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cerwu_gpu.errors import ConfigError, ModelError
+from cerwu_gpu.hf.head import head_layouts
 from cerwu_gpu.layout import WeightLayout
 
 
@@ -56,16 +57,22 @@ def holds_matrices(module: nn.Module) -> bool:
 
 
 def find_weights(
-    model: PreTrainedModel, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    model: PreTrainedModel,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    *,
+    head: bool = False,
 ) -> Weights:
     """The weights of the blocks' linear layers and experts whose names match the glob patterns.
 
     A pattern is compared with the parameter's name, with and without a final ".weight"; exclude
-    wins over include. Embeddings, head, norms, biases and routers are left alone.
+    wins over include. With `head` the model's head and input embedding are candidates too, after
+    the blocks; tied, they are one parameter. Norms, biases, routers and other embeddings are left
+    alone.
 
     Raises:
         ConfigError: a pattern matches nothing, or no weight is left.
-        ModelError: the model has no blocks.
+        ModelError: the model has no blocks, or with `head` none that can be compressed.
     """
     blocks = find_blocks(model)
     candidates: dict[str, WeightLayout] = {}
@@ -76,6 +83,8 @@ def find_weights(
                 candidates[layout.name] = layout
             else:
                 left[layout.name] = reason
+    if head:
+        candidates.update({layout.name: layout for layout in head_layouts(model)})
     others = [name for name, _ in model.named_parameters() if name not in candidates]
     _check_patterns(include, candidates, "include", "weight that can be compressed")
     _check_patterns(exclude, [*candidates, *others], "exclude", "parameter of the model")

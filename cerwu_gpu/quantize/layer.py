@@ -1,4 +1,4 @@
-"""One Hessian and the matrices that share it, from floats to coded integers (design.md 2.2, 2.3)."""
+"""One Hessian and the matrices that share it: from floats to integers and their tables."""
 
 import math
 from collections.abc import Sequence

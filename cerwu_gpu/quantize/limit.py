@@ -4,36 +4,108 @@ Weights of variance rho_i v_j under the Hessian H have the spectrum rho_i mu_k, 
 eigenvalues of diag(v)^1/2 H diag(v)^1/2. At water level theta
 
     loss = sum_ik min(rho_i mu_k, theta),   R = mean_ik 1/2 log2(max(1, rho_i mu_k / theta)).
+
+The slope of the curve is d(loss / 2) = -ln2 theta d(bits), so theta = lmbda / ln2 is where an ideal
+quantizer would be with the objective J (design.md 2.1).
 """
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+HALVINGS = 64
+"""Steps of the bisection on log2 theta: past the precision of float64."""
 
-def spectrum(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """rho [m] (mean 1) and mu [n], both float64, of W [m, n] under H [n, n]."""
-    square = weight.to(torch.float64).square()
-    column = square.mean(dim=0)
-    rho = square.mean(dim=1) / square.mean()
-    root = column.sqrt()
-    mu = torch.linalg.eigvalsh(root[:, None] * hessian.to(torch.float64) * root[None, :])
-    return rho, mu.clamp_min(0)
+
+@dataclass(frozen=True)
+class Limit:
+    """The limit of one matrix: bits per weight against loss, both over the water level.
+
+    Attributes:
+        rho: [<= m] float64, the rows' relative mean squares without zeros, ascending.
+        mu: [<= n] float64, the eigenvalues without zeros.
+        weights: m * n; rows and directions left out above take part with nothing.
+    """
+
+    rho: Tensor
+    mu: Tensor
+    weights: int
+
+    @staticmethod
+    def of(weight: Tensor, hessian: Tensor) -> "Limit":
+        """From W [m, n] and the undamped H [n, n]; its memory is that of a few rows of H."""
+        square = weight.to(torch.float64).square()
+        row, column = square.mean(dim=1), square.mean(dim=0)
+        root = column.sqrt()
+        mu = torch.linalg.eigvalsh(root[:, None] * hessian.to(torch.float64) * root)
+        rho = row[row > 0] / row.mean()
+        return Limit(rho.sort().values, mu[mu > 0], weight.numel())
+
+    @property
+    def total(self) -> float:
+        """The loss at 0 bits."""
+        return float(self.rho.sum() * self.mu.sum())
+
+    def bits(self, loss: float) -> float:
+        """Fewest bits per weight at which tr((W - Q) H (W - Q)^T) can be `loss`; inf at 0."""
+        if loss >= self.total:
+            return 0.0
+        if loss <= 0:
+            return math.inf
+        # Every one of the m * n components loses theta at most, which bounds theta from below.
+        lowest = math.log2(loss / self.weights)
+        return self._bits_at(self._bisect(lambda t: self._loss_at(t) < loss, lowest))
+
+    def loss(self, bits: float) -> float:
+        """Least tr((W - Q) H (W - Q)^T) at `bits` per weight."""
+        return self.total if bits <= 0 else self._loss_at(self._log_level(bits))
+
+    def level(self, bits: float) -> float:
+        """theta at `bits` per weight; the largest rho_i mu_k at 0."""
+        return float(2.0 ** self._log_level(bits))
+
+    def slope(self, level: float) -> float:
+        """d(bits) / d(log2 theta) <= 0: minus half the share of weights above the water."""
+        return -float(self._above(level).sum()) / (2 * self.weights)
+
+    def _log_level(self, bits: float) -> float:
+        components = len(self.rho) * len(self.mu)
+        if not components:
+            return -math.inf
+        # Below all components the curve is a straight line in log2 theta.
+        lowest = math.log2(float(self.rho[0])) + math.log2(float(self.mu.min()))
+        lowest -= 2 * bits * self.weights / components
+        return self._bisect(lambda t: self._bits_at(t) > bits, lowest)
+
+    def _bisect(self, below: Callable[[float], bool], low: float) -> float:
+        """log2 theta at which `below` turns false, from `low` to the largest component."""
+        high = math.log2(float(self.rho[-1])) + math.log2(float(self.mu.max()))
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if below(middle) else (low, middle)
+        return high
+
+    def _above(self, level: float) -> Tensor:
+        """How many rows are above the water in each direction: [<= n] int64."""
+        return len(self.rho) - torch.searchsorted(self.rho, level / self.mu)
+
+    def _loss_at(self, log_level: float) -> float:
+        level = 2.0**log_level
+        above = self._above(level)
+        sums = torch.cat([self.rho.new_zeros(1), self.rho.cumsum(0)])
+        drowned, flat = self.mu * sums[len(self.rho) - above], level * above.to(torch.float64)
+        return float((drowned + flat).sum())
+
+    def _bits_at(self, log_level: float) -> float:
+        above = self._above(2.0**log_level)
+        sums = torch.cat([self.rho.new_zeros(1), self.rho.log2().flip(0).cumsum(0)])
+        heights = sums[above] + above * (self.mu.log2() - log_level)
+        return float(heights.sum()) / (2 * self.weights)
 
 
 def limit_bits(weight: Tensor, hessian: Tensor, loss: float) -> float:
     """Fewest bits per weight at which tr((W - Q) H (W - Q)^T) can be `loss`."""
-    rho, mu = spectrum(weight, hessian)
-    return _bits_at(rho, mu, loss)
-
-
-def _bits_at(rho: Tensor, mu: Tensor, loss: float) -> float:
-    power = (rho[:, None] * mu[None, :]).flatten().sort().values
-    below = torch.cat([power.new_zeros(1), power.cumsum(0)])
-    above = torch.arange(len(power), -1, -1, dtype=power.dtype, device=power.device)
-    # Loss as a function of theta is piecewise linear with knots at the sorted powers.
-    knots = below[:-1] + above[:-1] * power
-    if loss >= float(below[-1]):
-        return 0.0
-    k = int(torch.searchsorted(knots, torch.tensor(loss, dtype=power.dtype)))
-    theta = (loss - float(below[k])) / float(above[k])
-    return float((power / theta).clamp_min(1).log2().mean() / 2)
+    return Limit.of(weight, hessian).bits(loss)

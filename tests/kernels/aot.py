@@ -39,6 +39,7 @@ class Build:
         constants: the value of every constexpr argument (what JSON can carry).
         divisible: integer arguments that are multiples of 16 in the launch meant here.
         num_warps, num_stages: as in the launch.
+        maxnreg: registers that a thread may have, where the launch says so.
         label: tells builds of one kernel apart in the report.
     """
 
@@ -49,6 +50,7 @@ class Build:
     divisible: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     label: str = ""
 
 
@@ -62,7 +64,8 @@ class Resources:
         stack, local: bytes per thread in local memory: spilled registers and indexed arrays.
         instructions: length of the program in SASS.
         local_accesses: loads and stores of local memory (LDL, STL) among them.
-        float_widths: how wide its global loads and stores are, as {bits: count}.
+        access_widths: how wide its global loads and stores are, as {bits: count}.
+        barriers: BAR instructions.
     """
 
     kernel: str
@@ -76,7 +79,7 @@ class Resources:
     instructions: int
     local_accesses: int
     barriers: int
-    float_widths: dict[str, int] = field(default_factory=dict)
+    access_widths: dict[str, int] = field(default_factory=dict)
 
     @property
     def spills(self) -> bool:
@@ -120,16 +123,15 @@ def compile_all(
 
 def report(found: Iterable[Resources]) -> str:
     """A table of what was found, one line for each build and target."""
-    lines = [
-        "kernel                              target warps regs shared stack local barriers  sass"
-    ]
+    heads = ("target", "warps", "regs", "shared", "stack", "local", "barriers", "sass")
+    lines = [f"{'kernel':<46}" + " ".join(f"{head:>8}" for head in heads)]
     for each in found:
         name = f"{each.kernel} {each.label}".strip()
-        lines.append(
-            f"{name:<36}sm_{each.capability} {each.num_warps:>5} {each.registers:>4}"
-            f" {each.shared:>6} {each.stack:>5} {each.local:>5} {each.barriers:>8}"
-            f" {each.instructions:>5}"
+        numbers = (
+            *(f"sm_{each.capability}", each.num_warps, each.registers, each.shared),
+            *(each.stack, each.local, each.barriers, each.instructions),
         )
+        lines.append(f"{name:<46}" + " ".join(f"{number:>8}" for number in numbers))
     return "\n".join(lines)
 
 
@@ -143,7 +145,6 @@ def _compile(build: Build, capability: int, keep: str | None) -> Resources:
     missing = [n for n in names if n not in build.signature and n not in build.constants]
     if missing:
         raise ValueError(f"{build.kernel}: give types or values for {', '.join(missing)}.")
-    # As the launcher does: None and 1 are compiled in, whatever the argument's kind.
     signature = {n: build.signature.get(n, "constexpr") for n in names}
     constants = {(names.index(n),): value for n, value in build.constants.items()}
     aligned = [["tt.divisibility", 16]]
@@ -152,10 +153,13 @@ def _compile(build: Build, capability: int, keep: str | None) -> Resources:
         for i, name in enumerate(names)
         if signature[name].startswith("*") or name in build.divisible
     }
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    if build.maxnreg:
+        options["maxnreg"] = build.maxnreg
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
+        options=options,
     )
     folder = Path(keep) if keep else Path(tempfile.mkdtemp())
     stem = f"{build.kernel}-{build.label}-sm_{capability}".replace(" ", "_")
@@ -192,7 +196,7 @@ def _compile(build: Build, capability: int, keep: str | None) -> Resources:
         instructions=len([opcode for opcode in opcodes if opcode != "NOP"]),
         local_accesses=len([o for o in opcodes if o.startswith(("LDL", "STL"))]),
         barriers=len([o for o in opcodes if o.startswith("BAR")]),
-        float_widths=widths,
+        access_widths=widths,
     )
 
 

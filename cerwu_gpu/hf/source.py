@@ -1,0 +1,134 @@
+"""What a compression starts from: the model, its calibration tokens and the Hessians they give."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.hf.calibration import CalibratedBlocks
+from cerwu_gpu.hf.hessian_cache import HessianCache, StatedBlocks, cached_blocks, hessian_key
+from cerwu_gpu.hf.models import LoadedModel
+from cerwu_gpu.hf.text import calibration_tokens
+from cerwu_gpu.layout import WeightLayout
+
+HELD_OUT = 8
+"""One calibration sample in so many is kept to judge a max_perplexity_increase by."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model ready to be compressed, as often as it takes.
+
+    Attributes:
+        loaded: the model and its tokenizer.
+        layouts: of the weights to compress, by name.
+        tokens: int64 [samples, sequence], what calibrates.
+        held_out: int64 [some, sequence], disjoint from `tokens`; empty where nothing is judged.
+        events: what did not go as planned.
+    """
+
+    loaded: LoadedModel
+    layouts: dict[str, WeightLayout]
+    tokens: Tensor
+    held_out: Tensor
+    events: tuple[str, ...]
+    config: CompressionConfig
+    device: torch.device
+    cache: HessianCache | None
+    progress: bool
+
+    @staticmethod
+    def prepare(
+        loaded: LoadedModel,
+        layouts: tuple[WeightLayout, ...],
+        config: CompressionConfig,
+        *,
+        text: str | None,
+        device: torch.device,
+        hessian_cache: str | Path | None,
+        progress: bool,
+    ) -> "Source":
+        """Tokenize the calibration text and find the place of its Hessians.
+
+        Raises:
+            CalibrationError: the text cannot be used, or the settings contradict each other.
+        """
+        tokens, events = calibration_tokens(
+            config.calibration,
+            loaded.model,
+            loaded.tokenizer,
+            samples=config.samples,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            text=text,
+            progress=progress,
+        )
+        if config.strict and events:
+            raise CalibrationError(f"{events[0]} (strict)")
+        held_out = tokens[:0]
+        if config.max_perplexity_increase is not None:
+            tokens, held_out = _split(tokens)
+        cache = None
+        if hessian_cache is not None:
+            if config.sequential:
+                raise CalibrationError(
+                    "sequential Hessians belong to one setting only and are not kept: drop "
+                    "sequential, or the Hessian cache and any target."
+                )
+            key = hessian_key(loaded.model, list(layouts), tokens, {})
+            cache = HessianCache(hessian_cache, key)
+        by_name = {layout.name: layout for layout in layouts}
+        return Source(loaded, by_name, tokens, held_out, events, config, device, cache, progress)
+
+    def blocks(self) -> StatedBlocks:
+        """The model's blocks with their Hessians, calibrated now or kept from before."""
+        if self.cache is None:
+            return self._calibrate()
+        blocks = cached_blocks(
+            self.loaded.model,
+            list(self.layouts.values()),
+            self.cache,
+            self._calibrate,
+            device=self.device,
+        )
+        if blocks.from_cache and self.progress:
+            where = f"Hessians found in {self.cache.path}: calibration is skipped."
+            tqdm.write(where, file=sys.stderr)
+        return blocks
+
+    def _calibrate(self) -> CalibratedBlocks:
+        return CalibratedBlocks(
+            self.loaded.model,
+            list(self.layouts.values()),
+            self.tokens,
+            device=self.device,
+            batch_size=self.config.batch_size,
+            sequential=self.config.sequential,
+            progress=self.progress,
+        )
+
+    def gradients(self) -> Mapping[tuple[str, int], Tensor]:
+        """(name, part) -> mean squared gradient [m] at every output, where the settings use it."""
+        return {}
+
+
+def _split(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Calibration and held-out samples: every HELD_OUT-th one is held out.
+
+    Raises:
+        CalibrationError: there is only one sample.
+    """
+    if len(tokens) < 2:
+        raise CalibrationError(
+            "max_perplexity_increase needs at least 2 calibration samples: give more text."
+        )
+    out = torch.arange(len(tokens)) % HELD_OUT == HELD_OUT - 1
+    out[-1] |= not bool(out.any())
+    return tokens[~out], tokens[out]

@@ -1,0 +1,196 @@
+"""Reach a wanted rate, size or quality: a search on a sample, then at most two full passes."""
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.errors import TargetError
+from cerwu_gpu.hf.attempt import (
+    Attempt,
+    Attempts,
+    directory_bytes,
+    plain_tensors,
+    write_companions,
+)
+from cerwu_gpu.hf.evaluation import token_loss
+from cerwu_gpu.hf.source import Source
+from cerwu_gpu.pipeline import Clock, estimate_model, sample_stacks
+from cerwu_gpu.quantize.target import Estimate, solve, with_lmbda
+
+FULL_PASSES = 2
+BITS_TOLERANCE = 0.02
+SIZE_MARGIN = 0.995
+"""Sizes aim at this share of the limit; at least SIZE_LEAST of it must be used."""
+SIZE_LEAST = 0.99
+QUALITY_MARGIN = 0.85
+PLAIN_HEADER, PART_HEADER = 180, 640
+"""Bytes of a file's header for a plain tensor and for a coded matrix, about."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is measured, on the sample and on an attempt, and when an attempt will do.
+
+    Attributes:
+        on_sample: what an estimate predicts, in units of `aim`.
+        corrected: a prediction set right by another prediction and what a full pass measured
+            instead of it (in this order).
+        on_attempt: the same quantity of a full pass.
+        aim: value to steer for.
+        accepts: whether a measured value meets the request.
+        within: whether it does not overshoot, should this be the last pass.
+        request: what was asked for, in words.
+    """
+
+    on_sample: Callable[[Estimate], float]
+    on_attempt: Callable[[Attempt], float]
+    corrected: Callable[[float, float, float], float]
+    aim: float
+    accepts: Callable[[float], bool]
+    within: Callable[[float], bool]
+    request: str
+
+
+def to_target(attempts: Attempts, config: CompressionConfig, clock: Clock) -> Attempt:
+    """The attempt that meets config.bits, max_size or max_perplexity_increase.
+
+    Raises:
+        TargetError: it cannot be met, or two full passes do not meet it.
+    """
+    source = attempts.source
+    with clock.stage("calibrate"):
+        probes = sample_stacks(source.blocks(), config, attempts.gradients())
+    with clock.stage("target"):
+        goal = _goal(source, config)
+
+    @cache
+    def predicted(lmbda: float) -> float:
+        return goal.on_sample(estimate_model(probes, with_lmbda(config, lmbda)))
+
+    before = measured = 1.0  # no correction yet
+    lmbda, step = config.lmbda, math.log(4.0)
+    for last in (False, True):
+        with clock.stage("target"):
+            lmbda = _solve(goal, predicted, before, measured, lmbda, step)
+        attempt = attempts.run(with_lmbda(config, lmbda))
+        with clock.stage("target"):
+            measured, before = goal.on_attempt(attempt), predicted(lmbda)
+        if goal.accepts(measured) or (last and goal.within(measured)):
+            return attempt
+        step = 0.2
+    raise TargetError(
+        f"{goal.request} was missed after {FULL_PASSES} full passes (reached {measured:.4g}): "
+        "ask for a little more room."
+    )
+
+
+def _solve(
+    goal: Goal,
+    predicted: Callable[[float], float],
+    before: float,
+    measured: float,
+    start: float,
+    step: float,
+) -> float:
+    def measure(lmbda: float) -> float:
+        return goal.corrected(predicted(lmbda), before, measured)
+
+    try:
+        return solve(measure, goal.aim, start, step)
+    except TargetError:
+        raise TargetError(f"{goal.request} is out of reach: ask for another value.") from None
+
+
+def _goal(source: Source, config: CompressionConfig) -> Goal:
+    if config.bits is not None:
+        bits = config.bits
+
+        def near(value: float) -> bool:
+            return abs(value - bits) <= BITS_TOLERANCE
+
+        return Goal(
+            on_sample=lambda found: found.bits,
+            on_attempt=lambda attempt: attempt.bits_per_weight,
+            corrected=_shifted,
+            aim=bits,
+            accepts=near,
+            within=near,
+            request=f"bits {bits:g}",
+        )
+    if config.max_size is not None:
+        return _size_goal(source, config.max_size)
+    assert config.max_perplexity_increase is not None
+    return _quality_goal(source, config.max_perplexity_increase)
+
+
+def _shifted(value: float, before: float, measured: float) -> float:
+    """What is stored beside the words hardly depends on lmbda."""
+    return value + measured - before
+
+
+def _scaled(value: float, before: float, measured: float) -> float:
+    return value * measured / before
+
+
+def _size_goal(source: Source, limit: int) -> Goal:
+    """Bytes of the directory; all that is not coded is the same at every lmbda, nearly."""
+    weights = sum(math.prod(layout.shape) for layout in source.layouts.values())
+    fixed = _fixed_bytes(source)
+    if fixed >= limit * SIZE_MARGIN:
+        raise TargetError(
+            f"max_size {limit} is out of reach: what is not quantized takes {fixed} bytes."
+        )
+    return Goal(
+        on_sample=lambda found: fixed + found.bits * weights / 8,
+        on_attempt=lambda attempt: float(attempt.directory_bytes),
+        corrected=_shifted,
+        aim=limit * SIZE_MARGIN,
+        accepts=lambda value: SIZE_LEAST * limit <= value <= limit,
+        within=lambda value: value <= limit,
+        request=f"max_size {limit}",
+    )
+
+
+def _fixed_bytes(source: Source) -> int:
+    """About what a directory takes besides coded weights: plain tensors, other files, headers."""
+    plain = plain_tensors(source.loaded.model, source.layouts).values()
+    parts = sum(layout.parts for layout in source.layouts.values())
+    with tempfile.TemporaryDirectory() as folder:
+        write_companions(source.loaded, Path(folder))
+        files = directory_bytes(Path(folder))
+    tensors = sum(tensor.numel() * tensor.element_size() for tensor in plain)
+    return tensors + files + len(plain) * PLAIN_HEADER + parts * PART_HEADER
+
+
+def _quality_goal(source: Source, increase: float) -> Goal:
+    """Growth of the log perplexity on held-out text, which the weighted loss predicts."""
+    model, tokens = source.loaded.model, source.held_out
+    before = _mean_loss(model, tokens)
+    limit = math.log1p(increase)
+
+    def on_attempt(attempt: Attempt) -> float:
+        return max(_mean_loss(model, tokens) - before, 1e-6)
+
+    return Goal(
+        on_sample=lambda found: found.loss,
+        on_attempt=on_attempt,
+        corrected=_scaled,
+        aim=limit * QUALITY_MARGIN,
+        accepts=lambda value: limit * 0.6 <= value <= limit,
+        within=lambda value: value <= limit,
+        request=f"max_perplexity_increase {increase:g}",
+    )
+
+
+@torch.no_grad()
+def _mean_loss(model: PreTrainedModel, tokens: Tensor) -> float:
+    total, count = token_loss(model, tokens)
+    return total / count

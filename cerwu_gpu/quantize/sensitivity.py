@@ -1,0 +1,48 @@
+r"""What a unit of squared output error costs, row by row: the alpha of the objective
+
+    J = 1/2 sum_i alpha_i (W - Q)_i H (W - Q)_i^T + lmbda R.
+
+- none: 1 everywhere, the paper's objective;
+- relative: one over the layer's own mean output energy, so that relative errors count alike;
+- layer: the mean of the model's squared gradients over the outputs of the layer;
+- row: the squared gradients themselves, damped toward that mean.
+
+With layer and row, J approximates the loss of the model, and lmbda is nats per token for a bit.
+"""
+
+import torch
+from torch import Tensor
+
+from cerwu_gpu.config import Sensitivity
+from cerwu_gpu.quantize.objective import quadratic_error
+
+FLOOR = 0.05
+"""A row counts at least this share of the layer's mean: gradients of few tokens are noisy."""
+
+
+def row_sensitivity(
+    kind: Sensitivity, weight: Tensor, hessian: Tensor, squared_gradient: Tensor | None
+) -> Tensor:
+    """alpha [m] float32 > 0 of a matrix.
+
+    Args:
+        kind: see above.
+        weight: W [m, n] float32.
+        hessian: H [n, n], undamped.
+        squared_gradient: mean over tokens of (dL/dy_i)^2, [m]; needed for layer and row.
+    """
+    ones = torch.ones(len(weight), device=weight.device)
+    if kind == "none":
+        return ones
+    if kind == "relative":
+        energy = float(quadratic_error(weight, hessian).mean())
+        return ones / energy if energy > 0 else ones
+    if squared_gradient is None:
+        raise ValueError(f"sensitivity {kind} needs squared gradients")
+    gradient = squared_gradient.to(weight.device, torch.float32)
+    mean = gradient.mean()
+    if float(mean) <= 0:
+        return ones
+    if kind == "layer":
+        return ones * mean
+    return gradient.clamp_min(FLOOR * mean)

@@ -1,0 +1,284 @@
+"""The decoding kernel against its definition: the same symbols, weights and complaints.
+
+Streams are made short, since the interpreter takes milliseconds for every step of a lane.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cerwu_gpu.coding import streams
+from cerwu_gpu.coding.tables import codes_from_counts, table_from_codes
+from cerwu_gpu.errors import CorruptionError
+from cerwu_gpu.kernels import ans
+from cerwu_gpu.reference import ans as reference
+from cerwu_gpu.reference import weights
+from cerwu_gpu.reference.dequantize import step_values
+from cerwu_gpu.reference.weights import Reconstruction
+from cerwu_gpu.spec import CODE_MAX
+from tests.kernels.memory import guarded
+from tests.reference.test_ans import coded, flip, random_matrix
+
+STREAM_SYMBOLS = 12
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+@pytest.fixture(autouse=True)
+def short_streams(monkeypatch):
+    monkeypatch.setattr(streams, "STREAM_SYMBOLS", STREAM_SYMBOLS)
+
+
+def placed(thing, device):
+    """The same dataclass with its tensors on `device`."""
+    fields = {k: v.to(device) for k, v in vars(thing).items() if torch.is_tensor(v)}
+    return replace(thing, **fields)
+
+
+def random_batch(generator, kinds):
+    """Symbols, and matrices (m, n, alphabet, classes, trellis states)."""
+    made = [random_matrix(generator, *kind, sharp=i % 2 == 1) for i, kind in enumerate(kinds)]
+    return [torch.from_numpy(symbols) for symbols, _ in made], [matrix for _, matrix in made]
+
+
+KINDS = [
+    (77, 9, 17, 6, 4),  # more lanes than a program has, some with a row more than others
+    (3, 31, 300, 1, 0),  # an alphabet of two bytes
+    (70, 12, 5, 7, 8),  # a row a stream
+    (1, 1, 1, 1, 0),  # one symbol, no words
+    (5, 4, 2, 2, 0),  # less than a stream
+]
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+def test_matrices_of_all_kinds_are_decoded_in_one_launch(device):
+    expected, batch = random_batch(np.random.default_rng(0), KINDS)
+    decoded = ans.decode([placed(matrix, device) for matrix in batch])
+    for symbols, ours, theirs in zip(expected, decoded, reference.decode(batch), strict=True):
+        assert ours.dtype == torch.int32
+        assert ours.T.is_contiguous()
+        assert torch.equal(ours.cpu(), symbols)
+        assert torch.equal(theirs, symbols)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.data())
+def test_any_batch_comes_back(data):
+    draw = data.draw
+    kinds = [
+        (
+            draw(st.integers(1, 40)),
+            draw(st.integers(1, 8)),
+            draw(st.integers(1, 300)),
+            draw(st.sampled_from([1, 2, 7])),
+            draw(st.sampled_from([0, 4, 8])),
+        )
+        for _ in range(draw(st.integers(1, 3)))
+    ]
+    expected, batch = random_batch(np.random.default_rng(draw(st.integers(0, 2**32 - 1))), kinds)
+    assert all(map(torch.equal, ans.decode(batch), expected))
+
+
+@pytest.mark.parametrize("size", [2, 60000])
+def test_tables_with_one_likely_symbol_are_searched_exactly(size, device):
+    """Thousands of symbols share a bucket of the lookup, on either side of a wide interval."""
+    codes = np.full((2, size), CODE_MAX, dtype=np.uint8)
+    codes[0, size // 2] = codes[1, 0] = 0
+    symbols = np.random.default_rng(0).integers(0, size, (40, 6)).astype(np.int32)
+    columns = np.arange(6) % 2 == 1
+    matrix = coded(symbols, table_from_codes(codes), np.zeros(40, np.uint8), columns)
+    assert torch.equal(ans.decode([placed(matrix, device)])[0].cpu(), torch.from_numpy(symbols))
+
+
+def test_words_may_come_as_any_integers():
+    (expected,), (matrix,) = random_batch(np.random.default_rng(3), [(9, 8, 9, 3, 0)])
+    unsigned = replace(matrix, words=matrix.words.view(torch.uint32))
+    wide = replace(matrix, words=matrix.words.to(torch.int64) & 0xFFFFFFFF)
+    assert all(torch.equal(one, expected) for one in ans.decode([unsigned, wide, matrix]))
+
+
+def test_no_matrix_decodes_to_nothing():
+    assert ans.decode([]) == []
+    assert ans.decode_weights([], [], torch.empty(0), torch.empty(0), torch.float32) == []
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A matrix, what its symbols stand for, and its dequantization by the definition."""
+
+    coded: reference.CodedMatrix
+    rule: Reconstruction
+
+
+def stored(generator, m, n, states=0, escapes=0, values=None, steps=(-2000, 500)):
+    """A matrix of integers with some far outside of an alphabet of 9, or of a list's positions."""
+    size = 9 if values is None else len(values)
+    lowest = -4 if values is None else 0
+    integers = generator.integers(0, size, (m, n)) + lowest
+    if escapes:
+        far = generator.integers(-(1 << 31), 1 << 31, (m, n))
+        integers = np.where(generator.random((m, n)) < 0.1, far, integers)
+    indices = integers - lowest
+    outside = (indices < 0) | (indices >= size)
+    indices[outside] = size + (integers[outside] & (escapes - 1) if escapes else 0)
+    parity = [*((np.arange(size) + lowest) & 1), *range(escapes)]
+    row_class, column_class = generator.integers(0, 2, m), generator.integers(0, 2, n)
+    counts = generator.integers(1, 100, (3 * (2 if states else 1), size + escapes))
+    tables = table_from_codes(codes_from_counts(counts))
+    words, lengths = streams.encode(
+        indices.astype(np.int32), tables, row_class, column_class, states, np.array(parity)
+    )
+    matrix = reference.CodedMatrix(
+        name=f"{m} x {n}",
+        shape=(m, n),
+        words=torch.from_numpy(words.view(np.int32)),
+        lengths=torch.from_numpy(lengths.astype(np.int64)),
+        tables=torch.from_numpy(tables),
+        row_class=torch.from_numpy(row_class),
+        column_class=torch.from_numpy(column_class),
+        states=states,
+        parity=torch.tensor(parity),
+    )
+    rule = Reconstruction(
+        lowest=lowest,
+        size=size,
+        escapes=torch.from_numpy(integers[outside].astype(np.int32)),
+        column_step=torch.from_numpy(generator.integers(*steps, n).astype(np.int16)),
+        row_scale=torch.from_numpy(generator.integers(-99, 99, m).astype(np.int16)),
+        grid=None if values is None else torch.tensor(values, dtype=torch.float32),
+    )
+    return Stored(matrix, rule)
+
+
+def fused(batch, dtype, device):
+    rules = [placed(each.rule, device) for each in batch]
+    return ans.decode_weights(
+        [placed(each.coded, device) for each in batch],
+        rules,
+        step_values(torch.cat([rule.column_step for rule in rules])),
+        step_values(torch.cat([rule.row_scale for rule in rules])),
+        dtype,
+    )
+
+
+def assert_same_weights(batch, dtype, device):
+    expected = weights.decode_weights([x.coded for x in batch], [x.rule for x in batch], dtype)
+    for ours, theirs in zip(fused(batch, dtype, device), expected, strict=True):
+        assert ours.dtype == dtype
+        assert torch.equal(ours.cpu().contiguous().view(BITS[dtype]), theirs.view(BITS[dtype]))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+def test_weights_are_the_definition_s_to_the_last_bit(dtype, device):
+    """Integers, a list, trellises; some with escapes, and the values of those far and near."""
+    generator = np.random.default_rng(5)
+    batch = [
+        stored(generator, 37, 5, states=4, escapes=2),
+        stored(generator, 9, 7, escapes=1),
+        stored(generator, 6, 9, values=[-1.5, -1e-3, 0.1, 1 / 3, 7.7]),
+        stored(generator, 11, 6, states=8, escapes=2),
+        stored(generator, 4, 6, states=8),
+    ]
+    assert sum(len(each.rule.escapes) for each in batch) > 20
+    assert_same_weights(batch, dtype, device)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+def test_weights_without_any_escape_symbol(dtype, device):
+    """Steps of all sizes, from weights that vanish in the dtype to some that exceed it."""
+    generator = np.random.default_rng(6)
+    assert_same_weights([stored(generator, 9, 30, steps=(-32768, 32767))], dtype, device)
+
+
+@pytest.mark.parametrize("stored_values", [0, 1, 20], ids="{} values".format)
+def test_escapes_and_their_values_must_agree(stored_values, device):
+    """The matrix is named, and nothing is written past the places that there are."""
+    generator = np.random.default_rng(7)
+    good, bad = (stored(generator, 5, 12, escapes=1) for _ in range(2))
+    values = torch.zeros(stored_values, dtype=torch.int32)
+    bad = Stored(replace(bad.coded, name="bad"), replace(bad.rule, escapes=values))
+    complaint = pytest.raises(CorruptionError, match=r"^bad: escapes are missing")
+    with guarded(ans, "decode_kernel") as accesses, complaint:
+        fused([good, bad], torch.float32, device)
+    assert accesses.outside == 0
+
+
+DAMAGES = {
+    "a bit of every word": lambda x: {"words": x.words ^ 1},
+    "a word": lambda x: {"words": flip(x.words, 1, 1)},
+    "words of zeros": lambda x: {"words": torch.zeros_like(x.words)},
+    "words of ones": lambda x: {"words": torch.full_like(x.words, -1)},
+    "a word too many": lambda x: {"lengths": flip(flip(x.lengths, 0, 1), 1, -1)},
+    "words missing": lambda x: {"words": x.words[1:]},
+    "negative length": lambda x: {
+        "lengths": torch.tensor([-1, *x.lengths[1:-1], x.lengths[0] + x.lengths[-1] + 1])
+    },
+    "enormous lengths": lambda x: {"lengths": x.lengths << 62},
+    "no streams": lambda x: {"lengths": x.lengths[:0]},
+    "more streams than rows": lambda x: {
+        "lengths": x.lengths.new_zeros(x.shape[0] + 1),
+        "words": x.words[:0],
+    },
+    "table not whole": lambda x: {"tables": flip(x.tables, (0, 0), 1)},
+    "negative probability": lambda x: {
+        "tables": flip(flip(x.tables, (0, 0), -(1 << 24)), (0, 1), 1 << 24)
+    },
+    "enormous probability": lambda x: {
+        "tables": flip(flip(x.tables, (0, 0), 1 << 62), (0, 1), -(1 << 62))
+    },
+    "odd number of tables": lambda x: {"tables": x.tables[:5]},
+    "class too large": lambda x: {"row_class": flip(x.row_class, 0, 50)},
+    "enormous classes": lambda x: {
+        "row_class": x.row_class.to(torch.int64) + (1 << 62),
+        "column_class": x.column_class.to(torch.int64) + (1 << 62),
+    },
+    "class missing": lambda x: {"column_class": x.column_class[1:]},
+    "class negative": lambda x: {"column_class": x.column_class.to(torch.int64) - 1},
+    "parity of 2": lambda x: {"parity": x.parity + 1},
+    "5 states": lambda x: {"states": 5},
+    "no rows": lambda x: {"shape": (0, x.shape[1])},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_reported_as_by_the_reference(damage, device):
+    _, (good, other) = random_batch(np.random.default_rng(8), [(4, 12, 9, 3, 0), (10, 12, 9, 3, 4)])
+    bad = replace(other, name="blocks.1.weight", **damage(other))
+    with pytest.raises(CorruptionError, match=r"^blocks\.1\.weight: ") as theirs:
+        reference.decode([good, bad])
+    with pytest.raises(CorruptionError) as ours:
+        ans.decode([placed(matrix, device) for matrix in (good, bad, good)])
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_words_are_never_read_past_their_ends(seed):
+    """They end in an error; every address on the way lies inside the kernel's own tensors."""
+    generator = np.random.default_rng(seed)
+    _, matrix = random_matrix(generator, 40, 10, 6, 3, int(generator.choice([0, 4, 8])))
+    count = int(generator.integers(0, 120))
+    cuts = np.sort(generator.integers(0, count + 1, 33))
+    lengths = torch.from_numpy(np.diff(cuts, prepend=0, append=count))
+    words = torch.from_numpy(generator.integers(1, 2**32, count))
+    broken = replace(matrix, words=words, lengths=lengths)
+    with guarded(ans, "decode_kernel") as accesses, pytest.raises(CorruptionError, match="end"):
+        ans.decode([broken])
+    assert accesses.count > 100
+    assert accesses.outside == 0
+
+
+@pytest.mark.gpu
+def test_a_large_batch_on_a_gpu(monkeypatch, device):
+    monkeypatch.setattr(streams, "STREAM_SYMBOLS", 4096)
+    generator = np.random.default_rng(9)
+    kinds = [(1000, 777, 33, 8, 4), (300, 2048, 255, 16, 0), (65, 577, 9, 3, 8)]
+    expected, batch = random_batch(generator, kinds)
+    decoded = ans.decode([placed(matrix, device) for matrix in batch])
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(decoded, expected, strict=True))
+    large = [stored(generator, 513, 1000, states=8, escapes=2), stored(generator, 99, 4097)]
+    assert_same_weights(large, torch.bfloat16, device)
