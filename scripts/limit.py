@@ -31,6 +31,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import cerwu_gpu
@@ -96,6 +97,8 @@ def run(arguments: argparse.Namespace) -> None:
     paths = sorted(arguments.folder.glob("*.npz"))
     if not paths:
         raise CerwuError(f"{arguments.folder} holds no *.npz files: name a folder that does.")
+    for path in paths:
+        read_arrays(path)  # a wrong file is told before the others take their minutes
     measured = read_reference(arguments.reference) if arguments.reference else {}
     for path in (arguments.json, arguments.picture):
         if path:
@@ -127,7 +130,8 @@ def run(arguments: argparse.Namespace) -> None:
         draw(results, lines, arguments.picture)
 
 
-def read_layer(path: Path) -> Layer:
+def read_arrays(path: Path) -> tuple[Tensor, Tensor]:
+    """W [m, n] and H [n, n] float32, checked."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {key: arrays[key] for key in ("W", "H") if key in arrays}
@@ -143,7 +147,11 @@ def read_layer(path: Path) -> Layer:
         raise CerwuError(f"{path}: W is {W.dtype} and H is {H.dtype}: both must be floats.")
     if not (np.isfinite(W).all() and np.isfinite(H).all()):
         raise CerwuError(f"{path}: W or H has values that are not finite: compute them again.")
-    weight, hessian = (torch.from_numpy(a.astype(np.float32)) for a in (W, H))
+    return torch.from_numpy(W.astype(np.float32)), torch.from_numpy(H.astype(np.float32))
+
+
+def read_layer(path: Path) -> Layer:
+    weight, hessian = read_arrays(path)
     energy = float(quadratic_error(weight, hessian).sum())
     if energy <= 0:
         raise CerwuError(f"{path}: W has no effect under H, so there is nothing to measure.")
@@ -276,7 +284,13 @@ def report(
             }
             for r in results
         ],
-        "baseline": {name: [asdict(p) for p in found] for name, found in points.items()},
+        "baseline": {
+            name: [
+                {key: getattr(p, key) for key in ("levels", "lmbda", "bits", "relative_loss")}
+                for p in found
+            ]
+            for name, found in points.items()
+        },
     }
 
 

@@ -55,18 +55,26 @@ def draw(
             axis.plot(*zip(*points, strict=True), "o-", color=colour, label=quantizer, markersize=4)
         axis.set_title(name.removeprefix("model.layers."), fontsize=10)
         axis.grid(alpha=0.3)
-    asked = [r.point.bits for r in results]
-    axes[0, 0].set_xlim(max(0.0, min(asked) - 0.5), max(asked) + 0.5)
-    axes[0, 0].set_ylim(bottom=0)
+    bits = [r.point.bits for r in results]
+    least, most = max(0.0, min(bits) - 0.5), max(bits) + 0.5
+    others = [point for found in lines.values() for line in found.values() for point in line]
+    shown = [gap for at, gap in others if least <= at <= most] + [r.gap for r in results]
+    axes[0, 0].set_xlim(least, most)
+    axes[0, 0].set_ylim(min(0.0, *shown), 1.05 * max(shown))
     figure.supxlabel("stored bits per weight", fontsize=11)
     figure.supylabel("bits above the limit at equal loss", fontsize=11)
-    shown = {
+    handles = {
         label: handle
         for axis in axes.flat
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
+    labels = [label for label in (*COLOURS, *OTHERS) if label in handles]
     figure.legend(
-        shown.values(), shown.keys(), loc="outside upper center", ncols=len(shown), frameon=False
+        [handles[label] for label in labels],
+        labels,
+        loc="outside upper center",
+        ncols=len(labels),
+        frameon=False,
     )
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

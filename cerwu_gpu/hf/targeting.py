@@ -26,6 +26,8 @@ from cerwu_gpu.pipeline import Clock, estimate_model, sample_stacks
 from cerwu_gpu.quantize.target import Estimate, solve, with_lmbda
 
 FULL_PASSES = 2
+SMALL_MODEL, SMALL_PASSES = 4_000_000, 8
+"""Of so few weights single tables weigh in, an estimate is rough, and a full pass takes seconds."""
 BITS_TOLERANCE = 0.02
 SIZE_MARGIN = 0.995
 """Sizes aim at this share of the limit; at least SIZE_LEAST of it must be used."""
@@ -77,17 +79,18 @@ def to_target(attempts: Attempts, config: CompressionConfig, clock: Clock) -> At
 
     before = measured = 1.0  # no correction yet
     lmbda, step = config.lmbda, math.log(4.0)
-    for last in (False, True):
+    passes = FULL_PASSES if _weights(source) > SMALL_MODEL else SMALL_PASSES
+    for number in range(1, passes + 1):
         with clock.stage("target"):
             lmbda = _solve(goal, predicted, before, measured, lmbda, step)
         attempt = attempts.run(with_lmbda(config, lmbda))
         with clock.stage("target"):
             measured, before = goal.on_attempt(attempt), predicted(lmbda)
-        if goal.accepts(measured) or (last and goal.within(measured)):
+        if goal.accepts(measured) or (number == passes and goal.within(measured)):
             return attempt
         step = 0.2
     raise TargetError(
-        f"{goal.request} was missed after {FULL_PASSES} full passes (reached {measured:.4g}): "
+        f"{goal.request} was missed after {passes} full passes (reached {measured:.4g}): "
         "ask for a little more room."
     )
 
@@ -142,7 +145,7 @@ def _scaled(value: float, before: float, measured: float) -> float:
 
 def _size_goal(source: Source, limit: int) -> Goal:
     """Bytes of the directory; all that is not coded is the same at every lmbda, nearly."""
-    weights = sum(math.prod(layout.shape) for layout in source.layouts.values())
+    weights = _weights(source)
     fixed = _fixed_bytes(source)
     if fixed >= limit * SIZE_MARGIN:
         raise TargetError(
@@ -157,6 +160,10 @@ def _size_goal(source: Source, limit: int) -> Goal:
         within=lambda value: value <= limit,
         request=f"max_size {limit}",
     )
+
+
+def _weights(source: Source) -> int:
+    return sum(math.prod(layout.shape) for layout in source.layouts.values())
 
 
 def _fixed_bytes(source: Source) -> int:

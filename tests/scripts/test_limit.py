@@ -286,6 +286,16 @@ def test_a_wrong_layer_is_refused(
     assert_refused(capsys, part)
 
 
+def test_a_wrong_layer_is_refused_before_the_others_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "first.npz")
+    save(tmp_path / "second.npz", H=np.ones((64, 63), np.float32))
+    monkeypatch.delattr(limit, "solve")
+    assert limit.main([str(tmp_path), "--bits", "2"]) == 2
+    assert_refused(capsys, "second.npz")
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
