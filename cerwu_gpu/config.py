@@ -10,6 +10,7 @@ from cerwu_gpu.errors import ConfigError
 Method = Literal["cerwu", "cerwu-gamma0", "optq", "rtn"]
 Quantizer = Literal["scalar", "trellis4", "trellis8"]
 Scale = Literal["per-tensor", "per-row"]
+DampingBy = Literal["median", "mean"]
 Sensitivity = Literal["none", "relative", "layer", "row"]
 
 LEVELS_LIMIT = 4096
@@ -45,8 +46,10 @@ class CompressionConfig:
     """Most relative growth of the perplexity on held-out calibration text; sets lmbda."""
     passes: int = 2
     """Passes over each matrix; the rate table of a pass is the histogram of the one before."""
-    damping: float = 0.01
-    """Multiple of mean(diag H) that is added to the diagonal of H before it is factored."""
+    damping: float = 1e-3
+    """Multiple of the typical diagonal entry that is added to H before it is factored."""
+    damping_by: DampingBy = "median"
+    """What a typical entry is; the paper takes the mean (and 0.01), which outliers dictate."""
     block_size: int = 128
     """Columns per lazy block."""
 
@@ -73,6 +76,7 @@ class CompressionConfig:
             ("scale", get_args(Scale)),
             ("quantizer", get_args(Quantizer)),
             ("sensitivity", get_args(Sensitivity)),
+            ("damping_by", get_args(DampingBy)),
         ):
             if getattr(self, field) not in allowed:
                 choices = ", ".join(allowed)

@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from cerwu_gpu.cli.output import listing, print_events, print_json, report_rows, set_verbosity
-from cerwu_gpu.config import CompressionConfig, Method, Quantizer, Scale
+from cerwu_gpu.cli.quantities import parse_share, parse_size
+from cerwu_gpu.config import (
+    CompressionConfig,
+    DampingBy,
+    Method,
+    Quantizer,
+    Scale,
+    Sensitivity,
+)
 from cerwu_gpu.errors import ConfigError
 
 DEFAULT = CompressionConfig()
@@ -41,10 +49,27 @@ def compress(
         Scale, typer.Option(help="What abs-max is taken over, with --levels or --grid.")
     ] = DEFAULT.scale,
     quantizer: Annotated[Quantizer, typer.Option(help="Kind of quantizer.")] = DEFAULT.quantizer,
+    bits: Annotated[
+        float | None, typer.Option(help="Wanted bits per quantized weight; sets lmbda.")
+    ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Most bytes of the directory, e.g. 60MB; sets lmbda."),
+    ] = None,
+    max_perplexity_increase: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="Most growth of the perplexity, e.g. 2%; sets lmbda."),
+    ] = None,
+    sensitivity: Annotated[
+        Sensitivity, typer.Option(help="What an output's error costs: by layer, by row, or alike.")
+    ] = DEFAULT.sensitivity,
     passes: Annotated[int, typer.Option(help="Passes over each matrix.")] = DEFAULT.passes,
     damping: Annotated[
-        float, typer.Option(help="Multiple of mean(diag H) added to the diagonal of H.")
+        float, typer.Option(help="Multiple of a typical diagonal entry that is added to H.")
     ] = DEFAULT.damping,
+    damping_by: Annotated[
+        DampingBy, typer.Option(help="What is typical; the paper takes the mean.")
+    ] = DEFAULT.damping_by,
     block_size: Annotated[int, typer.Option(help="Columns per lazy block.")] = DEFAULT.block_size,
     include: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Weight names to compress; repeatable.")
@@ -100,6 +125,13 @@ def compress(
         quantizer=quantizer,
         passes=passes,
         damping=damping,
+        damping_by=damping_by,
+        sensitivity=sensitivity,
+        bits=bits,
+        max_size=None if max_size is None else parse_size(max_size),
+        max_perplexity_increase=(
+            None if max_perplexity_increase is None else parse_share(max_perplexity_increase)
+        ),
         block_size=block_size,
         include=tuple(include or DEFAULT.include),
         exclude=tuple(exclude or DEFAULT.exclude),

@@ -111,7 +111,7 @@ def token_loss(model: PreTrainedModel, tokens: Tensor, batch_size: int = 4) -> t
     model.train(False)
     count = tokens.shape[1] - 1
     total = 0.0
-    for batch in tokens.split(batch_size):
+    for batch in torch.split(tokens, batch_size):
         total += _batch_loss(model, batch.to(model.device), [count] * len(batch))
     return total, count * len(tokens)
 

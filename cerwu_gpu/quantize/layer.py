@@ -55,7 +55,7 @@ def quantize_stack(
         symbols, grid, classes = _round_to_nearest(weight, config)
         damping = config.damping
     else:
-        damped, factor, damping = factor_with_damping(hessian, config.damping)
+        damped, factor, damping = factor_with_damping(hessian, config.damping, config.damping_by)
         alpha = (
             weight.new_ones(len(weight)) if sensitivities is None else torch.cat([*sensitivities])
         )

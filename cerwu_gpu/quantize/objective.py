@@ -9,22 +9,26 @@ R = sum_ij gamma_j/2 W_ij^2 + remainder, joins the first term by completing the 
 import torch
 from torch import Tensor
 
+from cerwu_gpu.config import DampingBy
 from cerwu_gpu.errors import FactorizationError
 
 DAMPING_LIMIT = 1.0
-"""More damping than this multiple of the mean diagonal is refused: nothing of H would be left."""
+"""More damping than this multiple of the diagonal is refused: little of H would be left."""
 
 
-def damp(hessian: Tensor, damping: float) -> Tensor:
+def damp(hessian: Tensor, damping: float, by: DampingBy) -> Tensor:
     """H [n, n] in float64 with inputs never active at H_jj = 1 and the diagonal raised.
 
-    The diagonal grows by `damping` times its mean over the active inputs.
+    The diagonal grows by `damping` times its median (or mean) over the active inputs; a few
+    outlier inputs dictate the mean.
     """
     damped = hessian.to(torch.float64, copy=True)
     diagonal = damped.diagonal()
     active = diagonal > 0
     if bool(active.any()):
-        raised = damping * diagonal[active].mean()
+        active_part = diagonal[active]
+        usual = active_part.median() if by == "median" else active_part.mean()
+        raised = damping * usual
         diagonal[~active] = 1.0
         diagonal += raised
     else:
@@ -52,7 +56,9 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     return factor
 
 
-def factor_with_damping(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
+def factor_with_damping(
+    hessian: Tensor, damping: float, by: DampingBy
+) -> tuple[Tensor, Tensor, float]:
     """Damp and factor H, with ten times more damping as often as it takes.
 
     Returns:
@@ -63,7 +69,7 @@ def factor_with_damping(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor
     """
     used = damping
     while True:
-        damped = damp(hessian, used)
+        damped = damp(hessian, used, by)
         try:
             return damped, inverse_factor(damped), used
         except FactorizationError:

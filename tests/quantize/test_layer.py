@@ -49,7 +49,9 @@ def straight_optq(weight: torch.Tensor, hessian: torch.Tensor, step: np.ndarray,
 
 def test_lmbda_zero_is_optq():
     weight, hessian = layer(40, 33)
-    config = CompressionConfig(levels=31, lmbda=0.0, scale="per-row", block_size=8)
+    config = CompressionConfig(
+        levels=31, lmbda=0.0, scale="per-row", block_size=8, damping=0.01, damping_by="mean"
+    )
     matrix = quantize_stack([weight], hessian, config).matrices[0]
     step = 2.0 ** (matrix.row_scale.double().numpy() / 256)
     expected = torch.from_numpy(straight_optq(weight, hessian, step, 15))

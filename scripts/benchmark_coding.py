@@ -1,0 +1,116 @@
+"""Benchmarks of what surrounds the quantizer: decoding streams, and second moments of inputs."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from cerwu_gpu import backend
+from cerwu_gpu.coding import streams
+from cerwu_gpu.coding.tables import codes_from_counts, table_from_codes
+from cerwu_gpu.reference import ans, hessian, weights
+from cerwu_gpu.reference.ans import CodedMatrix
+from cerwu_gpu.reference.dequantize import step_values
+from cerwu_gpu.reference.weights import Reconstruction
+from scripts.benchmark_timing import Mismatch, Row, Sizes, form, placed, timed
+
+
+def random_coded(m: int, n: int, states: int) -> tuple[CodedMatrix, Reconstruction]:
+    """A matrix of about 2.5 bits a weight, with eight classes and no escapes."""
+    noise = np.random.default_rng(0)
+    quantizers = 2 if states else 1
+    spread = 1.37 * 2 ** ((np.arange(8) - 3.5) / 8)
+    integers = np.arange(-12, 13)
+    counts = 1e6 * np.exp(-((integers / spread[:, None]) ** 2) / 2)
+    tables = table_from_codes(codes_from_counts(counts.astype(np.int64)))
+    row_class, column_class = noise.integers(0, 4, m), noise.integers(0, 5, n)
+    scale = spread[row_class[:, None] + column_class].astype(np.float32)
+    symbols = np.rint(noise.standard_normal((m, n), np.float32) * scale).clip(-12, 12) + 12
+    tables = tables.repeat(quantizers, axis=0)
+    parity = integers & 1
+    words, lengths = streams.encode(
+        symbols.astype(np.int32), tables, row_class, column_class, states, parity
+    )
+    coded = CodedMatrix(
+        name=f"{m} x {n}",
+        shape=(m, n),
+        words=torch.from_numpy(words.view(np.int32)),
+        lengths=torch.from_numpy(lengths.astype(np.int64)),
+        tables=torch.from_numpy(tables),
+        row_class=torch.from_numpy(row_class),
+        column_class=torch.from_numpy(column_class),
+        states=states,
+        parity=torch.from_numpy(parity),
+    )
+    steps = torch.from_numpy(noise.integers(-2000, -1000, n).astype(np.int16))
+    none = torch.empty(0, dtype=torch.int32)
+    return coded, Reconstruction(-12, 25, none, steps, steps[:1])
+
+
+def decoder(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
+    """Streams to bfloat16 weights, beside a copy of as many bytes on the same GPU."""
+    for states in (0, 4, 8):
+        case = f"{states} states" if states else "no trellis"
+        coded, rule = random_coded(*sizes.coded, states)
+        batch = [placed(coded, device)] * sizes.copies
+        rules = [placed(rule, device)] * sizes.copies
+        expected = weights.decode_weights([coded], [rule], torch.bfloat16)[0]
+        symbols = ans.decode([coded])[0]
+        with form("triton"):
+            decoded = backend.decode_weights(batch, rules, torch.bfloat16)
+            if not all(torch.equal(each.cpu(), expected) for each in decoded):
+                raise Mismatch(f"decoder, {case}: weights differ from the definition's.")
+            if not all(torch.equal(each.cpu(), symbols) for each in backend.decode(batch)):
+                raise Mismatch(f"decoder, {case}: symbols differ from the definition's.")
+        if measure:
+            yield from _decoder_times(case, batch, rules, 32 * len(coded.words) / symbols.numel())
+
+
+def _decoder_times(
+    case: str, batch: list[CodedMatrix], rules: list[Reconstruction], bits: float
+) -> Iterator[Row]:
+    from cerwu_gpu.kernels.ans import Batch, Levels, launch, launch_weights
+
+    prepared = Batch(batch)
+    levels = Levels(prepared, rules)
+    steps = step_values(torch.cat([rule.column_step for rule in rules]))
+    scales = step_values(
+        torch.cat([r.row_scale.expand(m.shape[0]) for m, r in zip(batch, rules, strict=True)])
+    )
+    out = torch.empty(prepared.elements, dtype=torch.bfloat16, device=prepared.device)
+    copy = torch.empty_like(out)
+    indices = torch.empty_like(out, dtype=torch.int32)
+    runs = {
+        "kernel, bfloat16 weights": partial(launch_weights, prepared, levels, steps, scales, out),
+        "whole call, checks included": partial(
+            backend.decode_weights, batch, rules, torch.bfloat16
+        ),
+        "kernel, symbols": partial(launch, prepared, indices),
+        "device copy of the weights": partial(copy.copy_, out),
+    }
+    with form("triton"):
+        for what, run in runs.items():
+            elements = prepared.elements
+            yield timed(
+                "decoder", case, what, run, elements=elements, bytes=2 * elements, bits=bits
+            )
+
+
+def moments(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
+    """X^T X: torch's product and the kernel."""
+    tokens, n = sizes.moments
+    for dtype in (torch.bfloat16, torch.float32):
+        case = f"{tokens} tokens, {n} columns, {str(dtype).removeprefix('torch.')}"
+        x = torch.randint(-8, 9, (tokens, n), device=device).to(dtype)
+        total, theirs = torch.zeros(2, n, n, dtype=torch.float64, device=device)
+        with form("triton"):
+            backend.accumulate_hessian(total, x)
+        hessian.accumulate_hessian(theirs, x)
+        if not torch.equal(total, theirs):
+            raise Mismatch(f"Hessian, {case}: the kernel's sum differs from the definition's.")
+        if measure:
+            for name, what in (("triton", "kernel"), ("torch", "torch's product")):
+                with form(name):
+                    run = partial(backend.accumulate_hessian, total, x)
+                    yield timed("hessian", case, what, run)
