@@ -58,6 +58,9 @@ class CompressionConfig:
     exclude: tuple[str, ...] = ()
     """Glob patterns of weight names to leave alone; wins over `include`."""
 
+    keep_head: bool = False
+    """Leave the input embedding and the head as they are."""
+
     calibration: str = "wikitext2"
     """A hub dataset (wikitext2 for short), a text file, or self (sampled from the model)."""
     samples: int = 128

@@ -60,7 +60,7 @@ def _symbol(p_slots, b_bucket, b_first, b_v, LOW: tl.constexpr):
 @triton.jit
 def _rounded(b_x, DTYPE: tl.constexpr):
     """The nearest number of the dtype, ties to even."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         # Spelled out, because Triton's interpreter would cut off the lower half.
         b_bits = b_x.to(tl.uint32, bitcast=True)
         b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16

@@ -1,7 +1,7 @@
 """How fast the kernels are on this machine's GPU, beside their torch forms and plain baselines.
 
     python scripts/benchmark_kernels.py              # everything; writes the JSON and the page
-    python scripts/benchmark_kernels.py --only decoder hessian
+    python scripts/benchmark_kernels.py --only decoder hessian     # these; writes where told
     python scripts/benchmark_kernels.py --check      # the comparisons alone, on tiny sizes
 
 Every section first compares the kernels with their definitions and stops where they differ; only
@@ -49,9 +49,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
     add("--check", action="store_true", help="compare with the definitions only, on tiny sizes")
-    add("--json", type=Path, default=RESULTS, metavar="FILE", help="write the results there")
-    add("--page", type=Path, default=PAGE, metavar="FILE", help="write the page there")
-    return parser.parse_args(argv)
+    add("--json", type=Path, metavar="FILE", help="write the results there")
+    add("--page", type=Path, metavar="FILE", help="write the page there")
+    arguments = parser.parse_args(argv)
+    if set(arguments.only) == set(SECTIONS):
+        # Less than everything never replaces the repository's results.
+        arguments.json = arguments.json or RESULTS
+        arguments.page = arguments.page or PAGE
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,10 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if not arguments.check:
         results = {**environment(), "rows": rows}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        arguments.page.write_text(page(results), encoding="utf-8")
+        write(arguments.json, json.dumps(results, indent=1) + "\n")
+        write(arguments.page, page(results))
     return 0
+
+
+def write(path: Path | None, text: str) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def run(sections: Sequence[str], *, check: bool) -> list[Row]:

@@ -23,7 +23,7 @@ COMPARED_LEVELS = 33
 """|G| at which the slow forms are measured, too."""
 
 MODELS: dict[str, tuple[int, list[tuple[list[int], int]]]] = {
-    "toy": (1, [([16, 8], 24)]),
+    "toy": (1, [([6, 4], 10)]),
     "Pythia-70M": (6, [([1536], 512), ([512], 512), ([2048], 512), ([512], 2048)]),
     "Llama-3.2-1B": (
         16,

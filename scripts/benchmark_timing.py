@@ -45,7 +45,7 @@ FULL = Sizes(
     moments=(8192, 4096),
     models=("Pythia-70M", "Llama-3.2-1B", "Llama-3.1-8B"),
 )
-TINY = Sizes((24,), (5,), (4, 9), 2, (20, 24), ("toy",))
+TINY = Sizes((12,), (5,), (4, 5), 2, (20, 24), ("toy",))
 
 
 @contextmanager

@@ -78,6 +78,9 @@ def compress(
         list[str] | None,
         typer.Option(metavar="GLOB", help="Weight names to leave alone; repeatable."),
     ] = None,
+    keep_head: Annotated[
+        bool, typer.Option("--keep-head", help="Leave the embedding and the head as they are.")
+    ] = DEFAULT.keep_head,
     calibration: Annotated[
         str, typer.Option(help="Hub dataset (or wikitext2), text file, or self.")
     ] = DEFAULT.calibration,
@@ -135,6 +138,7 @@ def compress(
         block_size=block_size,
         include=tuple(include or DEFAULT.include),
         exclude=tuple(exclude or DEFAULT.exclude),
+        keep_head=keep_head,
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,

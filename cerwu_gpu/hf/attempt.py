@@ -112,7 +112,7 @@ class Attempts:
         )
         dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         layers = compress_blocks(
-            self.source.blocks(), layouts, dtypes, writer, config, self._clock, gradients
+            self.source.blocks(gradients), layouts, dtypes, writer, config, self._clock, gradients
         )
         with self._clock.stage("write"):
             for name, tensor in plain_tensors(model, layouts).items():

@@ -59,7 +59,9 @@ def compress(
     check_output(output, overwrite=overwrite)
     with clock.stage("load"):
         loaded = _loaded(model, tokenizer, trust_remote_code)
-        chosen = find_weights(loaded.model, config.include, config.exclude).chosen
+        chosen = find_weights(
+            loaded.model, config.include, config.exclude, head=not config.keep_head
+        ).chosen
     with tempfile.TemporaryDirectory() as scratch:
         kept = hessian_cache or (scratch if config.targeted else None)
         with clock.stage("calibrate"):

@@ -18,10 +18,10 @@ How they count, in the units of design.md 2.3 (cost per token of an error e in r
 
 Frequencies are smoothed by one additional occurrence of every token, so that no row is free. The
 blocks' statistics hold what needs no gradient: H of the head, (2 / vocabulary) I of the embedding;
-`with_lookups` adds what G changes, kept as LOOKUP among the sensitivities.
+`BlocksWithLookups` adds what G changes, kept as LOOKUP among the sensitivities.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from cerwu_gpu.errors import ModelError
 from cerwu_gpu.hf.ends import Ends, output_embeddings
 from cerwu_gpu.hf.inputs import InputMoments, Label
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.pipeline import Block, InputStatistics
+from cerwu_gpu.pipeline import Block, Blocks, InputStatistics
 
 LOOKUP = -1
 """Among sensitivities, (name, LOOKUP) of the input embedding: what is added to its Hessian [d, d]
@@ -195,11 +195,21 @@ def tied_sensitivities(
     return (1 - share) * logits + share * total * frequencies, addition
 
 
-def with_lookups(blocks: Iterable[Block], sensitivities: Mapping[Label, Tensor]) -> Iterator[Block]:
+class BlocksWithLookups:
     """The same blocks, their Hessians with what `sensitivities` holds as LOOKUP added."""
-    additions = {name: added for (name, part), added in sensitivities.items() if part == LOOKUP}
-    for block in blocks:
-        yield _WithLookups(block, additions) if additions else block
+
+    def __init__(self, blocks: Blocks, sensitivities: Mapping[Label, Tensor]) -> None:
+        self._blocks = blocks
+        self._additions = {
+            name: added for (name, part), added in sensitivities.items() if part == LOOKUP
+        }
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        for block in self._blocks:
+            yield _WithLookups(block, self._additions) if self._additions else block
 
 
 class _WithLookups:

@@ -62,7 +62,7 @@ def output_sensitivities(
 
     Returns:
         (parameter name, part) -> alpha [m] float32 on the CPU; and (parameter name, LOOKUP) of
-        the input embedding -> [d, d], for head.with_lookups.
+        the input embedding -> [d, d], for head.BlocksWithLookups.
 
     Raises:
         CalibrationError: no tokens, sequences of one token, or a gradient that is not finite.

@@ -12,11 +12,17 @@ from tqdm import tqdm
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.hf.calibration import CalibratedBlocks
+from cerwu_gpu.hf.head import BlocksWithLookups
 from cerwu_gpu.hf.hessian_cache import HessianCache, StatedBlocks, cached_blocks, hessian_key
+from cerwu_gpu.hf.inputs import Label
 from cerwu_gpu.hf.models import LoadedModel
+from cerwu_gpu.hf.sensitivity import output_sensitivities
 from cerwu_gpu.hf.text import calibration_tokens
 from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.pipeline import Blocks
 
+SENSITIVITY_TOKENS = 4096
+"""So many tokens tell the sensitivities: they are means over outputs that differ by decades."""
 HELD_OUT = 8
 """One calibration sample in so many is kept to judge a max_perplexity_increase by."""
 
@@ -87,8 +93,14 @@ class Source:
         by_name = {layout.name: layout for layout in layouts}
         return Source(loaded, by_name, tokens, held_out, events, config, device, cache, progress)
 
-    def blocks(self) -> StatedBlocks:
-        """The model's blocks with their Hessians, calibrated now or kept from before."""
+    def blocks(self, gradients: Mapping[Label, Tensor]) -> Blocks:
+        """The model's blocks with their Hessians, calibrated now or kept from before.
+
+        What `gradients` says about looked-up embeddings joins their Hessians (hf/head.py).
+        """
+        return BlocksWithLookups(self._plain_blocks(), gradients)
+
+    def _plain_blocks(self) -> StatedBlocks:
         if self.cache is None:
             return self._calibrate()
         blocks = cached_blocks(
@@ -114,9 +126,24 @@ class Source:
             progress=self.progress,
         )
 
-    def gradients(self) -> Mapping[tuple[str, int], Tensor]:
+    def gradients(self) -> Mapping[Label, Tensor]:
         """(name, part) -> mean squared gradient [m] at every output, where the settings use it."""
-        return {}
+        if self.config.sensitivity in ("none", "relative"):
+            return {}
+        kept = self.cache.read_sensitivities() if self.cache is not None else None
+        if kept is not None:
+            return kept
+        found = output_sensitivities(
+            self.loaded.model,
+            list(self.layouts.values()),
+            self.tokens[: -(-SENSITIVITY_TOKENS // self.tokens.shape[1])],
+            device=self.device,
+            batch_size=self.config.batch_size,
+            progress=self.progress,
+        )
+        if self.cache is not None:
+            self.cache.write_sensitivities(found)
+        return found
 
 
 def _split(tokens: Tensor) -> tuple[Tensor, Tensor]:

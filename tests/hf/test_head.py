@@ -13,11 +13,11 @@ from cerwu_gpu.errors import CalibrationError, ConfigError, ModelError
 from cerwu_gpu.hf.calibration import CalibratedBlocks
 from cerwu_gpu.hf.head import (
     LOOKUP,
+    BlocksWithLookups,
     find_head,
     lookup_frequencies,
     lookup_sensitivities,
     tied_sensitivities,
-    with_lookups,
 )
 from cerwu_gpu.hf.hessian_cache import HessianCache, cached_blocks
 from cerwu_gpu.hf.sensitivity import output_sensitivities
@@ -262,7 +262,7 @@ def test_lookups_are_added_to_the_hessian_of_the_embedding_alone(family):
     sensitivities = output_sensitivities(model, layouts, tokens)
     name = find_head(model).embedding
     plain = [block.statistics() for block in CalibratedBlocks(model, layouts, tokens)]
-    blocks = with_lookups(CalibratedBlocks(model, layouts, tokens), sensitivities)
+    blocks = BlocksWithLookups(CalibratedBlocks(model, layouts, tokens), sensitivities)
     for block, before in zip(blocks, plain, strict=True):
         for key, found in block.statistics().items():
             added = sensitivities[name, LOOKUP] if key == name else 0
@@ -332,7 +332,9 @@ def test_the_pipeline_stores_them_like_any_matrix(family, tmp_path):
     layouts = {layout.name: layout for layout in find_weights(model, head=True).chosen}
     sensitivities = output_sensitivities(model, list(layouts.values()), tokens)
     original = {name: model.get_parameter(name).detach().clone() for name in layouts}
-    blocks = with_lookups(CalibratedBlocks(model, list(layouts.values()), tokens), sensitivities)
+    blocks = BlocksWithLookups(
+        CalibratedBlocks(model, list(layouts.values()), tokens), sensitivities
+    )
     dtypes = dict.fromkeys(layouts, torch.float32)
     config = CompressionConfig(lmbda=1e-8, sensitivity="row")
     with DirectoryWriter(tmp_path / "out", generator="test", overwrite=False) as writer:
