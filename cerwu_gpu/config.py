@@ -68,6 +68,8 @@ class CompressionConfig:
     batch_size: int = 8
     sequential: bool = False
     """Take each block's inputs from the already quantized blocks instead of the original ones."""
+    correct_drift: bool = False
+    """Quantize for the inputs that the compressed model has, toward the original's outputs."""
     seed: int = 0
 
     strict: bool = False
@@ -98,6 +100,8 @@ class CompressionConfig:
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise ConfigError(f"damping is {self.damping}: give a finite number >= 0.")
         self._check_target()
+        if self.sequential and self.correct_drift:
+            raise ConfigError("sequential and correct_drift are both given: keep one of them.")
         if self.grid is not None:
             self._check_grid(self.grid)
         if self.bounded and self.quantizer != "scalar":
@@ -132,7 +136,7 @@ class CompressionConfig:
             raise ConfigError(f"{' and '.join(given)} are both given: keep one of them.")
         if given and (self.bounded or self.method in ("optq", "rtn")):
             raise ConfigError(
-                f"{min(given)} is reached through lmbda: drop levels and grid, and use method cerwu."
+                f"{min(given)} is reached through lmbda: use method cerwu, no levels, no grid."
             )
 
     @property

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import CalibrationError, FactorizationError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.quantize.layer import QuantizedStack, quantize_stack
+from cerwu_gpu.quantize.objective import drift_target
 from cerwu_gpu.quantize.sensitivity import row_sensitivity
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.quantize.target import Estimate, Probe, estimate, probe
@@ -53,10 +55,13 @@ class InputStatistics:
     Attributes:
         hessian: [n, n] float32, H = (2/p) X X^T over the p tokens seen; zeros when p is 0.
         tokens: p.
+        cross: [n, n] float32, (2/p) X X_hat^T of the original model's inputs X and those that
+            the compressed model has, X_hat; `hessian` is then that of X_hat. None: X is both.
     """
 
     hessian: Tensor
     tokens: int
+    cross: Tensor | None = None
 
 
 class Block(Protocol):
@@ -254,7 +259,17 @@ def _quantize(
         events.append("no calibration token reached it: quantized against H = I")
     try:
         alpha = stack_sensitivities(stack, hessian, config, gradients)
-        quantized = quantize_stack([matrix.weight for matrix in stack], hessian, config, alpha)
+        targets = [matrix.weight for matrix in stack]
+        if statistics.cross is not None:
+            moved = partial(
+                drift_target,
+                hessian=hessian,
+                cross=statistics.cross,
+                damping=config.damping,
+                by=config.damping_by,
+            )
+            targets = [moved(weight) for weight in targets]
+        quantized = quantize_stack(targets, hessian, config, alpha)
     except FactorizationError as error:
         raise FactorizationError(f"{name}: {error}") from None
     if quantized.damping != config.damping:

@@ -44,30 +44,30 @@ def _take_word(p_stack, b_state, b_left, b_word, m_take, WORD: tl.constexpr):
 
 
 @triton.jit
-def _symbol(p_slots, b_bucket, b_first, b_v, LOW: tl.constexpr):
+def _symbol(p_table, b_bucket, b_v, LOW: tl.constexpr):
     """The symbol whose interval holds v, from what the lookup says of v's bucket: [BL] int32."""
     b_from = b_bucket & 0xFFFF  # [BL] first symbol of the bucket
     b_to = b_from + ((b_bucket >> 16) & 0xFFFF)  # [BL] and its last
     while tl.max(b_to - b_from, axis=0) > 0:
         b_middle = (b_from + b_to + 1) >> 1
         m_open = b_from < b_to
-        b_low = tl.load(p_slots + b_first + b_middle, mask=m_open, other=0) & LOW
+        b_low = tl.load(p_table + b_middle, mask=m_open, other=0) & LOW
         b_to = tl.where(b_low <= b_v, b_to, b_middle - 1)
         b_from = tl.where(b_low <= b_v, b_middle, b_from)
     return b_from
 
 
 @triton.jit
-def _rounded(b_x, DTYPE: tl.constexpr):
+def _rounded(b_x, dtype: tl.constexpr):
     """The nearest number of the dtype, ties to even."""
-    if tl.bfloat16 == DTYPE:
+    if dtype == tl.bfloat16:
         # Spelled out, because Triton's interpreter would cut off the lower half.
         b_bits = b_x.to(tl.uint32, bitcast=True)
         b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
         b_bits = tl.where(b_x == b_x, b_bits, 0x7FC0)
         return b_bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        return b_x.to(DTYPE)
+        return b_x.to(dtype)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _note_escapes(p_alphabet, p_count, p_places, b_place, m_escape):
         first = tl.load(p_alphabet + 1)
         room = tl.load(p_alphabet + 2)
         p_counts = p_count + tl.zeros_like(b_place)  # [BL], all the same
-        o_place = tl.atomic_add(p_counts, 1, mask=m_escape)  # [BL]
+        o_place = tl.atomic_add(p_counts, 1, mask=m_escape, sem="relaxed")  # [BL]
         tl.store(p_places + first + o_place, b_place, mask=m_escape & (o_place < room))
 
 
@@ -118,11 +118,14 @@ def decode_kernel(
     first_stream = tl.load(p_matrix + 3)
     first_row = tl.load(p_matrix + 4)
     first_column = tl.load(p_matrix + 5)
-    first_table = tl.load(p_matrix + 6).to(tl.int32)
-    first_slot = tl.load(p_matrix + 7).to(tl.int32)
+    p_lookup += tl.load(p_matrix + 6) << LOOKUP  # from the matrix's first table
+    first_slot = tl.load(p_matrix + 7)
+    p_slots += first_slot
     first_element = tl.load(p_matrix + 8)
     size = tl.load(p_matrix + 9).to(tl.int32)
     machine = tl.load(p_matrix + 10).to(tl.uint64)
+    if FUSED:
+        p_levels += first_slot
     if ESCAPES:
         p_alphabet = p_alphabets + i_matrix * ALPHABET_FIELDS
         regular = tl.load(p_alphabet).to(tl.int32)
@@ -140,7 +143,7 @@ def decode_kernel(
     for i_turn in range(0, tl.cdiv(rows - first, streams)):
         o_r = o_l + i_turn * streams  # [BL] int64
         m_r = m_l & (o_r < rows)
-        b_row_table = tl.load(p_row_table + first_row + o_r, mask=m_r, other=0) + first_table
+        b_row_table = tl.load(p_row_table + first_row + o_r, mask=m_r, other=0)  # [BL]
         b_node = tl.zeros([BL], tl.int32)  # trellis state, and its quantizer in bit 3
         p_column = p_out + first_element + o_r  # [BL]
         if FUSED:
@@ -152,9 +155,9 @@ def decode_kernel(
             column_table = tl.load(p_column_table + first_column + j + 1)
             b_v = (b_state & ((1 << BITS) - 1)).to(tl.int32)  # [BL]
             o_bucket = (b_table << LOOKUP) + (b_v >> (BITS - LOOKUP))
-            b_first = first_slot + (b_table - first_table) * size
-            b_symbol = _symbol(p_slots, tl.load(p_lookup + o_bucket), b_first, b_v, (1 << BITS) - 1)
-            b_slot = tl.load(p_slots + b_first + b_symbol)  # [BL] int64
+            p_table = p_slots + b_table * size  # [BL]
+            b_symbol = _symbol(p_table, tl.load(p_lookup + o_bucket), b_v, (1 << BITS) - 1)
+            b_slot = tl.load(p_table + b_symbol)  # [BL] int64
             b_low = b_slot.to(tl.int32)  # low, and above it the parity
 
             b_over = b_v - (b_low & ((1 << BITS) - 1))
@@ -167,7 +170,7 @@ def decode_kernel(
             b_node = (machine >> o_way.to(tl.uint64)).to(tl.int32) & 15
 
             if FUSED:
-                b_level = tl.load(p_levels + first_slot + b_quantizer * size + b_symbol)
+                b_level = tl.load(p_levels + b_quantizer * size + b_symbol)  # [BL]
                 b_weight = b_level * tl.load(p_steps + first_column + j) * b_scale
                 tl.store(p_column, _rounded(b_weight, p_out.dtype.element_ty), mask=m_r)
                 if ESCAPES:

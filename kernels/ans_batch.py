@@ -20,6 +20,10 @@ LANES = 32
 LOOKUP_BITS = 8
 """Leading bits of v by which a symbol is looked up: 1 KB for each table."""
 
+_SLOTS_MAX = 1 << 20
+_SYMBOLS_MAX = 1 << 16
+"""The limits of docs/format.md; within them, a matrix's numbers fit those of the kernel."""
+
 
 class Matrix(Protocol):
     """What reference.ans.CodedMatrix has (kernels import nothing from the reference)."""
@@ -222,7 +226,12 @@ def _check_shapes(matrix: Matrix) -> None:
         broken = "shape or number of states"
     elif matrix.words.ndim != 1 or matrix.lengths.ndim != 1 or not 1 <= len(matrix.lengths) <= m:
         broken = "number of streams"
-    elif tables.ndim != 2 or tables.numel() == 0 or len(tables) % (2 if matrix.states else 1):
+    elif (
+        tables.ndim != 2
+        or not 1 <= tables.numel() <= _SLOTS_MAX
+        or not 1 <= tables.shape[1] <= _SYMBOLS_MAX
+        or len(tables) % (2 if matrix.states else 1)
+    ):
         broken = "number of tables"
     elif matrix.row_class.shape != (m,) or matrix.column_class.shape != (n,):
         broken = "number of classes"

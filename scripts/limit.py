@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import cerwu_gpu
 from cerwu_gpu.cli.output import number, table
-from cerwu_gpu.config import CompressionConfig, Quantizer
+from cerwu_gpu.config import CompressionConfig, DampingBy, Quantizer
 from cerwu_gpu.errors import CerwuError
 from cerwu_gpu.quantize.limit import Limit
 from cerwu_gpu.quantize.objective import quadratic_error
@@ -56,6 +56,8 @@ Lines = dict[str, list[tuple[float, float]]]
 PAPER = "paper"
 """What --baseline is called in tables; --reference is called REFERENCE."""
 REFERENCE = "reference"
+SETTINGS = ("passes", "damping", "damping_by")
+"""Options that go into every configuration, the paper's method included."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,6 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--picture", type=Path, metavar="FILE.png", help="draw the gaps (needs matplotlib)")
     add("--passes", type=int, default=CompressionConfig.passes)
     add("--damping", type=float, default=CompressionConfig.damping)
+    add("--damping-by", choices=get_args(DampingBy), default=CompressionConfig.damping_by)
     return parser.parse_args(argv)
 
 
@@ -90,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Check everything that can be checked, then measure, print and write."""
     if not all(math.isfinite(bits) and bits > 0 for bits in arguments.bits):
         raise CerwuError("--bits must be finite numbers above 0.")
-    settings = {"passes": arguments.passes, "damping": arguments.damping}
+    settings = {key: getattr(arguments, key) for key in SETTINGS}
     CompressionConfig(**settings)
     if arguments.picture and find_spec("matplotlib") is None:
         raise CerwuError("--picture needs matplotlib: pip install 'cerwu_gpu[plots]'.")
@@ -271,8 +274,7 @@ def report(
         "settings": {
             "bits": arguments.bits,
             "quantizer": arguments.quantizer,
-            "passes": arguments.passes,
-            "damping": arguments.damping,
+            **{key: getattr(arguments, key) for key in SETTINGS},
         },
         "summary": summary(results, others),
         "results": [

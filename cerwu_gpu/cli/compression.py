@@ -94,6 +94,10 @@ def compress(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Calibrate on the already quantized blocks.")
     ] = DEFAULT.sequential,
+    correct_drift: Annotated[
+        bool,
+        typer.Option("--correct-drift", help="Quantize for the compressed model's own inputs."),
+    ] = DEFAULT.correct_drift,
     seed: Annotated[int, typer.Option(help="Seed of what is sampled.")] = DEFAULT.seed,
     strict: Annotated[
         bool, typer.Option("--strict", help="Turn every event of the report into an error.")
@@ -144,6 +148,7 @@ def compress(
         sequence_length=sequence_length,
         batch_size=batch_size,
         sequential=sequential,
+        correct_drift=correct_drift,
         seed=seed,
         strict=strict,
     )

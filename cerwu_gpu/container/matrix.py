@@ -10,10 +10,10 @@ from torch import Tensor
 from cerwu_gpu.coding import side, streams
 from cerwu_gpu.coding.tables import table_from_codes
 from cerwu_gpu.container.header import LEVEL_LIMIT, Part
-from cerwu_gpu.errors import CorruptionError, FormatError
+from cerwu_gpu.errors import FormatError
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.reference.ans import CodedMatrix
-from cerwu_gpu.reference.dequantize import dequantize
+from cerwu_gpu.reference.weights import Reconstruction
 
 
 @dataclass(frozen=True)
@@ -29,38 +29,8 @@ class EncodedMatrix:
 class StoredMatrix:
     """What was read of one matrix, checked, on the device where it will be decoded."""
 
-    part: Part
     coded: CodedMatrix
-    column_step: Tensor
-    row_scale: Tensor
-    grid: Tensor | None
-    escapes: Tensor
-
-    def weight(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight [m, n] in `dtype` from decoded alphabet indices [m, n].
-
-        Raises:
-            CorruptionError: the number of escapes differs from the values stored for them.
-        """
-        symbols = indices + self.part.lowest
-        if self.part.escapes:
-            escaped = indices >= self.part.size
-            if int(escaped.sum()) != len(self.escapes):
-                raise CorruptionError(f"{self.coded.name}: escapes are missing; get it again.")
-            if len(self.escapes):
-                parity = (indices[escaped] - self.part.size) ^ (self.escapes & 1)
-                wrong = bool(parity.any()) and self.part.states > 0
-                if wrong or int(self.escapes.abs().max()) >= LEVEL_LIMIT:
-                    raise FormatError(f"{self.coded.name}: an escape cannot have this value.")
-                symbols[escaped] = self.escapes
-        return dequantize(
-            symbols,
-            self.column_step,
-            self.row_scale,
-            grid=self.grid,
-            states=self.part.states,
-            dtype=dtype,
-        )
+    rule: Reconstruction
 
 
 def encode_matrix(matrix: QuantizedMatrix, relative_loss: float) -> EncodedMatrix:
@@ -143,14 +113,17 @@ def unpack_matrix(
         states=part.states,
         parity=placed(parity_of(part)),
     )
-    return StoredMatrix(
-        part=part,
-        coded=coded,
+    rule = Reconstruction(
+        lowest=part.lowest,
+        size=part.size,
+        escapes=placed(arrays.get("escapes", np.empty(0, np.int32))),
         column_step=placed(arrays["step_code"]),
         row_scale=placed(arrays["row_scale_code"]),
         grid=placed(arrays["grid"]) if part.quantizer == "grid" else None,
-        escapes=placed(arrays.get("escapes", np.empty(0, np.int32))),
     )
+    if len(rule.escapes) and int(rule.escapes.abs().max()) >= LEVEL_LIMIT:
+        raise FormatError(f"{name}: an escaped integer is too large; the file is broken.")
+    return StoredMatrix(coded, rule)
 
 
 def parity_of(part: Part) -> NDArray[np.uint8]:

@@ -20,7 +20,7 @@ from cerwu_gpu.errors import CorruptionError, FormatError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.spec import FORMAT_VERSION, METADATA_KEY
 
-BATCH_WEIGHTS = 1 << 25
+BATCH_WEIGHTS = {"cpu": 1 << 25, "cuda": 1 << 27}
 """Weights decoded together: enough lanes to be fast, few enough to stay small in memory."""
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -110,12 +110,12 @@ class CompressedDirectory:
             total=total, desc="decoding", unit="w", unit_scale=True, disable=not progress
         ) as bar:
             batch: list[tuple[str, Entry, list[StoredMatrix]]] = []
-            waiting = 0
+            waiting, enough = 0, BATCH_WEIGHTS.get(torch.device(device).type, 1 << 25)
             for shard in self._shards:
                 for name, entry in shard.manifest.compressed.items():
                     batch.append((name, entry, _stored(shard, name, entry, device, verify)))
                     waiting += entry.weights
-                    if waiting >= BATCH_WEIGHTS:
+                    if waiting >= enough:
                         yield from _decoded(batch)
                         bar.update(waiting)
                         batch, waiting = [], 0
@@ -261,16 +261,19 @@ def _stored(
 
 def _decoded(batch: list[tuple[str, Entry, list[StoredMatrix]]]) -> Iterator[tuple[str, Tensor]]:
     """Decode all matrices of the batch together and put them into their parameters."""
-    stored = [matrix for _, _, matrices in batch for matrix in matrices]
-    indices = backend.decode([matrix.coded for matrix in stored])
-    position = 0
+    weights: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(entry.dtype for _, entry, _ in batch):
+        own = [x for _, entry, matrices in batch if entry.dtype == dtype for x in matrices]
+        decoded = backend.decode_weights(
+            [x.coded for x in own], [x.rule for x in own], getattr(torch, dtype)
+        )
+        weights |= {id(x): weight for x, weight in zip(own, decoded, strict=True)}
     for name, entry, matrices in batch:
-        dtype = getattr(torch, entry.dtype)
         layout = WeightLayout(name, entry.shape, len(entry.parts), entry.transposed)
-        parameter = torch.empty(entry.shape, dtype=dtype, device=matrices[0].coded.words.device)
+        first = weights[id(matrices[0])]
+        parameter = torch.empty(entry.shape, dtype=first.dtype, device=first.device)
         for part, matrix in enumerate(matrices):
-            layout.store(parameter, part, matrix.weight(indices[position], dtype))
-            position += 1
+            layout.store(parameter, part, weights.pop(id(matrix)))
         yield name, parameter
 
 

@@ -148,6 +148,7 @@ class CalibratedBlocks:
         device: torch.device | str | None = None,
         batch_size: int = 8,
         sequential: bool = False,
+        correct_drift: bool = False,
         progress: bool = False,
     ) -> None:
         """Prepare; nothing is run yet.
@@ -160,6 +161,8 @@ class CalibratedBlocks:
             batch_size: samples that run through a block together.
             sequential: feed each block with the outputs of the replaced blocks before it, instead
                 of the original ones.
+            correct_drift: carry both streams; statistics are of the inputs behind the replaced
+                blocks, with their moments against the original ones (InputStatistics.cross).
             progress: show a bar over the blocks on stderr.
 
         Raises:
@@ -176,6 +179,7 @@ class CalibratedBlocks:
         self._batches = torch.split(tokens, batch_size)
         self._device = model.device if device is None else torch.device(device)
         self._sequential = sequential
+        self._correct_drift = correct_drift
         self._progress = progress
 
     def __len__(self) -> int:
@@ -184,6 +188,8 @@ class CalibratedBlocks:
     def __iter__(self) -> Iterator[CalibratedBlock | KnownBlock]:
         captured = capture(self._model, self._blocks, self._batches, self._device)
         stream = _Stream(self._model, captured.hidden, self._device, self._sequential)
+        if self._correct_drift:
+            stream.drifted = list(stream.hidden)
         with tqdm(
             total=len(self), desc="blocks", unit="block", disable=not self._progress
         ) as shown:
@@ -206,7 +212,12 @@ class CalibratedBlocks:
             weights = BlockWeights(name, module, self._layouts)
             with ends_placed(self._model, self._blocks, self._device):
                 inputs, statistics = head_statistics(
-                    self._model, weights.layouts[0], ends, self._batches, stream.hidden
+                    self._model,
+                    weights.layouts[0],
+                    ends,
+                    self._batches,
+                    stream.hidden,
+                    stream.drifted,
                 )
             with placed(module, self._device):
                 yield KnownBlock(name, weights, inputs, statistics, self._device)
@@ -222,25 +233,32 @@ class _Stream:
         self.calls: dict[int, Call] = {}
         self._model = model
         self.hidden = hidden
+        self.drifted: list[Tensor] | None = None
         self._sequential = sequential
 
     def observe(self, block: nn.Module, moments: InputMoments) -> None:
         """Run the block with its original weights; unless the replaced block is to give them,
-        its outputs are the next block's inputs."""
+        its outputs are the next block's inputs. With drift, run it on both streams."""
         first = 0
         for index, hidden in enumerate(self.hidden):
             samples = range(first, first + hidden.shape[0])
             first = samples.stop
-            with moments.forward(samples):
-                output = self._run(block, hidden)
+            if self.drifted is not None:
+                with moments.record(samples):
+                    output = self._run(block, hidden)
+                with moments.forward(samples):
+                    self._run(block, self.drifted[index])
+            else:
+                with moments.forward(samples):
+                    output = self._run(block, hidden)
             if not self._sequential:
                 self.hidden[index] = output
 
     def advance(self, block: nn.Module) -> None:
         """Put the activations in front of the next block."""
-        if self._sequential:
-            for index, hidden in enumerate(self.hidden):
-                self.hidden[index] = self._run(block, hidden)
+        behind = self.hidden if self._sequential else self.drifted or []
+        for index, hidden in enumerate(behind):
+            behind[index] = self._run(block, hidden)
 
     @torch.no_grad()
     def _run(self, block: nn.Module, hidden: Tensor) -> Tensor:

@@ -118,6 +118,7 @@ def head_statistics(
     ends: Ends,
     batches: Sequence[Tensor],
     hidden: Sequence[Tensor],
+    drifted: Sequence[Tensor] | None = None,
 ) -> tuple[dict[Label, str], dict[str, InputStatistics]]:
     """The inputs and statistics of the head or the embedding, as of a block that holds only it.
 
@@ -125,6 +126,7 @@ def head_statistics(
         layout: of the head or the input embedding.
         ends: of the model, on the device of `hidden`.
         batches, hidden: the tokens [batch, sequence] and the last block's output for them.
+        drifted: that of the compressed blocks, where both streams are carried.
 
     Raises:
         CalibrationError: an activation is not finite.
@@ -138,9 +140,13 @@ def head_statistics(
         return {(layout.name, 0): key}, {key: InputStatistics(hessian, count)}
     moments = InputMoments([layout])
     first = 0
-    for tokens, outputs in zip(batches, hidden, strict=True):
+    for index, (tokens, outputs) in enumerate(zip(batches, hidden, strict=True)):
         samples = range(first, first + len(tokens))
         first = samples.stop
+        if drifted is not None:
+            with moments.record(samples):
+                moments.add(layout, 0, ends.head_input(tokens, outputs))
+            outputs = drifted[index]
         with moments.forward(samples):
             moments.add(layout, 0, ends.head_input(tokens, outputs))
     return moments.keys, moments.statistics(device)
@@ -228,6 +234,8 @@ class _WithLookups:
         statistics = self._block.statistics()
         for name in statistics.keys() & self._additions.keys():
             found = statistics[name]
-            hessian = found.hessian + self._additions[name].to(found.hessian)
-            statistics = {**statistics, name: InputStatistics(hessian, found.tokens)}
+            added = self._additions[name].to(found.hessian)
+            cross = None if found.cross is None else found.cross + added
+            joined = InputStatistics(found.hessian + added, found.tokens, cross)
+            statistics = {**statistics, name: joined}
         return statistics

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from cerwu_gpu import backend
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.pipeline import InputStatistics
@@ -37,6 +38,24 @@ class InputMoments:
         self._tokens: dict[str, int] = {}
         self._seen: dict[tuple[int, int], tuple[Tensor, str]] = {}
         self._samples = range(0)
+        self._recording = False
+        self._recorded: dict[str, Tensor] = {}
+        self._crosses: dict[str, Tensor] = {}
+
+    @contextmanager
+    def record(self, samples: range) -> Iterator[None]:
+        """One run on the original model's inputs, kept for the `forward` that follows: that one
+        then also sums x x_hat^T, x of this run and x_hat of its own.
+
+        The experts of a mixture are left out, since the two runs may route tokens differently.
+        """
+        self._recorded.clear()
+        self._recording = True
+        try:
+            with self.forward(samples):
+                yield
+        finally:
+            self._recording = False
 
     @contextmanager
     def forward(self, samples: range) -> Iterator[None]:
@@ -61,22 +80,28 @@ class InputMoments:
                 f"{own} shares its input with {self.keys[layout.name, part]} in some runs only: "
                 "exclude it."
             )
-        if seen == own:
+        if seen == own and not (self._recording and layout.parts > 1):
             self._accumulate(own, x)
 
     def _accumulate(self, key: str, x: Tensor) -> None:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
-        product = rows.T @ rows
-        if not bool(torch.isfinite(product.diagonal()).all()):
+        if self._recording:
+            self._recorded[key] = rows
+            return
+        if key not in self._sums:
+            n = rows.shape[1]
+            self._sums[key] = torch.zeros(n, n, dtype=torch.float64, device=rows.device)
+        backend.accumulate_hessian(self._sums[key], rows)
+        if not bool(torch.isfinite(self._sums[key].diagonal()).all()):
             raise CalibrationError(
                 f"the input of {key} is not finite in float32 for {self._culprit(x)}: "
                 "check the weights, or load the model in another dtype."
             )
-        if key in self._sums:
-            self._sums[key] += product
-        else:
-            self._sums[key] = product.double()
         self._tokens[key] = self._tokens.get(key, 0) + rows.shape[0]
+        original = self._recorded.pop(key, None)
+        if original is not None:
+            cross = (original.T @ rows).double()
+            self._crosses[key] = self._crosses[key] + cross if key in self._crosses else cross
 
     def _culprit(self, x: Tensor) -> str:
         """The calibration sample whose input is not finite, as far as x [..., n] tells."""
@@ -116,7 +141,10 @@ class InputMoments:
             return InputStatistics(torch.zeros(columns, columns, device=device), 0)
         moment = self._sums.pop(key)
         hessian = (moment + moment.T) / tokens  # (2/p) X X^T, exactly symmetric
-        return InputStatistics(hessian.float(), tokens)
+        cross = self._crosses.pop(key, None)
+        if cross is not None:
+            cross = (2 / tokens * cross).float()
+        return InputStatistics(hessian.float(), tokens, cross)
 
 
 @contextmanager

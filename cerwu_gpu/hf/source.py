@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,16 +99,20 @@ class Source:
 
         What `gradients` says about looked-up embeddings joins their Hessians (hf/head.py).
         """
-        return BlocksWithLookups(self._plain_blocks(), gradients)
+        live = self.cache is None or self.config.correct_drift
+        return BlocksWithLookups(self._calibrate() if live else self._kept_blocks(), gradients)
 
-    def _plain_blocks(self) -> StatedBlocks:
-        if self.cache is None:
-            return self._calibrate()
+    def sample_blocks(self, gradients: Mapping[Label, Tensor]) -> Blocks:
+        """The same for a look at the model that quantizes nothing: original inputs will do."""
+        return BlocksWithLookups(self._kept_blocks(), gradients)
+
+    def _kept_blocks(self) -> StatedBlocks:
+        assert self.cache is not None
         blocks = cached_blocks(
             self.loaded.model,
             list(self.layouts.values()),
             self.cache,
-            self._calibrate,
+            partial(self._calibrate, sampling=True),
             device=self.device,
         )
         if blocks.from_cache and self.progress:
@@ -115,7 +120,7 @@ class Source:
             tqdm.write(where, file=sys.stderr)
         return blocks
 
-    def _calibrate(self) -> CalibratedBlocks:
+    def _calibrate(self, sampling: bool = False) -> CalibratedBlocks:
         return CalibratedBlocks(
             self.loaded.model,
             list(self.layouts.values()),
@@ -123,6 +128,7 @@ class Source:
             device=self.device,
             batch_size=self.config.batch_size,
             sequential=self.config.sequential,
+            correct_drift=self.config.correct_drift and not sampling,
             progress=self.progress,
         )
 

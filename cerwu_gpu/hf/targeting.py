@@ -69,7 +69,9 @@ def to_target(attempts: Attempts, config: CompressionConfig, clock: Clock) -> At
     """
     source = attempts.source
     with clock.stage("calibrate"):
-        probes = sample_stacks(source.blocks(attempts.gradients()), config, attempts.gradients())
+        probes = sample_stacks(
+            source.sample_blocks(attempts.gradients()), config, attempts.gradients()
+        )
     with clock.stage("target"):
         goal = _goal(source, config)
 

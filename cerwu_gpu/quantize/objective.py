@@ -92,6 +92,26 @@ def complete_square(weight: Tensor, hessian: Tensor, penalty: Tensor) -> tuple[T
     return weight - weight @ shrink.to(weight.dtype), factor
 
 
+def drift_target(
+    weight: Tensor, *, hessian: Tensor, cross: Tensor, damping: float, by: DampingBy
+) -> Tensor:
+    r"""What to quantize so that the compressed model's own inputs give the original's outputs.
+
+    |W X - Q X_hat|^2 is, up to a constant, |(W_hat - Q) X_hat|^2 with
+    W_hat = W G H_hat^-1 = W + W (G - H_hat) H_hat^-1; the inverse is damped.
+
+    Args:
+        weight: W [m, n] float32.
+        hessian: H_hat = (2/p) X_hat X_hat^T [n, n].
+        cross: G = (2/p) X X_hat^T [n, n].
+        damping, by: as for `damp`.
+    """
+    damped = damp(hessian, damping, by)
+    difference = (cross - hessian).to(torch.float64)
+    shift: Tensor = torch.linalg.solve(damped, difference.t()).t()
+    return weight + weight @ shift.to(weight.dtype)
+
+
 def normalised_factor(factor: Tensor, step: Tensor) -> Tensor:
     """V_jk = (step_j / step_k) C_jk / C_jj [n, n] float32: unit diagonal, upper triangular."""
     scale = step.to(factor.dtype)

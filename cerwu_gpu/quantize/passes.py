@@ -30,6 +30,10 @@ class Weights:
     importance: Tensor
     curvature: Tensor
 
+    def of_rows(self, rows: slice | Tensor) -> "Weights":
+        """The same for some of the rows."""
+        return Weights(self.lmbda[rows], self.importance, self.curvature)
+
 
 def scalar_pass(
     x: Tensor,

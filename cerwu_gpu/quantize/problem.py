@@ -17,6 +17,8 @@ from cerwu_gpu.quantize.symbols import symbol_range
 from cerwu_gpu.reference.dequantize import trellis_quantizers
 from cerwu_gpu.reference.obs import Alphabet
 
+CHUNK_ROWS = 8192
+"""Rows in work at a time: vocabularies are tall, and survivors of a trellis take memory."""
 SAMPLED_ROWS = 512
 """Passes before the last see about this many rows of a stack: enough to estimate its tables."""
 EXHAUSTIVE_LEVELS = 65
@@ -97,7 +99,7 @@ class Problem:
         keep = torch.arange(0, rows, every, device=self.x.device)
         bounds = [math.ceil(b / every) for b in self.bounds]
         classes = Classes(self.classes.row[keep], self.classes.column, self.classes.count)
-        weights = Weights(self.weights.lmbda[keep], self.weights.importance, self.weights.curvature)
+        weights = self.weights.of_rows(keep)
         return Problem(self.x[keep], self.factor, self.grid, classes, weights, bounds, self.config)
 
     @property
@@ -151,19 +153,25 @@ class Problem:
         number = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
         for first in self.bounds[1:-1]:
             number[first:] += self.classes.count
-        arguments = (
-            self.x,
-            self.factor,
-            alphabet,
-            self.classes.row + number,
-            self.classes.column,
-            self.weights,
-        )
-        block_size = self.config.block_size
-        if self._states:
-            return trellis_pass(*arguments, block_size=block_size, states=self._states)
+        row_class, block_size = self.classes.row + number, self.config.block_size
         exhaustive = self.grid.lowest is not None and alphabet.size <= EXHAUSTIVE_LEVELS
-        return scalar_pass(*arguments, block_size=block_size, exhaustive=exhaustive)
+        parts = []
+        for first in range(0, len(self.x), CHUNK_ROWS):
+            rows = slice(first, first + CHUNK_ROWS)
+            arguments = (
+                self.x[rows],
+                self.factor,
+                alphabet,
+                row_class[rows],
+                self.classes.column,
+                self.weights.of_rows(rows),
+            )
+            if self._states:
+                done = trellis_pass(*arguments, block_size=block_size, states=self._states)
+            else:
+                done = scalar_pass(*arguments, block_size=block_size, exhaustive=exhaustive)
+            parts.append(done)
+        return torch.cat(parts)
 
 
 def _gaussian_curvature(weight: Tensor, *, per_column: bool) -> Tensor:

@@ -61,6 +61,9 @@ def _weight(
         escaped = indices >= rule.size
         if int(escaped.sum()) != len(rule.escapes):
             raise CorruptionError(f"{coded.name}: escapes are missing; get it again.")
+        parity = coded.parity[indices[escaped].long()].to(torch.int32)
+        if coded.states and not torch.equal(parity, rule.escapes & 1):
+            raise CorruptionError(f"{coded.name}: an escape has the wrong parity; get it again.")
         symbols[escaped] = rule.escapes
     return dequantize(
         symbols,

@@ -256,6 +256,16 @@ def test_damage_is_reported_as_by_the_reference(damage, device):
     assert str(ours.value) == str(theirs.value)
 
 
+def test_an_alphabet_beyond_the_format_is_refused():
+    """More symbols than a field of the lookup can hold."""
+    _, (matrix,) = random_batch(np.random.default_rng(1), [(2, 3, 4, 1, 0)])
+    tables = torch.ones(1, (1 << 16) + 1, dtype=torch.int64)
+    tables[0, 0] = (1 << 24) - (1 << 16)
+    matrix = replace(matrix, tables=tables, parity=torch.zeros_like(tables[0]))
+    with pytest.raises(CorruptionError, match=r"^weight: wrong number of tables"):
+        ans.decode([matrix])
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_random_words_are_never_read_past_their_ends(seed):
     """They end in an error; every address on the way lies inside the kernel's own tensors."""

@@ -9,7 +9,7 @@ from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.matrix import encode_matrix, unpack_matrix
 from cerwu_gpu.errors import CorruptionError
 from cerwu_gpu.quantize.layer import quantize_stack
-from cerwu_gpu.reference.weights import Reconstruction, decode_weights
+from cerwu_gpu.reference.weights import decode_weights
 
 CONFIGS = {
     "scalar": CompressionConfig(lmbda=1e-3),
@@ -32,15 +32,7 @@ def stored(matrix):
     encoded = encode_matrix(matrix, relative_loss=0.0)
     words = torch.from_numpy(encoded.words)
     read = unpack_matrix("w", encoded.part, words, encoded.side, "cpu")
-    rule = Reconstruction(
-        lowest=read.part.lowest,
-        size=read.part.size,
-        escapes=read.escapes,
-        column_step=read.column_step,
-        row_scale=read.row_scale,
-        grid=read.grid,
-    )
-    return read.coded, rule
+    return read.coded, read.rule
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

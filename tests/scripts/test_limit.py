@@ -181,6 +181,13 @@ def test_every_layer_quantizer_and_rate_is_reported(outcome: tuple[dict, str, Pa
         assert result["bits"] == pytest.approx(
             8 * size / (256 * 64 if "first" in result["layer"] else 192 * 96)
         )
+    assert document["settings"] == {
+        "bits": [3.0, 2.0],
+        "quantizer": ["scalar", "trellis4"],
+        "passes": CompressionConfig.passes,
+        "damping": CompressionConfig.damping,
+        "damping_by": CompressionConfig.damping_by,
+    }
     assert {"cerwu_gpu", "torch", "numpy", "python", "constriction"} <= set(document["versions"])
     assert document["cpu"] and document["date"] and document["threads"] >= 1
 
