@@ -27,8 +27,9 @@ class CompressionConfig:
 
     method: Method = "cerwu"
     """cerwu; cerwu-gamma0 (without completing the square); optq (lmbda = 0); rtn (no Hessian)."""
-    lmbda: float = 1e-4
-    """Output error (mean square per token) worth paying for one bit (design equation J)."""
+    lmbda: float = 1e-9
+    """Error worth paying for one bit: with sensitivity row or layer about two times nats per token,
+    with none the mean square of a layer's output error."""
     levels: int | None = None
     """|G|: a uniform grid with this many levels, scaled by abs-max; None: waterfilled steps."""
     grid: tuple[float, ...] | None = None
@@ -36,7 +37,7 @@ class CompressionConfig:
     scale: Scale = "per-row"
     """Whether abs-max is taken over the matrix or over each row (with `levels` or `grid`)."""
     quantizer: Quantizer = "scalar"
-    sensitivity: Sensitivity = "none"
+    sensitivity: Sensitivity = "row"
     """What a unit of output error costs in each layer or row (quantize/sensitivity.py)."""
     bits: float | None = None
     """Wanted average of bits per quantized weight; sets lmbda."""
@@ -138,6 +139,12 @@ class CompressionConfig:
             raise ConfigError(
                 f"{min(given)} is reached through lmbda: use method cerwu, no levels, no grid."
             )
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the sensitivities play a part and come from a backward pass."""
+        rated = self.method in ("cerwu", "cerwu-gamma0") and (self.lmbda > 0 or self.targeted)
+        return rated and self.sensitivity in ("layer", "row")
 
     @property
     def bounded(self) -> bool:

@@ -140,9 +140,8 @@ def compress_blocks(
         coded: dict[str, dict[int, tuple[EncodedMatrix, LayerReport]]] = {}
         for stack in stacks(block.matrices()):
             with clock.stage("quantize"):
-                given = statistics[stack[0].input]
                 name = layouts[stack[0].name].key(stack[0].part)
-                quantized, events = _quantize(name, stack, given, config, gradients or {})
+                quantized, events = _quantize(name, stack, statistics, config, gradients or {})
             for number, matrix in enumerate(stack):
                 done = quantized.matrices[number]
                 loss = quantized.relative_losses[number]
@@ -178,10 +177,7 @@ def sample_stacks(
         weights[group] = weights.get(group, 0) + size
         if group in taken:
             continue
-        taken[group] = [
-            _probe(stack, statistics[stack[0].input], config, gradients)
-            for stack in stacks(matrices)
-        ]
+        taken[group] = [_probe(stack, statistics, config, gradients) for stack in stacks(matrices)]
     probes = []
     for group, members in taken.items():
         scale = weights[group] / max(1.0, sum(member.weights for member in members))
@@ -204,12 +200,12 @@ def estimate_model(probes: Sequence[Probe], config: CompressionConfig) -> Estima
 
 def _probe(
     stack: Sequence[Matrix],
-    statistics: InputStatistics,
+    statistics: Mapping[str, InputStatistics],
     config: CompressionConfig,
     gradients: Mapping[tuple[str, int], Tensor],
 ) -> Probe:
-    hessian = _used_hessian(statistics)
-    alpha = stack_sensitivities(stack, hessian, config, gradients)
+    hessian = _used_hessian(statistics[stack[0].input])
+    alpha = stack_sensitivities(stack, statistics, config, gradients)
     weights = [matrix.weight for matrix in stack]
     return probe(weights, hessian, alpha)
 
@@ -232,14 +228,26 @@ def stacks(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
 
 def stack_sensitivities(
     stack: Sequence[Matrix],
-    hessian: Tensor,
+    statistics: Mapping[str, InputStatistics],
     config: CompressionConfig,
     gradients: Mapping[tuple[str, int], Tensor],
 ) -> list[Tensor]:
-    """alpha [m_k] of each matrix of a stack (quantize/sensitivity.py)."""
+    """alpha [m_k] of each matrix of a stack (quantize/sensitivity.py).
+
+    An expert that sees a share of the tokens counts by that share: J is a mean over all tokens.
+    """
+    own = statistics[stack[0].input]
+    gradual = config.sensitivity in ("layer", "row") and not config.needs_gradients
+    kind = "none" if gradual else config.sensitivity
+    seen = [other.tokens for other in statistics.values() if other.tokens]
+    share = (own.tokens or min(seen, default=1)) / max(seen, default=1)
     return [
-        row_sensitivity(
-            config.sensitivity, matrix.weight, hessian, gradients.get((matrix.name, matrix.part))
+        share
+        * row_sensitivity(
+            kind,
+            matrix.weight,
+            _used_hessian(own),
+            gradients.get((matrix.name, matrix.part)),
         )
         for matrix in stack
     ]
@@ -248,23 +256,24 @@ def stack_sensitivities(
 def _quantize(
     name: str,
     stack: list[Matrix],
-    statistics: InputStatistics,
+    statistics: Mapping[str, InputStatistics],
     config: CompressionConfig,
     gradients: Mapping[tuple[str, int], Tensor],
 ) -> tuple[QuantizedStack, tuple[str, ...]]:
     """The stack quantized, and what did not go as planned."""
     events = []
-    hessian = _used_hessian(statistics)
-    if statistics.tokens == 0:
+    own = statistics[stack[0].input]
+    hessian = _used_hessian(own)
+    if own.tokens == 0:
         events.append("no calibration token reached it: quantized against H = I")
     try:
-        alpha = stack_sensitivities(stack, hessian, config, gradients)
+        alpha = stack_sensitivities(stack, statistics, config, gradients)
         targets = [matrix.weight for matrix in stack]
-        if statistics.cross is not None:
+        if own.cross is not None:
             moved = partial(
                 drift_target,
                 hessian=hessian,
-                cross=statistics.cross,
+                cross=own.cross,
                 damping=config.damping,
                 by=config.damping_by,
             )

@@ -28,7 +28,7 @@ def test_compress_json_is_the_report(compressed: tuple[Path, dict[str, Any]]) ->
     assert set(report) == names
     files = [path for path in output.rglob("*") if path.is_file()]
     assert report["directory_bytes"] == sum(path.stat().st_size for path in files)
-    assert len(report["layers"]) == 2 * 7
+    assert len(report["layers"]) == 2 * 7 + 1  # two blocks, and the tied head
     bits = [8 * (layer["words_bytes"] + layer["side_bytes"]) for layer in report["layers"]]
     weights = [layer["shape"][0] * layer["shape"][1] for layer in report["layers"]]
     assert report["bits_per_weight"] == pytest.approx(sum(bits) / sum(weights))

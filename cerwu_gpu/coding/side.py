@@ -39,8 +39,6 @@ _FIELDS = {
     "column_class": _Field(3, "<u1", "columns"),
     "step_code": _Field(4, "<i2", "columns", predictor="column_class"),
     "row_scale_code": _Field(5, "<i2", "rows", predictor="row_class"),
-    "row_scale": _Field(6, "<f4", "rows"),
-    "column_scale": _Field(7, "<f4", "columns"),
     "lengths": _Field(8, "<u4", "streams"),
     "escapes": _Field(9, "<i4", "escapes"),
     "grid": _Field(10, "<f4", "grid"),
@@ -56,7 +54,6 @@ def pack(arrays: Mapping[str, NDArray[Any]], m: int, n: int) -> bytes:
             table_codes [T, Q, K] uint8 (Q = 2 with a trellis, else 1),
             row_class [m] uint8, column_class [n] uint8,
             step_code [n] int16, row_scale_code [m] int16,
-            row_scale [m] float32, column_scale [n] float32,
             lengths [stream_count(m, n)] uint32, escapes [any] int32, grid [any] float32.
 
     Raises:

@@ -134,11 +134,11 @@ class Source:
 
     def gradients(self) -> Mapping[Label, Tensor]:
         """(name, part) -> mean squared gradient [m] at every output, where the settings use it."""
-        if self.config.sensitivity in ("none", "relative"):
+        if not self.config.needs_gradients:
             return {}
         kept = self.cache.read_sensitivities() if self.cache is not None else None
         if kept is not None:
-            return kept
+            return _filled(kept)
         found = output_sensitivities(
             self.loaded.model,
             list(self.layouts.values()),
@@ -149,7 +149,22 @@ class Source:
         )
         if self.cache is not None:
             self.cache.write_sensitivities(found)
-        return found
+        return _filled(found)
+
+
+def _filled(gradients: dict[Label, Tensor]) -> dict[Label, Tensor]:
+    """Experts that no token reached count like the average of their fellows."""
+    filled = dict(gradients)
+    for (name, part), found in gradients.items():
+        if part >= 0 and not bool(found.any()):
+            fellows = [
+                value.mean()
+                for (other, number), value in gradients.items()
+                if other == name and number >= 0 and bool(value.any())
+            ]
+            if fellows:
+                filled[name, part] = torch.stack(fellows).mean().expand_as(found)
+    return filled
 
 
 def _split(tokens: Tensor) -> tuple[Tensor, Tensor]:

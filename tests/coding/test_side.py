@@ -42,8 +42,6 @@ def matrices(draw):
         "column_class": array(np.uint8, n),
         "step_code": array(np.int16, n),
         "row_scale_code": array(np.int16, m),
-        "row_scale": floats(m),
-        "column_scale": floats(n),
         "lengths": array(np.uint32, stream_count(m, n)),
         "escapes": array(np.int32, st.integers(0, min(m * n, 60))),
         "grid": floats(st.integers(0, 60)),
@@ -100,7 +98,7 @@ def test_a_column_class_makes_its_step_shorter():
 
 def test_constant_arrays_cost_a_few_bytes():
     arrays = {
-        "row_scale": np.full(5000, 0.123, np.float32),
+        "row_scale_code": np.full(5000, -1234, np.int16),
         "column_class": np.zeros(3000, np.uint8),
     }
     assert len(pack(arrays, 5000, 3000)) < 24
