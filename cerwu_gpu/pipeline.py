@@ -5,6 +5,7 @@ Only names and tensors are known here; `cerwu_gpu.hf` supplies the blocks of a t
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -131,30 +132,31 @@ def compress_blocks(
     """
     reports: list[LayerReport] = []
     iterator = iter(blocks)
-    while True:
-        with clock.stage("calibrate"):
-            block = next(iterator, None)
-            statistics = block.statistics() if block is not None else {}
-        if block is None:
-            return reports
-        coded: dict[str, dict[int, tuple[EncodedMatrix, LayerReport]]] = {}
-        for stack in stacks(block.matrices()):
-            with clock.stage("quantize"):
-                name = layouts[stack[0].name].key(stack[0].part)
-                quantized, events = _quantize(name, stack, statistics, config, gradients or {})
-            for number, matrix in enumerate(stack):
-                done = quantized.matrices[number]
-                loss = quantized.relative_losses[number]
-                with clock.stage("code"):
-                    encoded = encode_matrix(done, loss)
-                weight = done.weight(dtypes[matrix.name]).to(torch.float32)
-                block.replace(matrix.name, matrix.part, weight)
-                report = _report(matrix, encoded, loss, events)
-                coded.setdefault(matrix.name, {})[matrix.part] = encoded, report
-        for name, parts in coded.items():
-            ordered = [parts[part] for part in sorted(parts)]
-            _store(writer, layouts[name], dtypes[name], [encoded for encoded, _ in ordered])
-            reports.extend(report for _, report in ordered)
+    # Coding runs beside the next block's calibration and search; on a GPU it costs no time.
+    with ThreadPoolExecutor(1, "coding") as coder:
+        waiting: list[_Coding] = []
+        while True:
+            with clock.stage("calibrate"):
+                block = next(iterator, None)
+                statistics = block.statistics() if block is not None else {}
+            current: list[_Coding] = []
+            for stack in stacks(block.matrices()) if block is not None else ():
+                with clock.stage("quantize"):
+                    name = layouts[stack[0].name].key(stack[0].part)
+                    done, events = _quantize(name, stack, statistics, config, gradients or {})
+                for matrix, result, loss in zip(
+                    stack, done.matrices, done.relative_losses, strict=True
+                ):
+                    assert block is not None
+                    weight = result.weight(dtypes[matrix.name]).to(torch.float32)
+                    block.replace(matrix.name, matrix.part, weight)
+                    encoded = coder.submit(encode_matrix, result, loss)
+                    current.append(_Coding(matrix.name, matrix.part, encoded, loss, events))
+            with clock.stage("code"):
+                reports += _store(writer, layouts, dtypes, waiting)
+            waiting = current
+            if block is None:
+                return reports
 
 
 def sample_stacks(
@@ -288,37 +290,52 @@ def _quantize(
     return quantized, tuple(events)
 
 
-def _report(
-    matrix: Matrix, encoded: EncodedMatrix, loss: float, events: tuple[str, ...]
-) -> LayerReport:
-    rows, columns = matrix.weight.shape
-    words, side = 4 * len(encoded.words), len(encoded.side)
-    return LayerReport(
-        name=matrix.name,
-        part=matrix.part,
-        shape=(rows, columns),
-        bits_per_weight=8 * (words + side) / (rows * columns),
-        relative_loss=loss,
-        words_bytes=words,
-        side_bytes=side,
-        events=events,
-    )
+@dataclass(frozen=True)
+class _Coding:
+    """A matrix on its way through the coder."""
+
+    name: str
+    part: int
+    encoded: Future[EncodedMatrix]
+    loss: float
+    events: tuple[str, ...]
+
+    def report(self) -> LayerReport:
+        encoded = self.encoded.result()
+        rows, columns = encoded.part.rows, encoded.part.columns
+        words, side = 4 * len(encoded.words), len(encoded.side)
+        return LayerReport(
+            name=self.name,
+            part=self.part,
+            shape=(rows, columns),
+            bits_per_weight=8 * (words + side) / (rows * columns),
+            relative_loss=self.loss,
+            words_bytes=words,
+            side_bytes=side,
+            events=self.events,
+        )
 
 
 def _store(
     writer: DirectoryWriter,
-    layout: WeightLayout,
-    dtype: torch.dtype,
-    matrices: list[EncodedMatrix],
-) -> None:
-    words = np.concatenate([matrix.words for matrix in matrices])
-    side = b"".join(matrix.side for matrix in matrices)
-    writer.add_compressed(
-        layout.name,
-        shape=layout.shape,
-        dtype=dtype,
-        transposed=layout.transposed,
-        parts=tuple(matrix.part for matrix in matrices),
-        words=torch.from_numpy(words),
-        side=torch.frombuffer(bytearray(side), dtype=torch.uint8),
-    )
+    layouts: Mapping[str, WeightLayout],
+    dtypes: Mapping[str, torch.dtype],
+    coded: Sequence[_Coding],
+) -> list[LayerReport]:
+    """Hand the parameters of a block to the writer, parts in order, as they come from the coder."""
+    reports = []
+    for name in dict.fromkeys(each.name for each in coded):
+        parts = sorted((each for each in coded if each.name == name), key=lambda each: each.part)
+        matrices = [each.encoded.result() for each in parts]
+        side = b"".join(matrix.side for matrix in matrices)
+        writer.add_compressed(
+            name,
+            shape=layouts[name].shape,
+            dtype=dtypes[name],
+            transposed=layouts[name].transposed,
+            parts=tuple(matrix.part for matrix in matrices),
+            words=torch.from_numpy(np.concatenate([matrix.words for matrix in matrices])),
+            side=torch.frombuffer(bytearray(side), dtype=torch.uint8),
+        )
+        reports += [each.report() for each in parts]
+    return reports
