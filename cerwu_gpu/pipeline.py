@@ -272,13 +272,7 @@ def _quantize(
         alpha = stack_sensitivities(stack, statistics, config, gradients)
         targets = [matrix.weight for matrix in stack]
         if own.cross is not None:
-            moved = partial(
-                drift_target,
-                hessian=hessian,
-                cross=own.cross,
-                damping=config.damping,
-                by=config.damping_by,
-            )
+            moved = partial(drift_target, hessian=hessian, cross=own.cross)
             targets = [moved(weight) for weight in targets]
         quantized = quantize_stack(targets, hessian, config, alpha)
     except FactorizationError as error:

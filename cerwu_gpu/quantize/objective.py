@@ -12,6 +12,8 @@ from torch import Tensor
 from cerwu_gpu.config import DampingBy
 from cerwu_gpu.errors import FactorizationError
 
+DRIFT_DAMPING = 1.0
+"""Of the mean diagonal entry: with less, the regression fits the noise of its few tokens."""
 DAMPING_LIMIT = 1.0
 """More damping than this multiple of the diagonal is refused: little of H would be left."""
 
@@ -92,21 +94,18 @@ def complete_square(weight: Tensor, hessian: Tensor, penalty: Tensor) -> tuple[T
     return weight - weight @ shrink.to(weight.dtype), factor
 
 
-def drift_target(
-    weight: Tensor, *, hessian: Tensor, cross: Tensor, damping: float, by: DampingBy
-) -> Tensor:
+def drift_target(weight: Tensor, *, hessian: Tensor, cross: Tensor) -> Tensor:
     r"""What to quantize so that the compressed model's own inputs give the original's outputs.
 
     |W X - Q X_hat|^2 is, up to a constant, |(W_hat - Q) X_hat|^2 with
-    W_hat = W G H_hat^-1 = W + W (G - H_hat) H_hat^-1; the inverse is damped.
+    W_hat = W G H_hat^-1 = W + W (G - H_hat) H_hat^-1; the inverse is damped by DRIFT_DAMPING.
 
     Args:
         weight: W [m, n] float32.
         hessian: H_hat = (2/p) X_hat X_hat^T [n, n].
         cross: G = (2/p) X X_hat^T [n, n].
-        damping, by: as for `damp`.
     """
-    damped = damp(hessian, damping, by)
+    damped = damp(hessian, DRIFT_DAMPING, "mean")
     difference = (cross - hessian).to(torch.float64)
     shift: Tensor = torch.linalg.solve(damped, difference.t()).t()
     return weight + weight @ shift.to(weight.dtype)

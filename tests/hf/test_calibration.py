@@ -284,3 +284,22 @@ def test_a_gpu_gives_the_same_hessians_and_the_model_stays_on_the_cpu(family):
             error = (got.hessian.cpu().double() - expected).abs().max()
             assert error <= 10 * TOLERANCE * expected.abs().max(), matrix.name
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_both_streams_are_one_until_a_weight_changes(family: str) -> None:
+    model = toy(family)
+    layouts = find_weights(model, head=True).chosen
+    blocks = CalibratedBlocks(model, layouts, toy_tokens(), correct_drift=True)
+    changed = False
+    for block in blocks:
+        for statistics in block.statistics().values():
+            if statistics.cross is None:
+                continue  # experts, and embeddings that are only looked up
+            same = torch.allclose(statistics.cross, statistics.hessian, rtol=1e-4, atol=1e-5)
+            assert same == (not changed)
+        if not changed and block.name.endswith(".1"):
+            for matrix in block.matrices():
+                block.replace(matrix.name, matrix.part, 0.5 * matrix.weight)
+            changed = True
+    assert changed
