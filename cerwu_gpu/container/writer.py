@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -47,15 +49,8 @@ class DirectoryWriter:
         self.generator = generator
         self.shard_bytes = shard_bytes
         self._overwrite = overwrite
-        check_output(output, overwrite=overwrite)
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(
-                tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
-            )
-        except OSError as error:
-            raise OutputError(f"cannot write beside {output}: {error.strerror}.") from None
-        self.folder.chmod(0o755)
+        self._stack = ExitStack()
+        self.folder = self._stack.enter_context(new_directory(output, overwrite=overwrite))
         self._tensors: dict[str, Tensor] = {}
         self._compressed: dict[str, Entry] = {}
         self._plain: dict[str, str] = {}
@@ -71,7 +66,7 @@ class DirectoryWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._stack.close()
 
     def add_plain(self, name: str, tensor: Tensor) -> None:
         """Store a tensor as it is."""
@@ -118,10 +113,7 @@ class DirectoryWriter:
 
     def publish(self) -> None:
         """Flush everything to the disk and put the directory in its place."""
-        try:
-            self._publish()
-        except OSError as error:
-            raise OutputError(f"cannot put {self.output} in place: {error.strerror}.") from None
+        put_in_place(self.folder, self.output, overwrite=self._overwrite)
 
     def _add(self, tensors: dict[str, Tensor]) -> None:
         """Add tensors that belong into one file."""
@@ -144,18 +136,6 @@ class DirectoryWriter:
         self._shards.append((path, list(self._tensors), self._bytes))
         self._tensors, self._bytes = {}, 0
 
-    def _publish(self) -> None:
-        for file in self.folder.iterdir():
-            _flush_to_disk(file)
-        _flush_to_disk(self.folder)
-        old = self.folder.with_suffix(".old")
-        if self.output.exists():
-            check_output(self.output, overwrite=self._overwrite)
-            self.output.rename(old)
-        os.replace(self.folder, self.output)
-        _flush_to_disk(self.output.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse an output that would destroy something.
@@ -167,6 +147,47 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{output} is a file: choose a directory for the output.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise OutputError(f"{output} exists and is not empty: choose another or pass --overwrite.")
+
+
+@contextmanager
+def new_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A hidden directory beside `output` to be filled; what is still there at the end is removed.
+
+    Raises:
+        OutputError: `output` must not be replaced, or its parent cannot be written.
+    """
+    check_output(output, overwrite=overwrite)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write beside {output}: {error.strerror}.") from None
+    try:
+        Path(made).chmod(0o755)
+        yield Path(made)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def put_in_place(made: Path, output: Path, *, overwrite: bool) -> None:
+    """Flush a filled directory to the disk and give it its name, by one rename.
+
+    Raises:
+        OutputError: `output` must not be replaced, or the disk refuses.
+    """
+    try:
+        for file in made.iterdir():
+            _flush_to_disk(file)
+        _flush_to_disk(made)
+        old = made.with_suffix(".old")
+        if output.exists():
+            check_output(output, overwrite=overwrite)
+            output.rename(old)
+        os.replace(made, output)
+        _flush_to_disk(output.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"cannot put {output} in place: {error.strerror}.") from None
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from cerwu_gpu.container.reader import CompressedDirectory, open_directory
-from cerwu_gpu.container.writer import check_output
+from cerwu_gpu.container.writer import check_output, new_directory, put_in_place
 from cerwu_gpu.errors import FormatError, ModelError
+from cerwu_gpu.hf.device import find_device
 from cerwu_gpu.spec import QUANT_METHOD
 
 
@@ -35,13 +36,14 @@ def load_compressed(
     Raises:
         FormatError: the directory is not what docs/format.md says (CorruptionError: bytes have
             changed; VersionError: made by a newer cerwu_gpu).
+        ConfigError: there is no such device here.
         ModelError: the hub name cannot be resolved, or transformers cannot build the model.
     """
     folder = _local(path)
     directory = open_directory(folder)
-    target = torch.device(device or "cpu")
+    target = find_device(device or "cpu")
     state = _state(directory, target, dtype, verify, progress)
-    return _built(folder, state, dtype)
+    return _built(folder, state, dtype, target)
 
 
 def decompress(
@@ -61,16 +63,12 @@ def decompress(
     check_output(output, overwrite=overwrite)
     folder = _local(path)
     model = load_compressed(folder, dtype=dtype, progress=progress)
-    if output.exists():
-        shutil.rmtree(output)
-    try:
-        model.save_pretrained(output)
+    with new_directory(output, overwrite=overwrite) as made:
+        model.save_pretrained(made)
         for file in sorted(folder.iterdir()):
             if file.is_file() and file.name != "config.json" and "safetensors" not in file.name:
-                shutil.copyfile(file, output / file.name)
-    except BaseException:
-        shutil.rmtree(output, ignore_errors=True)
-        raise
+                shutil.copyfile(file, made / file.name)
+        put_in_place(made, output, overwrite=overwrite)
 
 
 def _local(path: str | Path) -> Path:
@@ -108,7 +106,9 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def _built(folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None) -> PreTrainedModel:
+def _built(
+    folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device
+) -> PreTrainedModel:
     """The model of config.json with these weights, built without a second copy of them."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -124,7 +124,14 @@ def _built(folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None) ->
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{folder}: transformers cannot build its model ({error}).") from None
     stored = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
-    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or stored)
+    model = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype or stored,
+        # Without a map transformers would take weights that are on a GPU back to the CPU.
+        device_map=None if device.type == "cpu" else {"": device},
+    )
     _check_loaded(model, state)
     if (folder / "generation_config.json").is_file():
         model.generation_config = model.generation_config.from_pretrained(folder)

@@ -187,3 +187,25 @@ def test_settings_are_checked_at_once(settings: dict[str, Any], message: str) ->
 def test_settings_cannot_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         CompressionConfig().lmbda = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantizer", ["scalar", "trellis8"])
+def test_a_gpu_gives_the_bits_of_a_cpu(
+    quantizer: str, tmp_path: Path, toy_tokenizer: Any, text: str
+) -> None:
+    run(toy("mixtral"), tmp_path / "out", toy_tokenizer, text, quantizer=quantizer)
+    on_cpu = cerwu_gpu.load_compressed(tmp_path / "out", device="cpu").state_dict()
+    on_gpu = cerwu_gpu.load_compressed(tmp_path / "out", device="cuda").state_dict()
+    for name, weight in on_cpu.items():
+        assert on_gpu[name].device.type == "cuda", name
+        assert torch.equal(on_gpu[name].cpu(), weight), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here_is_refused(
+    tmp_path: Path, toy_tokenizer: Any, text: str
+) -> None:
+    run(toy("phi"), tmp_path / "out", toy_tokenizer, text)
+    with pytest.raises(ConfigError, match="not here"):
+        cerwu_gpu.load_compressed(tmp_path / "out", device="cuda")
