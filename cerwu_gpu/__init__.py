@@ -1,7 +1,7 @@
 """Compress Hugging Face language models: Hessian-aware rounding that counts bits, entropy coded.
 
 >>> from cerwu_gpu import CompressionConfig, compress, load_compressed
->>> compress("HuggingFaceTB/SmolLM2-135M", "small", config=CompressionConfig(lmbda=1e-4))
+>>> compress("HuggingFaceTB/SmolLM2-135M", "small", config=CompressionConfig(bits=3.0))
 >>> model = load_compressed("small")
 """
 

@@ -1,6 +1,7 @@
 """Every setting of a compression, validated once."""
 
 import math
+import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -14,6 +15,8 @@ DampingBy = Literal["median", "mean"]
 Sensitivity = Literal["none", "relative", "layer", "row"]
 
 LEVELS_LIMIT = 4096
+LEAST_LMBDA = 1e-14
+LEAST_REACH = 1e-20
 TRELLIS_STATES: dict[Quantizer, int] = {"scalar": 0, "trellis4": 4, "trellis8": 8}
 
 
@@ -98,8 +101,8 @@ class CompressionConfig:
                 raise ConfigError(f"{field} is {getattr(self, field)}: give at least 1.")
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length is {self.sequence_length}: give at least 2.")
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise ConfigError(f"damping is {self.damping}: give a finite number >= 0.")
+        if not 0 <= self.damping <= 1:
+            raise ConfigError(f"damping is {self.damping}: give a number from 0 to 1.")
         self._check_target()
         if self.sequential and self.correct_drift:
             raise ConfigError("sequential and correct_drift are both given: keep one of them.")
@@ -111,10 +114,13 @@ class CompressionConfig:
             )
         if not self.bounded and self.method in ("optq", "rtn"):
             raise ConfigError(f"{self.method} rounds to a given grid: give levels or grid.")
-        if not self.bounded and self.lmbda == 0:
+        if not self.bounded and self.lmbda < LEAST_LMBDA:
             raise ConfigError(
-                "lmbda is 0: steps follow from it, so make it positive or give levels."
+                f"lmbda is {self.lmbda}: steps follow from it, so give at least {LEAST_LMBDA} "
+                "or levels."
             )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}: give an integer from 0 to 2**63 - 1.")
 
     @property
     def targeted(self) -> bool:
@@ -156,7 +162,13 @@ class CompressionConfig:
             raise ConfigError("levels and grid are both given: keep one of them.")
         if len(grid) > LEVELS_LIMIT:
             raise ConfigError(f"grid has {len(grid)} values: give at most {LEVELS_LIMIT}.")
+        try:
+            grid = struct.unpack(f"<{len(grid)}f", struct.pack(f"<{len(grid)}f", *grid))
+        except OverflowError:
+            raise ConfigError("grid has values beyond float32: scale it.") from None
         if len(grid) < 2 or not all(map(math.isfinite, grid)):
             raise ConfigError("grid needs at least 2 finite values.")
+        if max(map(abs, grid)) < LEAST_REACH:
+            raise ConfigError("grid has no value away from 0: scale it.")
         if any(a >= b for a, b in pairwise(grid)):
             raise ConfigError("grid must be sorted and without repetition: sort its values.")

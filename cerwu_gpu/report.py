@@ -16,7 +16,7 @@ class LayerReport:
     bits_per_weight: float
     """Everything stored for the matrix, in bits, over m * n."""
     relative_loss: float
-    """tr((W-Q) H (W-Q)^T) / tr(W H W^T) with the undamped H."""
+    """tr((W-Q) H (W-Q)^T) / tr(W H W^T), undamped H; with correct_drift of the moved target."""
     words_bytes: int
     """Bytes of the entropy-coded symbols."""
     side_bytes: int
@@ -39,7 +39,7 @@ class Report:
     original_bytes: int
     """The .gguf file, or the dense weights in the dtype they were loaded in, tied ones once."""
     seconds: dict[str, float]
-    """Stage (load, calibrate, quantize, code, write, verify) -> seconds."""
+    """Stage (load, calibrate, sensitivity, target, quantize, code, write, verify) -> seconds."""
     events: tuple[str, ...] = ()
     """What did not go as planned, layers included, one sentence each that names the thing."""
 

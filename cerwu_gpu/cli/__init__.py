@@ -19,8 +19,6 @@ from cerwu_gpu.errors import CerwuError
 WRONG_INPUT = 2
 INTERRUPTED = 130
 
-_PATH_MISTAKES = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-
 
 class Commands(TyperGroup):
     """Turns what a user can mend into one sentence on stderr and an exit code."""
@@ -30,7 +28,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except CerwuError as error:
             _fail(str(error), WRONG_INPUT)
-        except _PATH_MISTAKES as error:
+        except OSError as error:
             if error.filename is None:
                 raise
             _fail(f"{error.filename}: {error.strerror}.", WRONG_INPUT)

@@ -43,6 +43,8 @@ _FIELDS = {
     "escapes": _Field(9, "<i4", "escapes"),
     "grid": _Field(10, "<f4", "grid"),
 }
+_COUNTED = ("streams", "escapes", "grid")
+"""Shapes whose length is stored."""
 _NAMES = {field.id: name for name, field in _FIELDS.items()}
 
 
@@ -54,7 +56,7 @@ def pack(arrays: Mapping[str, NDArray[Any]], m: int, n: int) -> bytes:
             table_codes [T, Q, K] uint8 (Q = 2 with a trellis, else 1),
             row_class [m] uint8, column_class [n] uint8,
             step_code [n] int16, row_scale_code [m] int16,
-            lengths [stream_count(m, n)] uint32, escapes [any] int32, grid [any] float32.
+            lengths [at most stream_count(m, n)] uint32, escapes [any] int32, grid [any] float32.
 
     Raises:
         ValueError: an array has another name, dtype or shape.
@@ -96,7 +98,7 @@ def _pack_array(field: _Field, array: NDArray[Any], predictor: NDArray[Any] | No
     if field.shape == "tables":
         head = b"".join(map(_unsigned, array.shape))
         return bytes([field.id]) + _pack_items(head, _differences(array))
-    head = _unsigned(len(array)) if field.shape in ("escapes", "grid") else b""
+    head = _unsigned(len(array)) if field.shape in _COUNTED else b""
     values = _as_integers(array)
     least = int(values.min()) if values.size else 0
     divisor = int(np.gcd.reduce(values - least)) or 1
@@ -125,7 +127,7 @@ def _unpack_array(
         differences = _unpack_items(reader, coding, shape[0] * shape[1] * shape[2], name)
         return _sums(differences.astype(np.uint8).reshape(shape))
     count = _length(field.shape, m, n)
-    if field.shape in ("escapes", "grid"):
+    if field.shape in _COUNTED:
         most, count = count, reader.unsigned()
         if count > most:
             raise FormatError(f"side data: {name} has {count} values: {most} are possible.")
@@ -240,7 +242,7 @@ def _check(name: str, array: NDArray[Any], m: int, n: int) -> None:
     right = array.dtype == np.dtype(field.dtype)
     if field.shape == "tables":
         right &= array.ndim == 3 and array.shape[1] <= 2 and 0 < array.size <= TABLE_CODES_MAX
-    elif field.shape in ("escapes", "grid"):
+    elif field.shape in _COUNTED:
         right &= array.ndim == 1 and len(array) <= _length(field.shape, m, n)
     else:
         right &= array.shape == (_length(field.shape, m, n),)

@@ -12,17 +12,26 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from cerwu_gpu.spec import PRECISION, STREAM_SYMBOLS, TRELLIS_NEXT, TRELLIS_QUANTIZER
+from cerwu_gpu.spec import (
+    PRECISION,
+    STREAM_BITS,
+    STREAM_SYMBOLS,
+    TRELLIS_NEXT,
+    TRELLIS_QUANTIZER,
+)
 
 # These are attributes of a compiled module, which the import statement cannot reach into.
 AnsCoder = constriction.stream.stack.AnsCoder
 Categorical = constriction.stream.model.Categorical
 
+SAMPLED_ROWS = 64
+"""Rows that tell how many bits a matrix takes, about."""
+
 _Encoder = Callable[[NDArray[np.int64]], NDArray[np.uint32]]
 
 
 def stream_count(m: int, n: int) -> int:
-    """How many streams a matrix [m, n] is split into: as many as leave each STREAM_SYMBOLS."""
+    """Most streams a matrix [m, n] is split into: as many as leave each STREAM_SYMBOLS."""
     rows_per_stream = -(-STREAM_SYMBOLS // n)
     return max(1, m // rows_per_stream)
 
@@ -47,7 +56,8 @@ def encode(
 
     Returns:
         words: uint32, all streams one after the other.
-        lengths: [stream_count(m, n)] uint32, the number of words of each stream.
+        lengths: [S] uint32, the number of words of each stream; S is stream_count(m, n), less
+            where streams would hold fewer than STREAM_BITS.
 
     Raises:
         ValueError: a symbol or a class is outside the tables.
@@ -66,16 +76,19 @@ def encode(
     if size > 1:
         encoder = _single_table(tables) if count == 1 else _many_tables(tables)
 
-    streams = stream_count(m, n)
-    words = []
-    for first in range(streams):
-        rows = slice(first, None, streams)
+    def entries(rows: slice) -> NDArray[np.int64]:
+        """Table * K + symbol of all elements of these rows, one after the other."""
         index = table[rows] + columns
         if trellis is not None:
             index += trellis[rows]
         index *= size
         index += symbols[rows]
-        words.append(encoder(index.reshape(-1)))
+        return index.reshape(-1)
+
+    sample = entries(slice(0, None, max(1, m // SAMPLED_ROWS)))
+    bits = float((PRECISION - np.log2(tables.reshape(-1)[sample])).mean()) * m * n
+    streams = max(1, min(stream_count(m, n), int(bits / STREAM_BITS)))
+    words = [encoder(entries(slice(first, None, streams))) for first in range(streams)]
     lengths = np.array([len(stream) for stream in words], dtype=np.uint32)
     return np.concatenate(words), lengths
 

@@ -79,6 +79,7 @@ class Part:
             and self.escapes in (0, 1 + bool(self.states))
             and self.tables <= self.rows + self.columns
             and self.alphabet <= 1 << 16
+            and self.tables * self.quantizers * self.alphabet <= 1 << 20
             and self.escaped <= self.rows * self.columns
             and (self.escapes > 0 or self.escaped == 0)
             and (self.quantizer != "grid" or (self.lowest, self.escapes) == (0, 0))

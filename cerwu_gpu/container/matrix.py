@@ -105,7 +105,7 @@ def unpack_matrix(
     coded = CodedMatrix(
         name=name,
         shape=(part.rows, part.columns),
-        words=words.to(device),
+        words=words.view(torch.int32).to(device),  # uint32 has few operations on GPUs
         lengths=placed(arrays["lengths"].astype(np.int64)),
         tables=placed(table_from_codes(_whole(arrays["table_codes"], part, name))),
         row_class=placed(arrays["row_class"].astype(np.int64)),

@@ -145,6 +145,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file: choose a directory for the output.")
+    if output.is_dir() and output.resolve() == Path.cwd():
+        raise OutputError(f"{output} is the current directory: choose another for the output.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise OutputError(f"{output} exists and is not empty: choose another or pass --overwrite.")
 
@@ -183,7 +185,12 @@ def put_in_place(made: Path, output: Path, *, overwrite: bool) -> None:
         if output.exists():
             check_output(output, overwrite=overwrite)
             output.rename(old)
-        os.replace(made, output)
+        try:
+            os.replace(made, output)
+        except OSError:
+            if old.exists():
+                old.rename(output)
+            raise
         _flush_to_disk(output.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:

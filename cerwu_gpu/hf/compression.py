@@ -55,7 +55,7 @@ def compress(
         CerwuError: a subclass that says what is wrong; nothing is left at `output` then.
     """
     config, target = config or CompressionConfig(), find_device(device)
-    output, clock = Path(output), Clock()
+    output, clock = Path(output).expanduser().resolve(), Clock()
     check_output(output, overwrite=overwrite)
     with clock.stage("load"):
         loaded = _loaded(model, tokenizer, trust_remote_code)

@@ -16,6 +16,8 @@ def find_device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)  # a name may be known and the device not be there
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"device is {str(device)!r}, which is not here: use cpu.") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {str(device)!r}: use cpu or cuda.")
     return found

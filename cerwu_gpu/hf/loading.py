@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -13,6 +14,7 @@ from cerwu_gpu.container.reader import CompressedDirectory, open_directory
 from cerwu_gpu.container.writer import check_output, new_directory, put_in_place
 from cerwu_gpu.errors import FormatError, ModelError
 from cerwu_gpu.hf.device import find_device
+from cerwu_gpu.hf.reason import reason
 from cerwu_gpu.spec import QUANT_METHOD
 
 
@@ -59,7 +61,7 @@ def decompress(
     Raises:
         OutputError: the output exists and is not empty; otherwise as `load_compressed`.
     """
-    output = Path(output)
+    output = Path(output).expanduser().resolve()
     check_output(output, overwrite=overwrite)
     folder = _local(path)
     model = load_compressed(folder, dtype=dtype, progress=progress)
@@ -121,17 +123,23 @@ def _built(
     try:
         config = AutoConfig.for_model(model_type, **content)
         kind: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{folder}: transformers cannot build its model ({error}).") from None
-    stored = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
-    model = kind.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=dtype or stored,
-        # Without a map transformers would take weights that are on a GPU back to the CPU.
-        device_map=None if device.type == "cpu" else {"": device},
-    )
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(  # type: ignore[assignment]
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype or _usual_dtype(state),
+            # Without a map transformers would take weights that are on a GPU back to the CPU.
+            device_map=None if device.type == "cpu" else {"": device},
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever transformers makes of a damaged config.json
+        raise ModelError(
+            f"{folder}: transformers cannot build its model ({reason(error)})."
+        ) from error
+    model, found = loaded
+    if found["missing_keys"]:
+        missing = min(found["missing_keys"])
+        raise FormatError(f"{folder}: {missing} of its model is missing; get the directory again.")
     _check_loaded(model, state)
     if (folder / "generation_config.json").is_file():
         model.generation_config = model.generation_config.from_pretrained(folder)
@@ -139,9 +147,20 @@ def _built(
     return model
 
 
+def _usual_dtype(state: dict[str, Tensor]) -> torch.dtype:
+    """The floating-point dtype that most weights have."""
+    sizes: dict[torch.dtype, int] = {torch.float32: 0}
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=sizes.__getitem__)
+
+
 def _check_loaded(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
-    """Every stored tensor has its place in the model, unchanged in shape."""
-    names = dict(model.state_dict())
+    """Every stored tensor has its place in the model, unchanged in shape and dtype."""
+    names = dict(model.state_dict(keep_vars=True))
     for name, tensor in state.items():
         if name not in names or names[name].shape != tensor.shape:
             raise FormatError(f"{name}: the model of config.json has no such weight.")
+        if names[name].dtype != tensor.dtype:  # one dtype was given for the whole model
+            names[name].data = tensor.to(names[name].device)

@@ -11,6 +11,7 @@ from cerwu_gpu.errors import ModelError
 from cerwu_gpu.hf.device import find_device
 from cerwu_gpu.hf.loading import load_compressed
 from cerwu_gpu.hf.models import LoadedModel, load_model
+from cerwu_gpu.hf.reason import reason
 from cerwu_gpu.spec import QUANT_METHOD
 
 
@@ -33,10 +34,15 @@ def open_model(
         loaded.model.to(target)  # type: ignore[arg-type]
         return loaded
     model = load_compressed(source, device=target)
+    path = Path(source).expanduser()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the tokenizer in {source} cannot be read: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            path if path.is_dir() else source, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer in {source} cannot be read ({reason(error)}): put one beside the model."
+        ) from error
     return LoadedModel(model, tokenizer, None)
 
 

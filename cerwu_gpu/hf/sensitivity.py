@@ -209,7 +209,8 @@ class _Backward:
 
     def add(self, tokens: Tensor) -> None:
         """Add the gradients of one batch, int64 [batch, sequence]."""
-        captured = capture(self._model, self._blocks, [tokens], self._device)
+        with placed(self._blocks[0][1], self._device):  # capture runs the first block
+            captured = capture(self._model, self._blocks, [tokens], self._device)
         ends = Ends(self._model, self._blocks, captured.wrap)
         runs = [calls[len(tokens)] for calls in captured.calls]
         hidden = captured.hidden[0]

@@ -83,6 +83,11 @@ class Source:
         if config.max_perplexity_increase is not None:
             tokens, held_out = _split(tokens)
         cache = None
+        if config.correct_drift and hessian_cache is not None and not config.targeted:
+            raise CalibrationError(
+                "Hessians behind compressed blocks belong to one setting only and are not kept: "
+                "drop correct_drift or the Hessian cache."
+            )
         if hessian_cache is not None:
             if config.sequential:
                 raise CalibrationError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.config import TRELLIS_STATES, CompressionConfig
+from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.quantize import rate
 from cerwu_gpu.quantize.grid import Grid, nearest, scaled, waterfilled
 from cerwu_gpu.quantize.objective import complete_square, normalised_factor
@@ -21,6 +22,8 @@ CHUNK_ROWS = 8192
 """Rows in work at a time: vocabularies are tall, and survivors of a trellis take memory."""
 SAMPLED_ROWS = 512
 """Passes before the last see about this many rows of a stack: enough to estimate its tables."""
+LEVEL_LIMIT = 1 << 24
+"""Integers stay below this magnitude: float32, in which they are searched, is exact up to it."""
 EXHAUSTIVE_LEVELS = 65
 """Bounded alphabets up to this size are scanned whole, larger ones near the target."""
 
@@ -72,6 +75,10 @@ class Problem:
             weight, factor = complete_square(weight, damped, price * gamma)
         steps, scales = grid.steps(columns), grid.scales(rows)
         x = weight * (unit / scales)[:, None] / steps
+        if not float(x.abs().max()) < LEVEL_LIMIT:
+            raise ConfigError(
+                f"lmbda {config.lmbda:g} takes the integers of a layer past 2**24: raise it."
+            )
         square = factor.diagonal().square()
         weights = Weights(
             lmbda=lmbda / (sensitivity * scales.square()),

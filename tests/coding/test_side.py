@@ -42,7 +42,7 @@ def matrices(draw):
         "column_class": array(np.uint8, n),
         "step_code": array(np.int16, n),
         "row_scale_code": array(np.int16, m),
-        "lengths": array(np.uint32, stream_count(m, n)),
+        "lengths": array(np.uint32, st.integers(1, stream_count(m, n))),
         "escapes": array(np.int32, st.integers(0, min(m * n, 60))),
         "grid": floats(st.integers(0, 60)),
     }

@@ -1,6 +1,7 @@
 """From a model to a directory and back, family by family."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 import cerwu_gpu
 from cerwu_gpu import CompressionConfig, TargetError
 from cerwu_gpu.container.reader import inventory, open_directory
-from cerwu_gpu.errors import CalibrationError, ConfigError
+from cerwu_gpu.errors import CalibrationError, ConfigError, FormatError, ModelError
+from cerwu_gpu.hf.loading import _built
 from tests.hf.toys import FAMILIES, toy
 
 FEW: dict[str, Any] = {
@@ -174,7 +176,7 @@ def test_a_size_out_of_reach_is_an_error(tmp_path: Path, toy_tokenizer: Any, tex
         ({"bits": 2.0, "max_size": 10}, "keep one of them"),
         ({"bits": 2.0, "levels": 16}, "reached through lmbda"),
         ({"levels": 8, "quantizer": "trellis4"}, "quantizer scalar only"),
-        ({"grid": (0.0, 0.0)}, "without repetition"),
+        ({"grid": (0.5, 0.5)}, "without repetition"),
         ({"levels": 8, "grid": (0.0, 1.0)}, "keep one of them"),
         ({"damping": float("nan")}, "damping is nan"),
     ],
@@ -209,3 +211,58 @@ def test_a_device_that_is_not_here_is_refused(
     run(toy("phi"), tmp_path / "out", toy_tokenizer, text)
     with pytest.raises(ConfigError, match="not here"):
         cerwu_gpu.load_compressed(tmp_path / "out", device="cuda")
+
+
+def test_a_missing_weight_is_named(tmp_path: Path, toy_tokenizer: Any, text: str) -> None:
+    run(toy("llama"), tmp_path / "out", toy_tokenizer, text)
+    config = tmp_path / "out" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "num_hidden_layers": 4}))
+    with pytest.raises(FormatError, match=r"model\.layers\.3\..* of its model is missing"):
+        cerwu_gpu.load_compressed(tmp_path / "out")
+    config.write_text(json.dumps({**content, "hidden_size": -3}))
+    with pytest.raises(ModelError, match="cannot build its model"):
+        cerwu_gpu.load_compressed(tmp_path / "out")
+
+
+def test_mixed_dtypes_come_back_one_by_one(tmp_path: Path, toy_tokenizer: Any, text: str) -> None:
+    directory = tmp_path / "out"
+    run(toy("llama").to(torch.bfloat16), directory, toy_tokenizer, text)
+    state = cerwu_gpu.load_compressed(directory).state_dict()
+    assert {weight.dtype for weight in state.values()} == {torch.bfloat16}
+    mixed = {name: t for name, t in state.items() if name != "lm_head.weight"}
+    mixed["model.norm.weight"] = mixed["model.norm.weight"].float() + 1e-4
+    built = _built(directory, dict(mixed), None, torch.device("cpu")).state_dict()
+    for name, weight in mixed.items():
+        assert built[name].dtype == weight.dtype
+        assert torch.equal(built[name], weight), name
+
+
+@pytest.mark.gpu
+def test_compression_runs_on_a_gpu(tmp_path: Path, toy_tokenizer: Any, text: str) -> None:
+    config = CompressionConfig(samples=4, sequence_length=32, lmbda=1e-5, quantizer="trellis4")
+    report = cerwu_gpu.compress(
+        toy("llama"),
+        tmp_path / "out",
+        config=config,
+        tokenizer=toy_tokenizer,
+        text=text,
+        device="cuda",
+        progress=False,
+    )
+    assert report.bits_per_weight > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lmbda": 1e-30}, "give at least"),
+        ({"seed": 2**70}, "seed is"),
+        ({"damping": 1e300}, "damping is"),
+        ({"grid": (1e39, 2e39), "lmbda": 0.0}, "beyond float32"),
+        ({"grid": (0.0, 1e-46), "lmbda": 0.0}, "grid"),
+    ],
+)
+def test_settings_beyond_floats_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CompressionConfig(**settings)
