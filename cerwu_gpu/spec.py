@@ -14,8 +14,8 @@ WORD_BITS: Final = 32
 
 STREAM_SYMBOLS: Final = 4096
 """A stream holds at least this many symbols, unless the matrix has fewer."""
-STREAM_BITS: Final = 9000
-"""A writer gives a stream at least about so many bits: its fixed cost of some 35 is then 0.4 %."""
+STREAM_BITS: Final = 6500
+"""A writer gives a stream at least about so many bits: its fixed cost of some 35 is then 0.55 %."""
 
 CODE_RESOLUTION: Final = 8
 """A table code c stands for a probability proportional to 2**(-c / CODE_RESOLUTION)."""
