@@ -30,6 +30,7 @@ BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: 
 @pytest.fixture(autouse=True)
 def short_streams(monkeypatch):
     monkeypatch.setattr(streams, "STREAM_SYMBOLS", STREAM_SYMBOLS)
+    monkeypatch.setattr(streams, "STREAM_BITS", 1)
 
 
 def placed(thing, device):
