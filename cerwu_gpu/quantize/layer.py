@@ -13,6 +13,7 @@ from cerwu_gpu.quantize.grid import Grid, nearest, scaled
 from cerwu_gpu.quantize.objective import factor_with_damping, quadratic_error
 from cerwu_gpu.quantize.problem import Problem
 from cerwu_gpu.quantize.rate import Classes
+from cerwu_gpu.quantize.refit import Quadratic, refit
 from cerwu_gpu.quantize.symbols import QuantizedMatrix, finish_matrix
 
 
@@ -51,6 +52,8 @@ def quantize_stack(
     """
     weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
     bounds = [0, *torch.tensor([len(w) for w in weights]).cumsum(0).tolist()]
+    states = TRELLIS_STATES[config.quantizer]
+    fitted: Quadratic | None = None
     if config.method == "rtn":
         symbols, grid, classes = _round_to_nearest(weight, config)
         damping = config.damping
@@ -61,10 +64,14 @@ def quantize_stack(
         )
         problem = Problem.build(weight, alpha, damped, factor, bounds, config)
         symbols, grid, classes = problem.solve(), problem.grid, problem.classes
+        if not config.bounded:
+            fitted = Quadratic(weight, damped.to(weight.dtype), alpha, config.lmbda)
     matrices, losses = [], []
     for first, last in pairwise(bounds):
         rows = slice(first, last)
-        matrix = finish_matrix(symbols[rows], grid, rows, classes, TRELLIS_STATES[config.quantizer])
+        matrix = finish_matrix(symbols[rows], grid, rows, classes, states)
+        if fitted is not None:
+            matrix = refit(matrix, fitted.of_rows(rows))
         matrices.append(matrix)
         losses.append(relative_loss(weight[rows], matrix.weight(torch.float32), hessian))
     return QuantizedStack(tuple(matrices), tuple(losses), damping)

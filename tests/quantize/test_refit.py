@@ -1,0 +1,111 @@
+"""Steps and scales fitted after the rounding: never worse, and right where the answer is known."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.container.matrix import encode_matrix
+from cerwu_gpu.quantize import layer
+from cerwu_gpu.quantize.objective import damp, quadratic_error
+from cerwu_gpu.quantize.refit import Quadratic, refit
+from cerwu_gpu.quantize.symbols import QuantizedMatrix
+from cerwu_gpu.reference.dequantize import step_values
+
+
+def correlated(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    x = torch.randn(columns, 4 * columns, generator=generator)
+    x[1:] += x[:-1].clone()
+    return weight, x @ x.t() / columns
+
+
+def rounded(
+    weight: torch.Tensor, hessian: torch.Tensor, config: CompressionConfig
+) -> QuantizedMatrix:
+    """The matrix as it is before the fit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer, "refit", lambda matrix, _: matrix)
+        return layer.quantize_stack([weight], hessian, config).matrices[0]
+
+
+def objective(matrix: QuantizedMatrix, problem: Quadratic) -> float:
+    """J with the bits of the whole file."""
+    error = quadratic_error(problem.weight - matrix.weight(torch.float32), problem.hessian)
+    encoded = encode_matrix(matrix, 0.0)
+    stored = 32 * len(encoded.words) + 8 * len(encoded.side)
+    loss = 0.5 * float((error * problem.sensitivity.to(torch.float64)).sum())
+    return loss + problem.lmbda * stored
+
+
+def posed(
+    weight: torch.Tensor, hessian: torch.Tensor, config: CompressionConfig, lmbda: float
+) -> Quadratic:
+    damped = damp(hessian, config.damping, config.damping_by).to(torch.float32)
+    return Quadratic(weight, damped, torch.ones(len(weight)), lmbda)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 24),
+    seed=st.integers(0, 99),
+    quantizer=st.sampled_from(["scalar", "trellis4", "trellis8"]),
+    price=st.sampled_from([0.0, 1e-4, 1e-2]),
+)
+def test_it_never_raises_the_objective(rows, columns, seed, quantizer, price):
+    weight, hessian = correlated(rows, columns, seed)
+    config = CompressionConfig(lmbda=0.02, quantizer=quantizer)
+    before = rounded(weight, hessian, config)
+    problem = posed(weight, hessian, config, price)
+    after = refit(before, problem)
+    assert objective(after, problem) <= objective(before, problem) * (1 + 1e-5) + 1e-6
+    assert torch.equal(after.symbols, before.symbols)
+
+
+def test_free_codes_give_the_least_squares_steps():
+    weight, hessian = correlated(200, 12, 5)
+    config = CompressionConfig(lmbda=0.3)
+    before = rounded(weight, hessian, config)
+    problem = replace(posed(weight, hessian, config, 0.0), sensitivity=1 + torch.rand(200))
+    fitted = refit(before, problem)
+    # Straight from the definition: minimise over the steps, all rows stacked, in float64.
+    level = before.symbols.double() * step_values(before.row_scale).double()[:, None]
+    root = torch.linalg.cholesky(problem.hessian.double()).t()
+    weigh = problem.sensitivity.double().sqrt()[:, None, None]
+    system = (weigh * root[None] * level[:, None, :]).flatten(0, 1)
+    wanted = (weigh[:, :, 0] * (weight.double() @ root.t())).flatten()
+    steps = torch.linalg.lstsq(system, wanted[:, None]).solution[:, 0]
+    octaves = step_values(fitted.column_step).double().log2() - steps.log2()
+    assert float(octaves.abs().max()) <= 0.5 / 256 + 1e-4
+    assert not torch.equal(fitted.column_step, before.column_step)
+
+
+def test_scales_that_are_off_are_found_when_bits_are_cheap():
+    weight, hessian = correlated(30, 64, 1)
+    config = CompressionConfig(lmbda=0.02)
+    before = rounded(weight, hessian, config)
+    spoiled = replace(before, row_scale=before.row_scale + 64)
+    problem = posed(weight, hessian, config, 0.0)
+    repaired = refit(spoiled, problem)
+    assert objective(repaired, problem) < 1.02 * objective(before, problem)
+    assert objective(spoiled, problem) > 1.5 * objective(before, problem)
+
+
+def test_dear_bits_leave_the_codes_alone():
+    weight, hessian = correlated(30, 64, 2)
+    before = rounded(weight, hessian, CompressionConfig(lmbda=0.02))
+    after = refit(before, posed(weight, hessian, CompressionConfig(lmbda=0.02), 1e3))
+    assert torch.equal(after.column_step, before.column_step)
+    assert torch.equal(after.row_scale, before.row_scale)
+
+
+def test_a_matrix_of_zeros_keeps_its_steps():
+    weight, hessian = torch.zeros(5, 7), torch.eye(7)
+    before = rounded(weight, hessian, CompressionConfig(lmbda=0.02))
+    after = refit(before, posed(weight, hessian, CompressionConfig(lmbda=0.02), 0.0))
+    assert torch.equal(after.weight(torch.float32), weight)
