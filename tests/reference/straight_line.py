@@ -1,6 +1,7 @@
 """Independent definitions for tests: straight lines of numpy in float64, no blocks, no tricks."""
 
 import itertools
+import math
 
 import numpy as np
 
@@ -41,3 +42,46 @@ def best_trellis_path(x, integers, **problem):
     """The cheapest of all paths over the given integers, by trying every one."""
     paths = itertools.product(integers, repeat=len(x))
     return min(paths, key=lambda path: trellis_path_cost(x, path, **problem))
+
+
+def paper(weight, hessian, *, method, levels, lmbda, rate_model):
+    """The authors' symbols [m, n] and step: their six lines, one after the other."""
+    w, h = np.array(weight, dtype=np.float64), np.array(hessian, dtype=np.float64)
+    identity, half = np.eye(len(h)), levels // 2
+    lmbda = 0.0 if method == "optq" else lmbda
+    step = np.abs(w).max() / half
+    w, h = np.clip(w / step, -half, half), h * step**2
+    h[np.diag(np.diag(h) == 0)] = 1.0
+    h += 0.01 * np.mean(np.diag(h)) * identity
+    gamma = 1 / (math.log(2) * w.var(ddof=1)) if method == "cerwu" else 0.0
+    raised = h + lmbda * gamma * identity
+    w = w @ h @ np.linalg.inv(raised)
+    raised += 0.01 * np.mean(np.diag(raised)) * identity
+    upper = np.linalg.cholesky(np.linalg.inv(raised)).T
+    reach = levels if method == "cerwu" else half
+    scale = np.diag(upper)
+    symbols = obs(
+        w,
+        upper / scale[:, None],
+        paper_rates(w, reach, rate_model)[None],
+        -reach,
+        np.zeros(w.shape, dtype=int),
+        np.full(len(w), lmbda),
+        1 / scale**2,
+        lmbda * gamma * scale**2,
+    )
+    return symbols, step
+
+
+def paper_rates(w, reach, rate_model):
+    """Bits [2 reach + 1] of the integers -reach ... reach for the matrix w."""
+    grid = range(-reach, reach + 1)
+    if rate_model == "uniform":
+        return np.zeros(2 * reach + 1)
+    if rate_model == "histogram":
+        near = np.clip(np.sign(w) * np.floor(np.abs(w) + 0.5), -reach, reach)
+        counts = np.array([1 + np.sum(near == g) for g in grid])
+        return -np.log2(counts / counts.sum())
+    spread = w.std(ddof=1) * math.sqrt(2)
+    below = [0.5 * math.erfc(-(g - 0.5) / spread) for g in range(-reach, reach + 2)]
+    return -np.log2(np.maximum(np.diff(below), 1e-300))
