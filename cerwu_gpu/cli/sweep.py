@@ -1,0 +1,217 @@
+"""cerwu-gpu sweep: a grid of settings for one model, and what it takes to keep its quality."""
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated, TypeVar, cast, get_args
+
+import typer
+
+from cerwu_gpu.cli.output import print_json, set_verbosity
+from cerwu_gpu.cli.sweep_tables import minimum_table, points_table, summary, time_words
+from cerwu_gpu.config import (
+    CompressionConfig,
+    DampingBy,
+    Quantizer,
+    RateModel,
+    Scale,
+    Sensitivity,
+)
+from cerwu_gpu.errors import ConfigError
+from cerwu_gpu.sweep.points import Axes, System, check_available, grid_points
+from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
+
+DEFAULT, AXES = CompressionConfig(), Axes()
+HEADS = ("quantize", "keep")
+Value = TypeVar("Value")
+
+
+def _joined(values: Sequence[object]) -> str:
+    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def sweep(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub name, model directory or .gguf file.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Directory of the table; one that was begun is continued."
+        ),
+    ],
+    methods: Annotated[
+        str, typer.Option(metavar="LIST", help=f"Any of {_joined(get_args(System))}.")
+    ] = _joined(AXES.systems),
+    quantizer: Annotated[
+        str, typer.Option(metavar="LIST", help=f"Of ours: any of {_joined(get_args(Quantizer))}.")
+    ] = _joined(AXES.quantizers),
+    lmbda: Annotated[
+        str, typer.Option(metavar="LIST", help="Of ours: loss worth paying for one bit.")
+    ] = _joined(AXES.lmbdas),
+    sensitivity: Annotated[
+        str,
+        typer.Option(metavar="LIST", help=f"Of ours: any of {_joined(get_args(Sensitivity))}."),
+    ] = _joined(AXES.sensitivities),
+    levels: Annotated[
+        str, typer.Option(metavar="LIST", help="Of uniform grids (cerwu to rtn): |G|.")
+    ] = _joined(AXES.levels),
+    uniform_lmbda: Annotated[
+        str,
+        typer.Option(metavar="LIST", help="Of cerwu and cerwu-gamma0: output error for one bit."),
+    ] = _joined(AXES.uniform_lmbdas),
+    rate_model: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help=f"Of cerwu and cerwu-gamma0: any of {_joined(get_args(RateModel))}.",
+        ),
+    ] = _joined(AXES.rate_models),
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Of uniform grids: abs-max per-tensor or per-row; default: per-tensor for cerwu "
+            "and cerwu-gamma0, per-row for optq and rtn.",
+        ),
+    ] = None,
+    qp: Annotated[
+        str, typer.Option(metavar="LIST", help="Of nncodec: its step, 4 more double it.")
+    ] = _joined(AXES.qps),
+    head: Annotated[
+        str, typer.Option(metavar="LIST", help="Embedding and head: quantize or keep, or both.")
+    ] = "quantize",
+    text: Annotated[
+        str, typer.Option(help="Text file, or wikitext2 for the test part of WikiText-2.")
+    ] = "wikitext2",
+    context_length: Annotated[int, typer.Option(help="Tokens per window of the text.")] = 512,
+    max_windows: Annotated[
+        int | None, typer.Option(help="Only so many windows; default: the whole text.")
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Hub dataset (or wikitext2), text file, or self.")
+    ] = DEFAULT.calibration,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = DEFAULT.samples,
+    sequence_length: Annotated[
+        int, typer.Option(help="Tokens per calibration sequence.")
+    ] = DEFAULT.sequence_length,
+    batch_size: Annotated[
+        int, typer.Option(help="Calibration sequences in work at a time.")
+    ] = DEFAULT.batch_size,
+    passes: Annotated[int, typer.Option(help="Passes over each matrix.")] = DEFAULT.passes,
+    damping: Annotated[
+        float, typer.Option(help="Multiple of a typical diagonal entry that is added to H.")
+    ] = DEFAULT.damping,
+    damping_by: Annotated[
+        DampingBy, typer.Option(help="What is typical; the paper takes the mean.")
+    ] = DEFAULT.damping_by,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Weight names to compress; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Weight names to leave alone; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of what is sampled.")] = DEFAULT.seed,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU where there is one.")
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the compressed directory of every point.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON and nothing else.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Compress MODEL with every setting of a grid and measure the perplexity of each result.
+
+    LIST is values with commas between them.
+    """
+    base = CompressionConfig(
+        passes=passes,
+        damping=damping,
+        damping_by=damping_by,
+        include=tuple(include or DEFAULT.include),
+        exclude=tuple(exclude or DEFAULT.exclude),
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    axes = Axes(
+        systems=cast(tuple[System, ...], _words("methods", methods, get_args(System))),
+        quantizers=cast(tuple[Quantizer, ...], _words("quantizer", quantizer, get_args(Quantizer))),
+        lmbdas=_numbers("lmbda", lmbda, float),
+        sensitivities=cast(
+            tuple[Sensitivity, ...], _words("sensitivity", sensitivity, get_args(Sensitivity))
+        ),
+        levels=_numbers("levels", levels, int),
+        uniform_lmbdas=_numbers("uniform_lmbda", uniform_lmbda, float),
+        rate_models=cast(
+            tuple[RateModel, ...], _words("rate_model", rate_model, get_args(RateModel))
+        ),
+        scales=(
+            ()
+            if scale is None
+            else cast(tuple[Scale, ...], _words("scale", scale, get_args(Scale)))
+        ),
+        qps=_numbers("qp", qp, int),
+        keep_heads=tuple(choice == "keep" for choice in _words("head", head, HEADS)),
+    )
+    points = grid_points(axes, base)
+    check_available(points)
+    set_verbosity(quiet=quiet)
+    from cerwu_gpu.hf.subject import LanguageModel  # after the settings: torch takes seconds
+    from cerwu_gpu.hf.text import load_text
+
+    output = output.expanduser()
+    check_folder(output)
+    with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
+        subject = LanguageModel(
+            model,
+            base,
+            load_text(text, part="evaluation"),
+            output / HESSIANS,
+            head=not all(axes.keep_heads),
+            context_length=context_length,
+            max_windows=max_windows,
+            device=device,
+            progress=not quiet,
+            trust_remote_code=trust_remote_code,
+        )
+        rows = run_sweep(subject, points, output, keep=keep, progress=not quiet)
+    if json:
+        print_json({"table": str(output / TABLE), **summary(rows)})
+        return
+    typer.echo("\n\n".join([points_table(rows), minimum_table(rows), time_words(rows)]))
+    typer.echo(f"\ntable: {output / TABLE}")
+
+
+def _values(name: str, text: str) -> list[str]:
+    values = [part.strip() for part in text.split(",")]
+    if "" in values:
+        raise ConfigError(f"{name} is {text!r}: give values with commas between them.")
+    return values
+
+
+def _words(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
+    words = _values(name, text)
+    for word in words:
+        if word not in allowed:
+            raise ConfigError(f"{name} is {word!r}: choose from {', '.join(allowed)}.")
+    return tuple(words)
+
+
+def _numbers(name: str, text: str, parse: Callable[[str], Value]) -> tuple[Value, ...]:
+    try:
+        return tuple(parse(value) for value in _values(name, text))
+    except ConfigError:
+        raise
+    except ValueError:
+        raise ConfigError(f"{name} is {text!r}: give numbers with commas between them.") from None

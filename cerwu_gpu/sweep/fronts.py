@@ -1,0 +1,140 @@
+"""Pareto fronts of a sweep, and the fewest bits at a given share of the original quality."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cerwu_gpu.sweep.subject import Quality
+from cerwu_gpu.sweep.table import Row
+
+TARGETS: dict[Quality, tuple[float, ...]] = {
+    "accuracy": (0.99, 0.95),
+    "perplexity": (1.01, 1.05, 2.0),
+}
+"""Multiples of the original quality at which the fewest bits are told."""
+
+
+def badness(quality: float, measure: Quality) -> float:
+    """Logarithm of the quality, so that less is better; infinite where there is no quality."""
+    if not (math.isfinite(quality) and quality > 0):
+        return math.inf
+    return math.log(quality) if measure == "perplexity" else -math.log(quality)
+
+
+def pareto_front(costs: Sequence[float], qualities: Sequence[float], measure: Quality) -> list[int]:
+    """Indices of the points that no other one beats, by rising cost.
+
+    A point is beaten by one that costs no more and is no worse, and better in one of the two; of
+    equal points the first one stays. Points without a finite quality are never on the front.
+    """
+    worth = [badness(quality, measure) for quality in qualities]
+    front: list[int] = []
+    best = math.inf
+    for index in sorted(range(len(costs)), key=lambda i: (costs[i], worth[i], i)):
+        if worth[index] < best:
+            front.append(index)
+            best = worth[index]
+    return front
+
+
+@dataclass(frozen=True, kw_only=True)
+class Minimum:
+    """The least cost at which a quality is reached.
+
+    Attributes:
+        interpolated: linear in the logarithm of the quality between the two neighbouring points
+            of the front; where the cheapest point reaches it, that point's cost.
+        index: of the cheapest point that reaches it.
+        open: whether even the cheapest point reaches it, so that less might do.
+    """
+
+    interpolated: float
+    index: int
+    open: bool
+
+
+def minimum_cost(
+    costs: Sequence[float], qualities: Sequence[float], measure: Quality, wanted: float
+) -> Minimum | None:
+    """The least cost at quality `wanted` along the front; None: not reached."""
+    front = pareto_front(costs, qualities, measure)
+    goal = badness(wanted, measure)
+    worth = [badness(qualities[index], measure) for index in front]  # strictly falling
+    first = bisect_left(worth, -goal, key=lambda value: -value)
+    if first == len(front):
+        return None
+    cost = costs[front[first]]
+    if first > 0:
+        share = (worth[first - 1] - goal) / (worth[first - 1] - worth[first])
+        before = costs[front[first - 1]]
+        cost = before + share * (cost - before)
+    return Minimum(interpolated=cost, index=front[first], open=first == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How few bits one kind of method needs for one share of the original quality.
+
+    Attributes:
+        target: multiple of the original quality (TARGETS).
+        bits: interpolated along the front; None: not reached.
+        row: the cheapest point that reaches it.
+        open: whether that is the cheapest point of all, so that fewer bits might do.
+    """
+
+    label: str
+    target: float
+    bits: float | None
+    row: Row | None
+    open: bool
+
+    @property
+    def words(self) -> str:
+        """ "2.1250", "<= 2.1250" or "not reached"."""
+        if self.bits is None:
+            return "not reached"
+        return f"{'<= ' * self.open}{self.bits:.4f}"
+
+
+def by_label(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each kind of method."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.label, []).append(row)
+    return found
+
+
+def front_rows(rows: Sequence[Row], cost: str = "bits_per_weight") -> list[Row]:
+    """The Pareto front of rows of one subject; `cost` is bits_per_weight or directory_bytes."""
+    if not rows:
+        return []
+    costs, qualities = [getattr(row, cost) for row in rows], [row.quality for row in rows]
+    return [rows[index] for index in pareto_front(costs, qualities, rows[0].measure)]
+
+
+def standings(rows: Sequence[Row]) -> list[Standing]:
+    """The minimum bits of every kind of method at every target, for rows of one subject."""
+    found = []
+    for label, own in by_label(rows).items():
+        costs, qualities = [row.bits_per_weight for row in own], [row.quality for row in own]
+        for target in TARGETS[own[0].measure]:
+            wanted = target * own[0].original_quality
+            least = minimum_cost(costs, qualities, own[0].measure, wanted)
+            found.append(
+                Standing(
+                    label=label,
+                    target=target,
+                    bits=None if least is None else least.interpolated,
+                    row=None if least is None else own[least.index],
+                    open=least is not None and least.open,
+                )
+            )
+    return found
+
+
+def target_words(target: float, measure: Quality) -> str:
+    """ "99 % of the accuracy", "1.05x the perplexity"."""
+    if measure == "accuracy":
+        return f"{100 * target:g} % of the accuracy"
+    return f"{target:g}x the perplexity"

@@ -1,0 +1,198 @@
+"""The grid of a sweep: every point is one configuration with a name for its kind."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
+from itertools import product
+from typing import Literal, get_args
+
+from cerwu_gpu.config import CompressionConfig, Quantizer, RateModel, Scale, Sensitivity
+from cerwu_gpu.errors import ConfigError
+
+System = Literal["ours", "cerwu", "cerwu-gamma0", "optq", "rtn", "nncodec", "nncodec-dependent"]
+"""ours: steps by column that follow from lmbda; cerwu to rtn: uniform grids; nncodec: its own."""
+UNIFORM: tuple[System, ...] = ("cerwu", "cerwu-gamma0", "optq", "rtn")
+RATED: tuple[System, ...] = ("cerwu", "cerwu-gamma0")
+"""Uniform grids on which lmbda plays a part."""
+USUAL_SCALE: dict[System, Scale] = {
+    "cerwu": "per-tensor",
+    "cerwu-gamma0": "per-tensor",
+    "optq": "per-row",
+    "rtn": "per-row",
+}
+NAMES: dict[System, str] = {"cerwu": "cerwu (paper)", "nncodec-dependent": "nncodec dependent"}
+SHARED = ("calibration", "samples", "sequence_length", "batch_size", "seed", "strict")
+"""Settings of the calibration: the same for all points, and part of a subject's identity."""
+
+Setting = str | int | float | bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One setting of everything.
+
+    Attributes:
+        system: what kind of method it is.
+        config: how to compress; for nncodec only what it says about which weights.
+        qp: NNCodec's step; None for all others.
+    """
+
+    system: System
+    config: CompressionConfig
+    qp: int | None = None
+
+    @property
+    def dependent(self) -> bool:
+        """Whether NNCodec's trellis is used."""
+        return self.system == "nncodec-dependent"
+
+    @property
+    def label(self) -> str:
+        """The kind of method in words; points that differ in rate alone share it."""
+        config = self.config
+        parts = [NAMES.get(self.system, self.system)]
+        if self.system == "ours":
+            parts = [f"ours {config.quantizer}"]
+            if config.sensitivity != CompressionConfig.sensitivity:
+                parts.append(f"sensitivity {config.sensitivity}")
+        elif self.system in UNIFORM:
+            if config.scale != USUAL_SCALE[self.system]:
+                parts.append(config.scale)
+            if config.rate_model != CompressionConfig.rate_model:
+                parts.append(f"{config.rate_model} rate")
+        if config.keep_head:
+            parts.append("head kept")
+        return ", ".join(parts)
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits that stand for every setting of the point."""
+        settings = {
+            name: value for name, value in asdict(self.config).items() if name not in SHARED
+        }
+        text = json.dumps([self.system, settings, self.qp], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def settings(self) -> dict[str, Setting]:
+        """Method, quantizer, levels, lmbda, rate_model, scale, sensitivity, keep_head, qp; None
+        where the method does not know such a thing."""
+        config, system = self.config, self.system
+        uniform, ours = system in UNIFORM, system == "ours"
+        rated = ours or system in RATED
+        return {
+            "method": config.method if uniform or ours else system,
+            "quantizer": config.quantizer if uniform or ours else None,
+            "levels": config.levels if uniform else None,
+            "lmbda": config.lmbda if rated else None,
+            "rate_model": config.rate_model if rated else None,
+            "scale": config.scale if uniform else None,
+            "sensitivity": config.sensitivity if rated else None,
+            "keep_head": config.keep_head,
+            "qp": self.qp,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """The values of a grid; an axis counts for the systems that know it.
+
+    Raises:
+        ConfigError: an axis that a system needs is empty, or a system is unknown.
+    """
+
+    systems: tuple[System, ...] = ("ours", "cerwu", "cerwu-gamma0", "optq", "rtn")
+    quantizers: tuple[Quantizer, ...] = ("scalar",)
+    lmbdas: tuple[float, ...] = (3e-10, 1e-9, 3e-9, 1e-8)
+    """Of ours; their unit follows from the sensitivity."""
+    sensitivities: tuple[Sensitivity, ...] = ("row",)
+    """Of ours."""
+    levels: tuple[int, ...] = (8, 16, 32, 64)
+    """Of uniform grids."""
+    uniform_lmbdas: tuple[float, ...] = (1e-6, 1e-5, 1e-4)
+    """Of cerwu and cerwu-gamma0 on uniform grids: mean square of a layer's output error per bit."""
+    rate_models: tuple[RateModel, ...] = ("histogram",)
+    """Of cerwu and cerwu-gamma0 on uniform grids."""
+    scales: tuple[Scale, ...] = ()
+    """Of uniform grids; empty: per-tensor for cerwu and cerwu-gamma0, per-row for optq and rtn."""
+    qps: tuple[int, ...] = (-36, -32, -28, -24, -20)
+    """Of NNCodec."""
+    keep_heads: tuple[bool, ...] = (False,)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name != "scales" and not getattr(self, field.name):
+                raise ConfigError(f"{field.name} has no value: give at least one.")
+        for system in self.systems:
+            if system not in get_args(System):
+                raise ConfigError(
+                    f"method {system!r} is unknown: choose from {', '.join(get_args(System))}."
+                )
+
+
+def grid_points(axes: Axes, base: CompressionConfig) -> list[Point]:
+    """All points of the grid, each once, in the order of the systems.
+
+    Args:
+        base: settings that are no axis (damping, passes, include, calibration and so on).
+
+    Raises:
+        ConfigError: a value is outside its range, or `base` asks for a rate, size or quality.
+    """
+    if base.targeted:
+        raise ConfigError("a sweep sets lmbda itself: drop bits, max_size or the like.")
+    plain = replace(
+        base, method="cerwu", levels=None, grid=None, quantizer="scalar", rate_model="histogram"
+    )
+    points = [
+        point
+        for keep_head in axes.keep_heads
+        for system in axes.systems
+        for point in _of_system(system, axes, replace(plain, keep_head=keep_head))
+    ]
+    return list({point.key: point for point in points}.values())
+
+
+def _of_system(system: System, axes: Axes, plain: CompressionConfig) -> Iterator[Point]:
+    if system == "ours":
+        for quantizer, sensitivity, lmbda in product(
+            axes.quantizers, axes.sensitivities, axes.lmbdas
+        ):
+            yield Point(
+                system=system,
+                config=replace(plain, quantizer=quantizer, sensitivity=sensitivity, lmbda=lmbda),
+            )
+    elif system in UNIFORM:
+        scales = axes.scales or (USUAL_SCALE[system],)
+        lmbdas = axes.uniform_lmbdas if system in RATED else (0.0,)
+        models = axes.rate_models if system in RATED else (CompressionConfig.rate_model,)
+        for model, scale, levels, lmbda in product(models, scales, axes.levels, lmbdas):
+            yield Point(
+                system=system,
+                config=replace(
+                    plain,
+                    method=system,  # type: ignore[arg-type]
+                    sensitivity="none",
+                    scale=scale,
+                    levels=levels,
+                    lmbda=lmbda,
+                    rate_model=model,
+                ),
+            )
+    else:
+        for qp in axes.qps:
+            yield Point(system=system, config=plain, qp=qp)
+
+
+def check_available(points: list[Point]) -> None:
+    """Refuse points whose package is not installed, before any work is done.
+
+    Raises:
+        ConfigError: nncodec is asked for and missing.
+    """
+    if any(point.qp is not None for point in points) and find_spec("nncodec") is None:
+        raise ConfigError(
+            "method nncodec needs the package nncodec: pip install --no-deps nncodec, "
+            "or leave the method out."
+        )
