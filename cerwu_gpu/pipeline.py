@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.container.journal import CodedWeight, Journal
 from cerwu_gpu.container.matrix import EncodedMatrix, encode_matrix
 from cerwu_gpu.container.writer import DirectoryWriter
-from cerwu_gpu.errors import CalibrationError, FactorizationError
+from cerwu_gpu.errors import CalibrationError, CerwuError, ModelError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.quantize.layer import QuantizedStack, quantize_stack
 from cerwu_gpu.quantize.objective import drift_target
-from cerwu_gpu.quantize.sensitivity import row_sensitivity
+from cerwu_gpu.quantize.sensitivity import row_sensitivity, squared_gradient
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.quantize.target import Estimate, Probe, estimate, probe
 from cerwu_gpu.report import LayerReport
@@ -78,6 +79,10 @@ class Block(Protocol):
         """Stream the calibration inputs through the block; key -> statistics of that input."""
         ...
 
+    def pass_by(self) -> None:
+        """Instead of `statistics`, where `replace` will get what is known from an earlier run."""
+        ...
+
     def replace(self, name: str, part: int, weight: Tensor) -> None:
         """Put the quantized `weight` [m, n] into the model, in the parameter's layout and dtype."""
         ...
@@ -115,6 +120,7 @@ def compress_blocks(
     config: CompressionConfig,
     clock: Clock,
     gradients: Mapping[tuple[str, int], Tensor] | None = None,
+    journal: Journal | None = None,
 ) -> list[LayerReport]:
     """Quantize, code and store every matrix of every block; the model gets the quantized weights.
 
@@ -126,37 +132,75 @@ def compress_blocks(
         clock: gets the stages calibrate, quantize and code.
         gradients: (name, part) -> mean squared gradient [m] at the outputs of each matrix, for
             config.sensitivity layer and row.
+        journal: keeps finished blocks; those that it holds already are taken from it.
 
     Raises:
         CerwuError: with `config.strict`, at the first event.
+        OutputError: the disk refuses something.
     """
     reports: list[LayerReport] = []
-    iterator = iter(blocks)
+    iterator = enumerate(blocks)
     # Coding runs beside the next block's calibration and search; on a GPU it costs no time.
     with ThreadPoolExecutor(1, "coding") as coder:
-        waiting: list[_Coding] = []
+        waiting: Future[list[CodedWeight]] | None = None
         while True:
             with clock.stage("calibrate"):
-                block = next(iterator, None)
-                statistics = block.statistics() if block is not None else {}
-            current: list[_Coding] = []
-            for stack in stacks(block.matrices()) if block is not None else ():
-                with clock.stage("quantize"):
-                    name = layouts[stack[0].name].key(stack[0].part)
-                    done, events = _quantize(name, stack, statistics, config, gradients or {})
-                for matrix, result, loss in zip(
-                    stack, done.matrices, done.relative_losses, strict=True
-                ):
-                    assert block is not None
-                    weight = result.weight(dtypes[matrix.name]).to(torch.float32)
-                    block.replace(matrix.name, matrix.part, weight)
-                    encoded = coder.submit(encode_matrix, result, loss)
-                    current.append(_Coding(matrix.name, matrix.part, encoded, loss, events))
+                index, block = next(iterator, (0, None))
+            current = None
+            if block is not None and journal is not None and journal.holds(index):
+                current = coder.submit(journal.read, index)
+                with clock.stage("calibrate"):
+                    _restore(block, layouts, journal.weights(index))
+            elif block is not None:
+                coding = _search(block, layouts, dtypes, config, clock, gradients or {}, coder)
+                current = coder.submit(_finished, index, layouts, dtypes, coding, journal, waiting)
             with clock.stage("code"):
-                reports += _store(writer, layouts, dtypes, waiting)
+                for weight in waiting.result() if waiting is not None else ():
+                    weight.add_to(writer)
+                    reports += weight.reports
             waiting = current
             if block is None:
                 return reports
+
+
+def _restore(
+    block: Block, layouts: Mapping[str, WeightLayout], weights: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Take a block that is finished to where it was: its inputs seen, its weights replaced."""
+    block.pass_by()
+    for name, weight in weights:
+        for part in range(layouts[name].parts):
+            block.replace(name, part, layouts[name].matrix(weight, part).to(torch.float32))
+
+
+def _search(
+    block: Block,
+    layouts: Mapping[str, WeightLayout],
+    dtypes: Mapping[str, torch.dtype],
+    config: CompressionConfig,
+    clock: Clock,
+    gradients: Mapping[tuple[str, int], Tensor],
+    coder: ThreadPoolExecutor,
+) -> list["_Coding"]:
+    """Quantize a block; its matrices are on their way through the coder afterwards."""
+    with clock.stage("calibrate"):
+        statistics = block.statistics()
+    coding = []
+    for stack in stacks(block.matrices()):
+        with clock.stage("quantize"):
+            name = layouts[stack[0].name].key(stack[0].part)
+            done, events = _quantize(name, stack, statistics, config, gradients)
+        for matrix, result, loss in zip(stack, done.matrices, done.relative_losses, strict=True):
+            weight = result.weight(dtypes[matrix.name]).to(torch.float32)
+            if not bool(torch.isfinite(weight).all()):
+                raise ModelError(
+                    f"{layouts[matrix.name].key(matrix.part)}: its quantized weights are beyond "
+                    f"{str(dtypes[matrix.name]).removeprefix('torch.')}: exclude it."
+                )
+            block.replace(matrix.name, matrix.part, weight)
+            encoded = coder.submit(encode_matrix, result, loss)
+            coding.append(_Coding(matrix.name, matrix.part, encoded, loss, events))
+    return coding
 
 
 def sample_stacks(
@@ -209,7 +253,7 @@ def _probe(
     hessian = _used_hessian(statistics[stack[0].input])
     alpha = stack_sensitivities(stack, statistics, config, gradients)
     weights = [matrix.weight for matrix in stack]
-    return probe(weights, hessian, alpha)
+    return probe(stack[0].name, weights, hessian, alpha)
 
 
 def _used_hessian(statistics: InputStatistics) -> Tensor:
@@ -249,7 +293,7 @@ def stack_sensitivities(
             kind,
             matrix.weight,
             _used_hessian(own),
-            gradients.get((matrix.name, matrix.part)),
+            squared_gradient(gradients, matrix.name, matrix.part),
         )
         for matrix in stack
     ]
@@ -268,6 +312,11 @@ def _quantize(
     hessian = _used_hessian(own)
     if own.tokens == 0:
         events.append("no calibration token reached it: quantized against H = I")
+    elif not bool(hessian.diagonal().any()):
+        events.append("its inputs are 0 for every calibration token: quantized against H = I")
+    found = [gradients.get((matrix.name, matrix.part)) for matrix in stack]
+    if any(gradient is not None and not gradient.any() for gradient in found):
+        events.append("no gradient reached its outputs: it counts like the mean of all others")
     try:
         alpha = stack_sensitivities(stack, statistics, config, gradients)
         targets = [matrix.weight for matrix in stack]
@@ -275,12 +324,14 @@ def _quantize(
             moved = partial(drift_target, hessian=hessian, cross=own.cross)
             targets = [moved(weight) for weight in targets]
         quantized = quantize_stack(targets, hessian, config, alpha)
-    except FactorizationError as error:
-        raise FactorizationError(f"{name}: {error}") from None
+    except CerwuError as error:
+        raise type(error)(f"{name}: {error}") from None
     if quantized.damping != config.damping:
         events.append(f"its Hessian needed a damping of {quantized.damping:.3g}")
     if events and config.strict:
-        raise CalibrationError(f"{name}: {events[0]} (strict): give more calibration text.")
+        raise CalibrationError(
+            f"{name}: {events[0]} (strict): give more calibration text, or exclude it."
+        )
     return quantized, tuple(events)
 
 
@@ -310,26 +361,36 @@ class _Coding:
         )
 
 
-def _store(
-    writer: DirectoryWriter,
+def _finished(
+    index: int,
     layouts: Mapping[str, WeightLayout],
     dtypes: Mapping[str, torch.dtype],
     coded: Sequence[_Coding],
-) -> list[LayerReport]:
-    """Hand the parameters of a block to the writer, parts in order, as they come from the coder."""
-    reports = []
+    journal: Journal | None,
+    before: Future[list[CodedWeight]] | None,
+) -> list[CodedWeight]:
+    """The parameters of a block, parts in order, when they are through the coder, and journaled.
+
+    What failed in the block `before` is raised again: the journal has no gaps.
+    """
+    if before is not None:
+        before.result()
+    weights = []
     for name in dict.fromkeys(each.name for each in coded):
         parts = sorted((each for each in coded if each.name == name), key=lambda each: each.part)
         matrices = [each.encoded.result() for each in parts]
         side = b"".join(matrix.side for matrix in matrices)
-        writer.add_compressed(
-            name,
+        weight = CodedWeight(
+            name=name,
             shape=layouts[name].shape,
             dtype=dtypes[name],
             transposed=layouts[name].transposed,
             parts=tuple(matrix.part for matrix in matrices),
             words=torch.from_numpy(np.concatenate([matrix.words for matrix in matrices])),
             side=torch.frombuffer(bytearray(side), dtype=torch.uint8),
+            reports=tuple(each.report() for each in parts),
         )
-        reports += [each.report() for each in parts]
-    return reports
+        weights.append(weight)
+    if journal is not None and weights:
+        journal.write(index, weights)
+    return weights

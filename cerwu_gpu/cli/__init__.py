@@ -14,6 +14,7 @@ from cerwu_gpu import __version__
 from cerwu_gpu.cli.compression import compress
 from cerwu_gpu.cli.directories import decompress, info, verify
 from cerwu_gpu.cli.evaluation import evaluate
+from cerwu_gpu.cli.sweep import sweep
 from cerwu_gpu.errors import CerwuError
 
 WRONG_INPUT = 2
@@ -32,8 +33,8 @@ class Commands(TyperGroup):
             if error.filename is None:
                 raise
             _fail(f"{error.filename}: {error.strerror}.", WRONG_INPUT)
-        except KeyboardInterrupt:
-            _fail("interrupted.", INTERRUPTED)
+        except KeyboardInterrupt as interrupt:
+            _fail(f"interrupted: {interrupt}" if str(interrupt) else "interrupted.", INTERRUPTED)
 
 
 def _fail(sentence: str, code: int) -> None:
@@ -61,6 +62,7 @@ app.command("eval")(evaluate)
 app.command("info")(info)
 app.command("verify")(verify)
 app.command("decompress")(decompress)
+app.command("sweep")(sweep)
 
 
 @app.callback()

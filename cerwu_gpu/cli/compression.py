@@ -16,6 +16,7 @@ from cerwu_gpu.config import (
     DampingBy,
     Method,
     Quantizer,
+    RateModel,
     Scale,
     Sensitivity,
 )
@@ -49,6 +50,9 @@ def compress(
         Scale, typer.Option(help="What abs-max is taken over, with --levels or --grid.")
     ] = DEFAULT.scale,
     quantizer: Annotated[Quantizer, typer.Option(help="Kind of quantizer.")] = DEFAULT.quantizer,
+    rate_model: Annotated[
+        RateModel, typer.Option(help="What the search takes bits to be; others need a given grid.")
+    ] = DEFAULT.rate_model,
     bits: Annotated[
         float | None, typer.Option(help="Wanted bits per quantized weight; sets lmbda.")
     ] = None,
@@ -108,11 +112,17 @@ def compress(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what the output directory holds.")
     ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew, not where an unfinished run stopped.")
+    ] = False,
     hessian_cache: Annotated[
         Path | None, typer.Option(help="Directory in which Hessians are kept for the next run.")
     ] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not decode the result once more at the end.")
+    ] = False,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write a model card for the Hub: README.md.")
     ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")
@@ -130,6 +140,7 @@ def compress(
         grid=None if grid is None else parse_grid(grid),
         scale=scale,
         quantizer=quantizer,
+        rate_model=rate_model,
         passes=passes,
         damping=damping,
         damping_by=damping_by,
@@ -162,8 +173,10 @@ def compress(
             config=config,
             device=device,
             overwrite=overwrite,
+            restart=restart,
             hessian_cache=hessian_cache,
             verify=not no_verify,
+            card=card,
             progress=not quiet,
             trust_remote_code=trust_remote_code,
         )

@@ -1,5 +1,6 @@
 """Collects coded and plain tensors and turns them into a finished directory, or into nothing."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,10 +17,12 @@ from torch import Tensor
 from cerwu_gpu.container.header import Entry, Manifest, Part
 from cerwu_gpu.container.shard import tensor_bytes, write_shard
 from cerwu_gpu.errors import OutputError
-from cerwu_gpu.spec import METADATA_KEY
 
 SHARD_BYTES = 5_000_000_000
 """Files are cut at this size, as on the Hub."""
+PARTIAL, REPLACED, TEMPORARY = ".partial", ".old", ".tmp"
+"""Suffixes: of a directory in the making, of the one it replaces, of a file in the making."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -44,13 +47,17 @@ class DirectoryWriter:
         generator: str,
         overwrite: bool = False,
         shard_bytes: int = SHARD_BYTES,
+        inside: Path | None = None,
     ) -> None:
+        """`inside`: where it lies until it is complete, on the same disk; default: beside it."""
         self.output = output
         self.generator = generator
         self.shard_bytes = shard_bytes
         self._overwrite = overwrite
         self._stack = ExitStack()
-        self.folder = self._stack.enter_context(new_directory(output, overwrite=overwrite))
+        self.folder = self._stack.enter_context(
+            new_directory(output, overwrite=overwrite, inside=inside)
+        )
         self._tensors: dict[str, Tensor] = {}
         self._compressed: dict[str, Entry] = {}
         self._plain: dict[str, str] = {}
@@ -109,7 +116,9 @@ class DirectoryWriter:
                 "weight_map": dict(sorted(weight_map.items())),
             }
             text = json.dumps(index, indent=2) + "\n"
-            (self.folder / "model.safetensors.index.json").write_text(text)
+            path = self.folder / "model.safetensors.index.json"
+            with written(path):
+                path.write_text(text, encoding="utf-8")
 
     def publish(self) -> None:
         """Flush everything to the disk and put the directory in its place."""
@@ -127,41 +136,73 @@ class DirectoryWriter:
         compressed = {n: e for n, e in self._compressed.items() if f"{n}.words" in self._tensors}
         plain = {n: digest for n, digest in self._plain.items() if n in self._tensors}
         manifest = Manifest(self.generator, compressed, plain)
-        path = self.folder / f"shard-{len(self._shards)}.tmp"
-        metadata = {"format": "pt", METADATA_KEY: manifest.to_json()}
-        try:
-            write_shard(path, self._tensors, metadata)
-        except OSError as error:
-            raise OutputError(f"cannot write {path.name}: {error.strerror}.") from None
+        path = self.folder / f"shard-{len(self._shards)}{TEMPORARY}"
+        with written(path):
+            write_shard(path, self._tensors, manifest.to_json())
         self._shards.append((path, list(self._tensors), self._bytes))
         self._tensors, self._bytes = {}, 0
+
+
+def refused(path: Path, error: OSError) -> OutputError:
+    """What to tell the user when the disk does not take `path`."""
+    remedy = (
+        "free some space and start again" if error.errno in FULL else "choose another place for it"
+    )
+    return OutputError(f"cannot write {path} ({error.strerror}): {remedy}.")
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Say in one sentence that `path` could not be written.
+
+    Raises:
+        OutputError: the system refused it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise refused(path, error) from None
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse an output that would destroy something.
 
     Raises:
-        OutputError: `output` is a file, or a non-empty directory and `overwrite` is not given.
+        OutputError: `output` is a file, holds the current directory, or is a non-empty directory
+            and `overwrite` is not given.
     """
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file: choose a directory for the output.")
-    if output.is_dir() and output.resolve() == Path.cwd():
-        raise OutputError(f"{output} is the current directory: choose another for the output.")
+    if output.is_dir() and Path.cwd().is_relative_to(output.resolve()):
+        raise OutputError(f"{output} is or holds the current directory: choose another output.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise OutputError(f"{output} exists and is not empty: choose another or pass --overwrite.")
 
 
-@contextmanager
-def new_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A hidden directory beside `output` to be filled; what is still there at the end is removed.
+def check_apart(output: Path, source: Path, what: str) -> None:
+    """Refuse an output that is, holds or lies in what it is made from (`what`, in words).
 
     Raises:
-        OutputError: `output` must not be replaced, or its parent cannot be written.
+        OutputError: it is so.
+    """
+    output, source = output.resolve(), source.resolve()
+    if output.is_relative_to(source) or source.is_relative_to(output):
+        raise OutputError(f"{output} is, holds or lies in {what} {source}: choose another output.")
+
+
+@contextmanager
+def new_directory(output: Path, *, overwrite: bool, inside: Path | None = None) -> Iterator[Path]:
+    """A hidden directory to be filled, beside `output` or `inside` a directory of the same disk;
+    what is still there at the end is removed.
+
+    Raises:
+        OutputError: `output` must not be replaced, or the place cannot be written.
     """
     check_output(output, overwrite=overwrite)
+    place = inside or output.parent
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
+        place.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f".{output.name}.", suffix=PARTIAL, dir=place)
     except OSError as error:
         raise OutputError(f"cannot write beside {output}: {error.strerror}.") from None
     try:
@@ -177,11 +218,11 @@ def put_in_place(made: Path, output: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: `output` must not be replaced, or the disk refuses.
     """
-    try:
-        for file in made.iterdir():
+    with written(output):
+        for file in made.rglob("*"):
             _flush_to_disk(file)
         _flush_to_disk(made)
-        old = made.with_suffix(".old")
+        old = made.with_suffix(REPLACED)
         if output.exists():
             check_output(output, overwrite=overwrite)
             output.rename(old)
@@ -193,8 +234,6 @@ def put_in_place(made: Path, output: Path, *, overwrite: bool) -> None:
             raise
         _flush_to_disk(output.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(f"cannot put {output} in place: {error.strerror}.") from None
 
 
 def _flush_to_disk(path: Path) -> None:

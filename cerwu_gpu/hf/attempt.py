@@ -9,14 +9,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cerwu_gpu import __version__
 from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.container.journal import Journal
 from cerwu_gpu.container.reader import open_directory
-from cerwu_gpu.container.writer import DirectoryWriter
-from cerwu_gpu.errors import CorruptionError
+from cerwu_gpu.container.writer import DirectoryWriter, written
+from cerwu_gpu.errors import CorruptionError, OutputError
+from cerwu_gpu.hf.card import Card
 from cerwu_gpu.hf.models import TOKENIZER_FILES, LoadedModel
+from cerwu_gpu.hf.reason import reason
 from cerwu_gpu.hf.source import Source
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.pipeline import Clock, compress_blocks
@@ -69,13 +72,25 @@ class Attempts:
     """Makes attempts for one output; leaving the context removes those that were not published."""
 
     def __init__(
-        self, source: Source, output: Path, *, overwrite: bool, verify: bool, clock: Clock
+        self,
+        source: Source,
+        output: Path,
+        *,
+        overwrite: bool,
+        verify: bool,
+        clock: Clock,
+        work: Path | None = None,
+        card: Card | None = None,
     ) -> None:
+        """`work` is this run's own directory (container/work.py), where finished blocks are kept;
+        without it none are. `card` is written into every attempt."""
         self.source = source
         self.output = output
         self._overwrite = overwrite
         self._verify = verify
         self._clock = clock
+        self._work = work
+        self._card = card
         self._stack = ExitStack()
         self._originals: dict[str, Tensor] = {}
         self._gradients: Mapping[tuple[str, int], Tensor] | None = None
@@ -107,18 +122,31 @@ class Attempts:
             self._restore(parameters)
         writer = self._stack.enter_context(
             DirectoryWriter(
-                self.output, generator=f"cerwu_gpu {__version__}", overwrite=self._overwrite
+                self.output,
+                generator=f"cerwu_gpu {__version__}",
+                overwrite=self._overwrite,
+                inside=self._work,
             )
         )
         dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         layers = compress_blocks(
-            self.source.blocks(gradients), layouts, dtypes, writer, config, self._clock, gradients
+            self.source.blocks(gradients),
+            layouts,
+            dtypes,
+            writer,
+            config,
+            self._clock,
+            gradients,
+            Journal(self._work / f"lmbda-{config.lmbda!r}") if self._work is not None else None,
         )
         with self._clock.stage("write"):
             for name, tensor in plain_tensors(model, layouts).items():
                 writer.add_plain(name, tensor)
             write_companions(self.source.loaded, writer.folder)
             writer.complete()
+            if self._card is not None:
+                with written(writer.folder):
+                    self._card.write(writer.folder)
         if self._verify:
             with self._clock.stage("verify"):
                 _check(writer.folder, parameters, self.source.progress)
@@ -151,26 +179,51 @@ def directory_bytes(path: Path) -> int:
 
 
 def write_companions(loaded: LoadedModel, folder: Path) -> None:
-    """config.json with the quantization method, tokenizer, generation and licence files."""
+    """config.json with the quantization method, tokenizer, generation and licence files.
+
+    Raises:
+        OutputError: the disk refuses one.
+    """
     content = loaded.model.config.to_dict()
     content["quantization_config"] = {"quant_method": QUANT_METHOD, "format": FORMAT_VERSION}
     content["architectures"] = [type(loaded.model).__name__]
+    content["dtype"] = str(loaded.model.dtype).removeprefix("torch.")  # it may have been cast
     text = json.dumps(content, indent=2, sort_keys=True, default=str)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    if loaded.files is not None:
-        patterns = (*COPIED_FILES, *LICENCE_PATTERNS)
-        for file in sorted({found for p in patterns for found in loaded.files.glob(p)}):
-            shutil.copyfile(file, folder / file.name)
-        return
-    if loaded.tokenizer is not None:
-        loaded.tokenizer.save_pretrained(folder)
-    if loaded.model.generation_config is not None:
-        loaded.model.generation_config.save_pretrained(folder)
+    with written(folder):
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        if loaded.files is not None:
+            patterns = (*COPIED_FILES, *LICENCE_PATTERNS)
+            for file in sorted({found for p in patterns for found in loaded.files.glob(p)}):
+                shutil.copyfile(file, folder / file.name)
+            return
+        if loaded.tokenizer is not None:
+            _save_tokenizer(loaded.tokenizer, folder)
+        generation = getattr(loaded.model, "generation_config", None)  # image classifiers have none
+        if generation is not None:
+            generation.save_pretrained(folder)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # a full disk reaches us from Rust as a plain Exception
+        raise OutputError(
+            f"the tokenizer cannot be written to {folder} ({reason(error)}): "
+            "free some space and start again."
+        ) from error
 
 
 def _check(folder: Path, parameters: Mapping[str, Tensor], progress: bool) -> None:
-    """Every compressed weight decodes to the bits in memory."""
-    for name, weight in open_directory(folder).weights(progress=progress):
+    """Every plain tensor has its checksum, and every compressed weight the bits in memory."""
+    directory = open_directory(folder)
+    for _ in directory.plain():
+        pass
+    missing = parameters.keys() - directory.compressed().keys()
+    if missing:
+        raise CorruptionError(f"{min(missing)} was not written: please report it.")
+    for name, weight in directory.weights(progress=progress):
         if not torch.equal(weight, parameters[name].detach().cpu()):
             raise CorruptionError(
                 f"{name} does not decode to the weight that was quantized: "

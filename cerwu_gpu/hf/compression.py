@@ -1,50 +1,74 @@
 """From a model to a compressed directory: the whole way (design.md section 3)."""
 
-import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cerwu_gpu.config import CompressionConfig
-from cerwu_gpu.container.writer import check_output
+from cerwu_gpu.container.work import work_directory
+from cerwu_gpu.container.writer import check_apart, check_output
+from cerwu_gpu.errors import ModelError, OutputError
 from cerwu_gpu.hf.attempt import Attempt, Attempts, plain_tensors
+from cerwu_gpu.hf.card import card_of
+from cerwu_gpu.hf.classifiers import check_batches, compress_on_batches
 from cerwu_gpu.hf.device import find_device
+from cerwu_gpu.hf.fingerprint import settings_fingerprint, source_fingerprint
 from cerwu_gpu.hf.models import LoadedModel, load_model
 from cerwu_gpu.hf.source import Source
-from cerwu_gpu.hf.structure import find_weights
+from cerwu_gpu.hf.structure import Weights, find_weights
 from cerwu_gpu.hf.targeting import to_target
 from cerwu_gpu.pipeline import Clock
 from cerwu_gpu.report import Report
+from cerwu_gpu.vision.running import Batch
+from cerwu_gpu.vision.sensitivity import Loss
 
 
 def compress(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | nn.Module,
     output: str | Path,
     *,
+    batches: Iterable[Batch] | None = None,
     config: CompressionConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: str | None = None,
+    loss: Loss | None = None,
     device: str | torch.device | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     hessian_cache: str | Path | None = None,
     verify: bool = True,
+    card: bool = False,
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> Report:
-    """Compress a causal language model into a directory that `load_compressed` reads.
+    """Compress a model into a directory that `load_compressed` reads.
+
+    Without `batches` it is a causal language model. With them it is an image classifier of
+    transformers or any plain torch module, whose linear layers and 2-D convolutions are compressed.
 
     Args:
         model: hub name, local directory, .gguf file, or a model in memory; the latter is changed
             in place: afterwards it holds the quantized weights.
         output: directory to write; it appears when it is complete.
+        batches: inputs that calibrate, each a tensor, a tuple or a dict of arguments, without
+            labels; the first axis counts samples, and lmbda is per sample. They are run several
+            times, so all are kept.
         config: what to minimise; default CompressionConfig().
         tokenizer: for a model in memory, or instead of the source's own.
         text: calibration text instead of what config.calibration names.
+        loss: with batches, (the module's output, the batch) -> one loss per sample in nats, for
+            the sensitivities; default: the output is taken for logits [samples, classes]
+            (vision/sensitivity.py).
         device: where blocks are worked on; default: the GPU where there is one, else the CPU.
         overwrite: replace a non-empty output.
+        restart: drop what an unfinished run has kept instead of continuing it.
         hessian_cache: directory that keeps the Hessians for the next run.
         verify: decode what was written and compare it with the weights in memory.
+        card: write a model card for the Hugging Face Hub (README.md); for language models.
         progress: show bars on stderr.
         trust_remote_code: allow code from the model's repository to run.
 
@@ -53,34 +77,104 @@ def compress(
 
     Raises:
         CerwuError: a subclass that says what is wrong; nothing is left at `output` then.
+        OutputError: the disk refuses something, or an unfinished run for `output` was another
+            one; what is finished is kept beside it (docs/resume.md).
+        KeyboardInterrupt: with the sentence that says where the work is kept.
     """
     config, target = config or CompressionConfig(), find_device(device)
     output, clock = Path(output).expanduser().resolve(), Clock()
     check_output(output, overwrite=overwrite)
-    with clock.stage("load"):
-        loaded = _loaded(model, tokenizer, trust_remote_code)
-        chosen = find_weights(
-            loaded.model, config.include, config.exclude, head=not config.keep_head
-        ).chosen
-    with tempfile.TemporaryDirectory() as scratch:
-        kept = hessian_cache or (scratch if config.targeted else None)
+    _check_places(output, model, hessian_cache)
+    check_batches(
+        model,
+        batches,
+        {
+            "tokenizer": tokenizer,
+            "text": text,
+            "hessian_cache": hessian_cache,
+            "card": card or None,
+        },
+    )
+    if batches is not None:
+        return compress_on_batches(
+            model,
+            output,
+            batches,
+            config,
+            loss=loss,
+            device=target,
+            overwrite=overwrite,
+            verify=verify,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+    assert not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel)
+    with work_directory(output, restart=restart) as work:
+        work.expect(settings_fingerprint(config, target))
+        with clock.stage("load"):
+            loaded = _loaded(model, tokenizer, trust_remote_code)
+            weights = find_weights(
+                loaded.model, config.include, config.exclude, head=not config.keep_head
+            )
+            left = _events_of(weights, config)
+            original_bytes = bytes_of_original(model, loaded.model)
         with clock.stage("calibrate"):
             source = Source.prepare(
                 loaded,
-                chosen,
+                weights.chosen,
                 config,
                 text=text,
                 device=target,
-                hessian_cache=kept,
+                hessian_cache=hessian_cache
+                or (work.path / "hessians" if config.targeted else None),
                 progress=progress,
+                work=work.path,
             )
-        with Attempts(source, output, overwrite=overwrite, verify=verify, clock=clock) as attempts:
+        work.begin({**settings_fingerprint(config, target), **source_fingerprint(source)})
+        with Attempts(
+            source,
+            output,
+            overwrite=overwrite,
+            verify=verify,
+            clock=clock,
+            work=work.path,
+            card=card_of(model, loaded.files, original_bytes) if card else None,
+        ) as attempts:
             if config.targeted:
                 attempt = to_target(attempts, config, clock)
             else:
                 attempt = attempts.run(config)
             attempt.writer.publish()
-    return _report(attempt, source, _original_bytes(model, loaded.model), clock)
+    report = _report(attempt, source, original_bytes, clock)
+    return replace(report, left=weights.left, events=(*left, *report.events))
+
+
+def _events_of(weights: Weights, config: CompressionConfig) -> tuple[str, ...]:
+    """What is left alone though nobody asked for it.
+
+    Raises:
+        ModelError: there is such a thing, and config.strict.
+    """
+    events = tuple(f"{name}: left as it is, {weights.left[name]}" for name in weights.unknown)
+    if events and config.strict:
+        raise ModelError(f"{events[0]} (strict): exclude it.")
+    return events
+
+
+def _check_places(
+    output: Path, model: str | Path | nn.Module, hessian_cache: str | Path | None
+) -> None:
+    """Refuse an output whose place belongs to something that is read.
+
+    Raises:
+        OutputError: it is so.
+    """
+    if not isinstance(model, nn.Module) and Path(model).expanduser().exists():
+        check_apart(output, Path(model).expanduser(), "the model")
+    if hessian_cache is not None:
+        cache = Path(hessian_cache).expanduser().resolve()
+        if cache.is_relative_to(output):
+            raise OutputError(f"the Hessian cache {cache} lies in the output: choose another.")
 
 
 def _report(attempt: Attempt, source: Source, original_bytes: int, clock: Clock) -> Report:
@@ -114,7 +208,7 @@ def _loaded(
     return LoadedModel(loaded.model, tokenizer, None)
 
 
-def _original_bytes(source: str | Path | PreTrainedModel, model: PreTrainedModel) -> int:
+def bytes_of_original(source: str | Path | PreTrainedModel, model: PreTrainedModel) -> int:
     """Bytes of a .gguf file, else of the dense weights as they were loaded, tied ones once."""
     if not isinstance(source, PreTrainedModel) and Path(source).suffix == ".gguf":
         return Path(source).expanduser().stat().st_size

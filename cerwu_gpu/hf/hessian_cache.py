@@ -77,9 +77,13 @@ class HessianCache:
     def file(self, index: int) -> Path:
         return self.path / f"block-{index:05d}.safetensors"
 
+    def holds(self, index: int) -> bool:
+        """Whether block number `index` is there."""
+        return self.file(index).is_file()
+
     def complete(self, blocks: int) -> bool:
         """Whether all blocks are there."""
-        return all(self.file(index).is_file() for index in range(blocks))
+        return all(map(self.holds, range(blocks)))
 
     def write(
         self,
@@ -112,7 +116,7 @@ class HessianCache:
                 temporary.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise OutputError(
-                f"the Hessian cache {self.path} cannot be written ({error}): "
+                f"{self.path} cannot be written ({error}): "
                 "free some space or choose another directory."
             ) from error
 
@@ -199,23 +203,31 @@ def cached_blocks(
     """
     if cache.complete(len(find_blocks(model)) + len(head_modules(model, layouts))):
         return CachedBlocks(model, layouts, cache, device)
-    return RecordedBlocks(calibrate(), cache)
+    return RecordedBlocks(calibrate(), cache, model.device if device is None else device)
 
 
 class RecordedBlocks:
-    """Calibrated blocks whose statistics are kept in the cache as they pass."""
+    """Calibrated blocks whose statistics are kept in the cache as they pass; those that a run
+    before kept there are taken from it."""
 
     from_cache = False
 
-    def __init__(self, blocks: CalibratedBlocks, cache: HessianCache) -> None:
+    def __init__(
+        self, blocks: CalibratedBlocks, cache: HessianCache, device: torch.device | str
+    ) -> None:
         self._blocks = blocks
         self._cache = cache
+        self._device = torch.device(device)
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def __iter__(self) -> Iterator[CalibratedBlock | KnownBlock]:
         for index, block in enumerate(self._blocks):
+            if isinstance(block, CalibratedBlock) and self._cache.holds(index):
+                block.pass_by()
+                yield block.known(*self._cache.read(index, self._device))
+                continue
             self._cache.write(index, block.inputs, block.statistics())
             yield block
 

@@ -16,7 +16,7 @@ from cerwu_gpu.hf.calibration import CalibratedBlocks
 from cerwu_gpu.hf.head import BlocksWithLookups
 from cerwu_gpu.hf.hessian_cache import HessianCache, StatedBlocks, cached_blocks, hessian_key
 from cerwu_gpu.hf.inputs import Label
-from cerwu_gpu.hf.models import LoadedModel
+from cerwu_gpu.hf.models import LoadedModel, check_weights
 from cerwu_gpu.hf.sensitivity import output_sensitivities
 from cerwu_gpu.hf.text import calibration_tokens
 from cerwu_gpu.layout import WeightLayout
@@ -38,6 +38,8 @@ class Source:
         tokens: int64 [samples, sequence], what calibrates.
         held_out: int64 [some, sequence], disjoint from `tokens`; empty where nothing is judged.
         events: what did not go as planned.
+        cache: Hessians and sensitivities, for later runs too.
+        kept: sensitivities where there is no cache, for this run only.
     """
 
     loaded: LoadedModel
@@ -49,6 +51,7 @@ class Source:
     device: torch.device
     cache: HessianCache | None
     progress: bool
+    kept: HessianCache | None = None
 
     @staticmethod
     def prepare(
@@ -60,12 +63,18 @@ class Source:
         device: torch.device,
         hessian_cache: str | Path | None,
         progress: bool,
+        work: Path | None = None,
     ) -> "Source":
         """Tokenize the calibration text and find the place of its Hessians.
 
+        `work` is a directory that belongs to this run alone (container/work.py): what a run that
+        dies would have to find out again goes there.
+
         Raises:
             CalibrationError: the text cannot be used, or the settings contradict each other.
+            ModelError: a weight to compress is NaN or infinite.
         """
+        check_weights(loaded.model, [layout.name for layout in layouts])
         tokens, events = calibration_tokens(
             config.calibration,
             loaded.model,
@@ -97,7 +106,10 @@ class Source:
             key = hessian_key(loaded.model, list(layouts), tokens, {})
             cache = HessianCache(hessian_cache, key)
         by_name = {layout.name: layout for layout in layouts}
-        return Source(loaded, by_name, tokens, held_out, events, config, device, cache, progress)
+        kept = cache if work is None else cache or HessianCache(work, "calibration")
+        return Source(
+            loaded, by_name, tokens, held_out, events, config, device, cache, progress, kept
+        )
 
     def blocks(self, gradients: Mapping[Label, Tensor]) -> Blocks:
         """The model's blocks with their Hessians, calibrated now or kept from before.
@@ -110,6 +122,13 @@ class Source:
     def sample_blocks(self, gradients: Mapping[Label, Tensor]) -> Blocks:
         """The same for a look at the model that quantizes nothing: original inputs will do."""
         return BlocksWithLookups(self._kept_blocks(), gradients)
+
+    def calibrate(self) -> None:
+        """Have all Hessians in the cache, from now or from before; the model stays as it is."""
+        blocks = self._kept_blocks()
+        if not blocks.from_cache:
+            for block in blocks:
+                block.statistics()
 
     def _kept_blocks(self) -> StatedBlocks:
         assert self.cache is not None
@@ -141,7 +160,7 @@ class Source:
         """(name, part) -> mean squared gradient [m] at every output, where the settings use it."""
         if not self.config.needs_gradients:
             return {}
-        kept = self.cache.read_sensitivities() if self.cache is not None else None
+        kept = self.kept.read_sensitivities() if self.kept is not None else None
         if kept is not None:
             return _filled(kept)
         found = output_sensitivities(
@@ -152,8 +171,8 @@ class Source:
             batch_size=self.config.batch_size,
             progress=self.progress,
         )
-        if self.cache is not None:
-            self.cache.write_sensitivities(found)
+        if self.kept is not None:
+            self.kept.write_sensitivities(found)
         return _filled(found)
 
 
