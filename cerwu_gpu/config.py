@@ -13,6 +13,7 @@ Quantizer = Literal["scalar", "trellis4", "trellis8"]
 Scale = Literal["per-tensor", "per-row"]
 DampingBy = Literal["median", "mean"]
 Sensitivity = Literal["none", "relative", "layer", "row"]
+RateModel = Literal["histogram", "gaussian", "uniform"]
 
 LEVELS_LIMIT = 4096
 LEAST_LMBDA = 1e-14
@@ -40,6 +41,8 @@ class CompressionConfig:
     scale: Scale = "per-row"
     """Whether abs-max is taken over the matrix or over each row (with `levels` or `grid`)."""
     quantizer: Quantizer = "scalar"
+    rate_model: RateModel = "histogram"
+    """What the search takes bits to be (quantize/rate_models.py); the coder has the histogram."""
     sensitivity: Sensitivity = "row"
     """What a unit of output error costs in each layer or row (quantize/sensitivity.py)."""
     bits: float | None = None
@@ -84,6 +87,7 @@ class CompressionConfig:
             ("method", get_args(Method)),
             ("scale", get_args(Scale)),
             ("quantizer", get_args(Quantizer)),
+            ("rate_model", get_args(RateModel)),
             ("sensitivity", get_args(Sensitivity)),
             ("damping_by", get_args(DampingBy)),
         ):
@@ -111,6 +115,11 @@ class CompressionConfig:
         if self.bounded and self.quantizer != "scalar":
             raise ConfigError(
                 f"levels and grid work with quantizer scalar only, not {self.quantizer}."
+            )
+        if not self.bounded and self.rate_model != "histogram":
+            raise ConfigError(
+                f"rate_model {self.rate_model} needs a given grid: give levels or grid, or take "
+                "histogram."
             )
         if not self.bounded and self.method in ("optq", "rtn"):
             raise ConfigError(f"{self.method} rounds to a given grid: give levels or grid.")

@@ -1,6 +1,6 @@
 """What a compression says about itself: layer by layer, and in all."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class Report:
     """Stage (load, calibrate, sensitivity, target, quantize, code, write, verify) -> seconds."""
     events: tuple[str, ...] = ()
     """What did not go as planned, layers included, one sentence each that names the thing."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Parameters with two axes or more that are stored as they are -> the reason."""
 
     def to_dict(self) -> dict[str, object]:
         """The same as plain dictionaries, lists and numbers, ready for JSON."""

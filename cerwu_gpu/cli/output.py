@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 
 import typer
@@ -60,6 +61,10 @@ def report_rows(report: Report) -> list[tuple[str, str]]:
     weights = sum(rows * columns for rows, columns in (layer.shape for layer in report.layers))
     return [
         ("matrices quantized", f"{len(report.layers):,} ({weights:,} weights)"),
+        *(
+            (f"left: {reason}", f"{count:,}")
+            for reason, count in sorted(Counter(report.left.values()).items())
+        ),
         ("bits per quantized weight", f"{report.bits_per_weight:.4f}"),
         ("compressed directory", size(report.directory_bytes)),
         ("original", size(report.original_bytes)),

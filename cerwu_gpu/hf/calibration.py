@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.hf.capture import Call, capture
 from cerwu_gpu.hf.ends import Ends, ends_placed
-from cerwu_gpu.hf.head import head_modules, head_statistics
+from cerwu_gpu.hf.head import find_head, head_modules, head_statistics
 from cerwu_gpu.hf.inputs import InputMoments, Label, observed
 from cerwu_gpu.hf.models import check_tokens
 from cerwu_gpu.hf.structure import find_blocks
@@ -69,6 +69,7 @@ class CalibratedBlock:
         self._stream = stream
         self._moments = InputMoments(weights.layouts)
         self._statistics: dict[str, InputStatistics] | None = None
+        self._passed = False
 
     @property
     def inputs(self) -> dict[Label, str]:
@@ -91,13 +92,26 @@ class CalibratedBlock:
             self._statistics = self._moments.statistics(self._stream.device)
         return self._statistics
 
+    def pass_by(self) -> None:
+        """Stream the inputs through and look at none: what becomes of the block is known."""
+        self._stream.observe(self._module, self._moments)
+        self._passed = True
+
+    def known(
+        self, inputs: dict[Label, str], statistics: dict[str, InputStatistics]
+    ) -> "KnownBlock":
+        """The same block after `pass_by`, with what was found out earlier."""
+        return KnownBlock(self.name, self._weights, inputs, statistics, self._stream.device)
+
     def replace(self, name: str, part: int, weight: Tensor) -> None:
-        self.statistics()
+        if not self._passed:
+            self.statistics()
         self._weights.store(name, part, weight)
 
     def finish(self) -> None:
         """Take the stream past the block."""
-        self.statistics()
+        if not self._passed:
+            self.statistics()
         self._stream.advance(self._module)
 
 
@@ -124,6 +138,9 @@ class KnownBlock:
     def statistics(self) -> dict[str, InputStatistics]:
         return self._statistics
 
+    def pass_by(self) -> None:
+        """Nothing is streamed through it."""
+
     def replace(self, name: str, part: int, weight: Tensor) -> None:
         self._weights.store(name, part, weight)
 
@@ -134,7 +151,7 @@ class CalibratedBlocks:
 
     The model's weights change in place as blocks are replaced, so iterate once. One block at a
     time is on `device`, with its Hessians and the calibration activations; the model stays where
-    it is.
+    it is. Blocks behind the last chosen weight are not run.
     """
 
     from_cache = False
@@ -190,21 +207,38 @@ class CalibratedBlocks:
         stream = _Stream(self._model, captured.hidden, self._device, self._sequential)
         if self._correct_drift:
             stream.drifted = list(stream.hidden)
+        needed = self._needed()
         with tqdm(
             total=len(self), desc="blocks", unit="block", disable=not self._progress
         ) as shown:
             for index, (name, module) in enumerate(self._blocks):
                 stream.calls = captured.calls[index]
-                with placed(module, self._device):
-                    weights = BlockWeights(name, module, self._layouts)
-                    block = CalibratedBlock(name, module, weights, stream)
-                    yield block
-                    if index + 1 < len(self):
-                        block.finish()
+                weights = BlockWeights(name, module, self._layouts)
+                if index >= needed:
+                    yield KnownBlock(name, weights, {}, {}, self._device)
+                else:
+                    with placed(module, self._device):
+                        block = CalibratedBlock(name, module, weights, stream)
+                        yield block
+                        if index + 1 < needed or self._needs_outputs:
+                            block.finish()
                 shown.update()
             for head in self._after_blocks(Ends(self._model, self._blocks, captured.wrap), stream):
                 yield head
                 shown.update()
+
+    @property
+    def _needs_outputs(self) -> bool:
+        """Whether the head is chosen, so that what the last block gives is looked at."""
+        owners = {name for name, _ in self._heads}
+        return bool(owners) and find_head(self._model).head.rpartition(".")[0] in owners
+
+    def _needed(self) -> int:
+        """How many blocks have to run: up to the last one with a chosen weight, or all of them."""
+        if self._needs_outputs:
+            return len(self._blocks)
+        chosen = [bool(BlockWeights(*block, self._layouts).layouts) for block in self._blocks]
+        return max((index + 1 for index, some in enumerate(chosen) if some), default=0)
 
     def _after_blocks(self, ends: Ends, stream: "_Stream") -> Iterator[KnownBlock]:
         """The head and the input embedding, with their module on the device."""

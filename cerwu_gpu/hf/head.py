@@ -34,6 +34,7 @@ from cerwu_gpu.hf.ends import Ends, output_embeddings
 from cerwu_gpu.hf.inputs import InputMoments, Label
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.pipeline import Block, Blocks, InputStatistics
+from cerwu_gpu.quantize.threads import one_thread
 
 LOOKUP = -1
 """Among sensitivities, (name, LOOKUP) of the input embedding: what is added to its Hessian [d, d]
@@ -196,8 +197,11 @@ def tied_sensitivities(
         return torch.zeros_like(logits), torch.zeros_like(hessian)
     addition = 2 / total * moment
     both = hessian + addition
+    if float(both.trace()) <= 0:
+        return logits, addition
     both.diagonal().add_(NEGLIGIBLE * both.diagonal().mean())  # no text may span all directions
-    share = torch.linalg.solve(both, addition).trace() / len(moment)
+    with one_thread():
+        share = torch.linalg.solve(both, addition).trace() / len(moment)
     return (1 - share) * logits + share * total * frequencies, addition
 
 
@@ -224,6 +228,7 @@ class _WithLookups:
     def __init__(self, block: Block, additions: Mapping[str, Tensor]) -> None:
         self.name = block.name
         self.matrices = block.matrices
+        self.pass_by = block.pass_by
         self.replace = block.replace
         self._block = block
         self._additions = additions

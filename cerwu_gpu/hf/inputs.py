@@ -93,26 +93,15 @@ class InputMoments:
             self._sums[key] = torch.zeros(n, n, dtype=torch.float64, device=rows.device)
         backend.accumulate_hessian(self._sums[key], rows)
         if not bool(torch.isfinite(self._sums[key].diagonal()).all()):
-            raise CalibrationError(
-                f"the input of {key} is not finite in float32 for {self._culprit(x)}: "
-                "check the weights, or load the model in another dtype."
-            )
+            raise CalibrationError(not_finite(f"the input of {key}", x, self._samples))
         self._tokens[key] = self._tokens.get(key, 0) + rows.shape[0]
         original = self._recorded.pop(key, None)
         if original is not None:
             cross = (original.T @ rows).double()
+            if not bool(torch.isfinite(cross).all()):
+                what = f"the original model's input of {key}"
+                raise CalibrationError(not_finite(what, original.to(x.dtype), self._samples))
             self._crosses[key] = self._crosses[key] + cross if key in self._crosses else cross
-
-    def _culprit(self, x: Tensor) -> str:
-        """The calibration sample whose input is not finite, as far as x [..., n] tells."""
-        count = len(self._samples)
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        if rows.shape[0] % count == 0:
-            energy = rows.square().sum(dim=1).reshape(count, -1).sum(dim=1)
-            bad = (~torch.isfinite(energy)).nonzero().flatten().tolist()
-            if bad:
-                return f"calibration sample {self._samples[bad[0]]}"
-        return f"one of the calibration samples {self._samples[0]} to {self._samples[-1]}"
 
     def statistics(self, device: torch.device) -> dict[str, InputStatistics]:
         """H [n, n] float32 per input, key -> statistics; the sums are given up.
@@ -145,6 +134,21 @@ class InputMoments:
         if cross is not None:
             cross = (2 / tokens * cross).float()
         return InputStatistics(hessian.float(), tokens, cross)
+
+
+def not_finite(what: str, x: Tensor, samples: range) -> str:
+    """The sentence that says so of x [..., n], the activations of these calibration samples."""
+    rows = x.detach().reshape(-1, x.shape[-1]).float()
+    where = f"one of the calibration samples {samples[0]} to {samples[-1]}"
+    if rows.shape[0] % len(samples) == 0:  # experts see some tokens only
+        energy = rows.square().sum(dim=1).reshape(len(samples), -1).sum(dim=1)
+        bad = (~torch.isfinite(energy)).nonzero().flatten().tolist()
+        if bad:
+            where = f"calibration sample {samples[bad[0]]}"
+    remedy = "check the weights and the text."
+    if x.dtype == torch.float16:
+        remedy = "it overflows float16: save the model as bfloat16 or float32 and compress that."
+    return f"{what} has no finite square for {where}: {remedy}"
 
 
 @contextmanager

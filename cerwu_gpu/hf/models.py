@@ -33,7 +33,10 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
-HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+HUB_FILES = (
+    *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"),
+    *("README.md", "LICENSE*", "LICENCE*", "NOTICE*"),
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,20 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTo
     if tokenizer is None:
         raise ModelError("the model has no tokenizer: text cannot be used without one.")
     return tokenizer
+
+
+def check_weights(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Refuse parameters with these names that are not finite.
+
+    Raises:
+        ModelError: one holds NaN or infinity.
+    """
+    for name in names:
+        if not bool(torch.isfinite(model.get_parameter(name)).all()):
+            raise ModelError(
+                f"{name} holds weights that are NaN or infinite: fetch the model again, "
+                "or exclude it."
+            )
 
 
 def check_tokens(model: PreTrainedModel, tokens: Tensor, length: int) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.hf.calibration import BlockWeights, eager_experts, placed
-from cerwu_gpu.hf.capture import capture
+from cerwu_gpu.hf.capture import Call, capture
 from cerwu_gpu.hf.ends import Ends, Passage, ends_placed
 from cerwu_gpu.hf.head import (
     LOOKUP,
@@ -23,7 +23,7 @@ from cerwu_gpu.hf.head import (
     lookup_sensitivities,
     tied_sensitivities,
 )
-from cerwu_gpu.hf.inputs import ExpertProducts, Label
+from cerwu_gpu.hf.inputs import ExpertProducts, InputMoments, Label, not_finite, observed
 from cerwu_gpu.hf.models import check_tokens
 from cerwu_gpu.hf.structure import find_blocks
 from cerwu_gpu.layout import WeightLayout
@@ -108,8 +108,8 @@ class _Squares:
         if not bool(torch.isfinite(squares).all()):
             name, part = label
             raise CalibrationError(
-                f"the gradient at the output of {name}{f'[{part}]' if part else ''} is not finite "
-                "in float32: check the weights, or load the model in another dtype."
+                f"the gradient at the output of {name}{f'[{part}]' if part else ''} is not finite: "
+                "check the weights, or save the model as float32 and compress that."
             )
         self._sums[label] = self._sums[label] + squares if label in self._sums else squares
         self._tokens[label] = self._tokens.get(label, 0) + tokens
@@ -160,8 +160,8 @@ class _Ends:
         )
         if not all(bool(torch.isfinite(mean).all()) for mean in (logits, hessian, moment)):
             raise CalibrationError(
-                f"the gradient at {layout.name} is not finite in float32: "
-                "check the weights, or load the model in another dtype."
+                f"the gradient at {layout.name} is not finite: "
+                "check the weights, or save the model as float32 and compress that."
             )
         if layout.name != self.head.embedding:
             return {(layout.name, 0): logits}
@@ -206,6 +206,10 @@ class _Backward:
         self._device = device
         self._squares = _Squares()
         self._ends = _Ends(find_head(model)) if head_modules(model, layouts) else None
+        chosen = [bool(BlockWeights(*block, layouts).layouts) for block in self._blocks]
+        # No gradient is asked for in front of the first chosen weight.
+        self._first = 0 if self._ends is not None or True not in chosen else chosen.index(True)
+        self._samples = 0
 
     def add(self, tokens: Tensor) -> None:
         """Add the gradients of one batch, int64 [batch, sequence]."""
@@ -216,12 +220,16 @@ class _Backward:
         hidden = captured.hidden[0]
         inputs = []
         with eager_experts(self._model):
-            for (_, block), call in zip(self._blocks, runs, strict=True):
+            for (name, block), call in zip(self._blocks, runs, strict=True):
                 inputs.append(hidden)
                 with placed(block, self._device), torch.no_grad():
                     hidden = call.run(block, hidden)
+                    if not bool(torch.isfinite(hidden).all()):
+                        self._blame(name, block, call, inputs[-1], hidden)
+            self._samples += len(tokens)
             gradient, entries = self._through_ends(ends, tokens, hidden)
-            for (name, block), call in zip(reversed(self._blocks), reversed(runs), strict=True):
+            for index in reversed(range(self._first, len(self._blocks))):
+                (name, block), call = self._blocks[index], runs[index]
                 x = inputs.pop().detach().requires_grad_()
                 with placed(block, self._device), self._watched(name, block), torch.enable_grad():
                     (gradient,) = torch.autograd.grad(call.run(block, x), x, gradient)
@@ -229,6 +237,21 @@ class _Backward:
             pieces = torch.split(gradient, [len(rows) for rows, _ in entries])
             for (rows, first), piece in zip(entries, pieces, strict=True):
                 self._ends.note_rows(torch.autograd.grad(first, rows, piece)[0])
+
+    def _blame(
+        self, name: str, block: nn.Module, call: Call, hidden: Tensor, output: Tensor
+    ) -> NoReturn:
+        """Say which input of a chosen weight is not finite first, or else that the output is not.
+
+        Raises:
+            CalibrationError: always.
+        """
+        samples = range(self._samples, self._samples + len(hidden))
+        weights = BlockWeights(name, block, self._layouts)
+        moments = InputMoments(weights.layouts)
+        with observed(weights.modules, weights.layouts, moments), moments.forward(samples):
+            call.run(block, hidden)
+        raise CalibrationError(not_finite(f"the output of {name}", output, samples))
 
     def _through_ends(
         self, ends: Ends, tokens: Tensor, hidden: Tensor

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cerwu_gpu.errors import ConfigError, ModelError
+from cerwu_gpu.errors import ModelError
 from cerwu_gpu.hf.head import head_layouts
 from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.patterns import chosen_names, matches
+
+UNKNOWN_EXPERTS = "experts of unknown layout"
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,12 @@ class Weights:
     Attributes:
         chosen: in the order of the model.
         left: name -> reason, for every other parameter with two axes or more.
+        unknown: those of them that ought to be compressed and cannot be.
     """
 
     chosen: tuple[WeightLayout, ...]
     left: dict[str, str]
+    unknown: tuple[str, ...] = ()
 
 
 def find_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
@@ -86,21 +90,16 @@ def find_weights(
     if head:
         candidates.update({layout.name: layout for layout in head_layouts(model)})
     others = [name for name, _ in model.named_parameters() if name not in candidates]
-    _check_patterns(include, candidates, "include", "weight that can be compressed")
-    _check_patterns(exclude, [*candidates, *others], "exclude", "parameter of the model")
-    chosen = {
-        name: layout
-        for name, layout in candidates.items()
-        if _matches(name, include) and not _matches(name, exclude)
-    }
-    if not chosen:
-        raise ConfigError("include and exclude leave no weight to compress: loosen them.")
+    names = set(chosen_names(candidates, others, include, exclude))
+    chosen = {name: layout for name, layout in candidates.items() if name in names}
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and name not in chosen:
             inside = any(name.startswith(f"{prefix}.") for prefix, _ in blocks)
             default = "not the weight of a linear layer" if inside else "outside the blocks"
             left.setdefault(name, "not chosen" if name in candidates else default)
-    return Weights(tuple(chosen.values()), left)
+    wanted = (name for name, why in left.items() if why == UNKNOWN_EXPERTS)
+    unknown = [x for x in wanted if matches(x, include) and not matches(x, exclude)]
+    return Weights(tuple(chosen.values()), left, tuple(unknown))
 
 
 def _block_weights(prefix: str, block: nn.Module) -> Iterator[tuple[WeightLayout, str | None]]:
@@ -119,7 +118,7 @@ def _block_weights(prefix: str, block: nn.Module) -> Iterator[tuple[WeightLayout
             known = hasattr(module, "is_transposed")  # set by transformers; the shape cannot tell
             transposed = known and bool(module.is_transposed)
             layout = WeightLayout(f"{prefix}.{stem}{name}", shape, shape[0], transposed)
-            yield layout, None if known else "experts of unknown layout"
+            yield layout, None if known else UNKNOWN_EXPERTS
 
 
 def _expert_parameters(module: nn.Module) -> list[str]:
@@ -147,16 +146,3 @@ def _expert_counts(module: nn.Module) -> set[int]:
     if isinstance(module, nn.ModuleList) and all(map(holds_matrices, module)):
         return {len(module)}
     return {getattr(module, name).shape[0] for name in _expert_parameters(module)}
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    stem = name.removesuffix(".weight")
-    return any(fnmatchcase(name, p) or fnmatchcase(stem, p) for p in patterns)
-
-
-def _check_patterns(
-    patterns: Sequence[str], names: Sequence[str] | dict[str, WeightLayout], field: str, what: str
-) -> None:
-    for pattern in patterns:
-        if not any(_matches(name, (pattern,)) for name in names):
-            raise ConfigError(f"{field} pattern {pattern!r} matches no {what}: check its spelling.")

@@ -141,9 +141,10 @@ def token_windows(
     ids = tokenized(text, tokenizer)
     available = len(ids) // sequence_length
     if available == 0:
+        shorter = f" or a sequence length of at most {len(ids)}" if len(ids) > 1 else ""
         raise CalibrationError(
             f"the calibration text has {len(ids)} tokens, fewer than one sequence of "
-            f"{sequence_length}: give a longer text or a sequence length of at most {len(ids)}."
+            f"{sequence_length}: give a longer text{shorter}."
         )
     windows = ids[: available * sequence_length].view(available, sequence_length)
     if available < samples:

@@ -19,6 +19,9 @@ STEP_UNIT = 16
 KAPPA = {0: 0.065, 4: 0.16, 8: 0.17}
 """lmbda C_jj^2 / step_j^2 by number of trellis states; ln2/12 in the limit of high rate."""
 
+FINEST = 2.0**-22
+"""A step in units of its column's largest weight: below, integers leave float32's exact range."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -45,11 +48,26 @@ class Grid:
         """t_i [m] float32."""
         return step_values(self.row_scale).expand(rows)
 
+    def values(self) -> Tensor:
+        """[K] float32, every level of a given grid."""
+        if self.levels is not None:
+            return self.levels
+        assert self.lowest is not None and self.highest is not None
+        device = self.row_scale.device
+        return torch.arange(self.lowest, self.highest + 1, dtype=torch.float32, device=device)
 
-def waterfilled(factor_diagonal: Tensor, sensitivity: Tensor, lmbda: float, states: int) -> Grid:
-    """Steps from the diagonal of C [n] and row scales from alpha [m]; lmbda > 0."""
+
+def waterfilled(
+    weight: Tensor, factor_diagonal: Tensor, sensitivity: Tensor, lmbda: float, states: int
+) -> Grid:
+    """Steps from the diagonal of C [n] and row scales from alpha [m]; lmbda > 0.
+
+    No step is finer than FINEST of the largest weight of its column of W [m, n].
+    """
+    scale = step_codes(sensitivity.rsqrt(), STEP_UNIT)
+    largest = (weight.abs() / step_values(scale)[:, None]).amax(dim=0).to(factor_diagonal.dtype)
     steps = factor_diagonal * (lmbda / KAPPA[states]) ** 0.5
-    return Grid(step_codes(steps, STEP_UNIT), step_codes(sensitivity.rsqrt(), STEP_UNIT))
+    return Grid(step_codes(steps.maximum(FINEST * largest), STEP_UNIT), scale)
 
 
 def scaled(weight: Tensor, config: CompressionConfig) -> Grid:

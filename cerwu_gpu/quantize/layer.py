@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cerwu_gpu.config import TRELLIS_STATES, CompressionConfig
 from cerwu_gpu.quantize.grid import Grid, nearest, scaled
-from cerwu_gpu.quantize.objective import factor_with_damping, quadratic_error
+from cerwu_gpu.quantize.objective import check_finite, factor_with_damping, quadratic_error
 from cerwu_gpu.quantize.problem import Problem
 from cerwu_gpu.quantize.rate import Classes
 from cerwu_gpu.quantize.refit import Quadratic, refit
@@ -49,8 +49,10 @@ def quantize_stack(
 
     Raises:
         FactorizationError: the Hessian cannot be factored.
+        CerwuError: a subclass, where something is not finite, or integers leave their range.
     """
     weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+    check_finite(weight, hessian, sensitivities or ())
     bounds = [0, *torch.tensor([len(w) for w in weights]).cumsum(0).tolist()]
     states = TRELLIS_STATES[config.quantizer]
     fitted: Quadratic | None = None

@@ -6,16 +6,38 @@ R = sum_ij gamma_j/2 W_ij^2 + remainder, joins the first term by completing the 
     H' = H + lmbda diag(gamma),   W' = W H H'^-1,   H'^-1 = C'^T C' with C' upper triangular.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from cerwu_gpu.config import DampingBy
-from cerwu_gpu.errors import FactorizationError
+from cerwu_gpu.errors import CalibrationError, FactorizationError, ModelError
+from cerwu_gpu.quantize.threads import one_thread
 
 DRIFT_DAMPING = 1.0
 """Of the mean diagonal entry: with less, the regression fits the noise of its few tokens."""
 DAMPING_LIMIT = 1.0
 """More damping than this multiple of the diagonal is refused: little of H would be left."""
+
+
+def check_finite(weight: Tensor, hessian: Tensor, sensitivities: Sequence[Tensor]) -> None:
+    """Refuse what no objective can be made of.
+
+    Raises:
+        ModelError: a weight is NaN or infinite.
+        CalibrationError: so is an entry of the Hessian, or a sensitivity, which also must be > 0.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ModelError("it has weights that are NaN or infinite: mend them, or exclude it.")
+    if not bool(torch.isfinite(hessian).all()):
+        raise CalibrationError("its Hessian is not finite in float32: check the weights before it.")
+    for alpha in sensitivities:
+        if not bool((torch.isfinite(alpha) & (alpha > 0)).all()):
+            raise CalibrationError(
+                "its sensitivities are not finite and positive: take another sensitivity."
+            )
 
 
 def damp(hessian: Tensor, damping: float, by: DampingBy) -> Tensor:
@@ -47,7 +69,8 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     Raises:
         FactorizationError: H is not numerically positive definite.
     """
-    backwards, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    with one_thread():
+        backwards, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if int(info) != 0 or not bool(torch.isfinite(backwards).all()):
         raise FactorizationError(
             "the Hessian is not positive definite: give more calibration text or more damping."
@@ -107,7 +130,8 @@ def drift_target(weight: Tensor, *, hessian: Tensor, cross: Tensor) -> Tensor:
     """
     damped = damp(hessian, DRIFT_DAMPING, "mean")
     difference = (cross - hessian).to(torch.float64)
-    shift: Tensor = torch.linalg.solve(damped, difference.t()).t()
+    with one_thread():
+        shift: Tensor = torch.linalg.solve(damped, difference.t()).t()
     return weight + weight @ shift.to(weight.dtype)
 
 
@@ -119,6 +143,17 @@ def normalised_factor(factor: Tensor, step: Tensor) -> Tensor:
 
 
 def quadratic_error(difference: Tensor, hessian: Tensor) -> Tensor:
-    """D H D^T summed per row: [m] float64, from D [m, n] and the undamped H [n, n]."""
-    wide = difference.to(torch.float32)
-    return ((wide @ hessian.to(torch.float32)) * wide).sum(dim=1, dtype=torch.float64)
+    """D H D^T summed per row: [m] float64, from D [m, n] and the undamped H [n, n], both finite.
+
+    The products are float32; powers of two in front of them keep all of them in its range.
+    """
+    unit, scale = _power_of_two(difference), _power_of_two(hessian)
+    narrow = (difference / unit).to(torch.float32)
+    error = (narrow @ (hessian / scale).to(torch.float32)) * narrow
+    return error.sum(dim=1, dtype=torch.float64) * (scale * unit * unit)
+
+
+def _power_of_two(x: Tensor) -> float:
+    """The largest one that is at most max |x|, of those with an inverse in float32; 1 for zeros."""
+    size = float(x.abs().max())
+    return 2.0 ** max(math.frexp(size)[1] - 1, -126) if size > 0 else 1.0

@@ -14,6 +14,7 @@ from cerwu_gpu.quantize.grid import Grid, nearest, scaled, waterfilled
 from cerwu_gpu.quantize.objective import complete_square, normalised_factor
 from cerwu_gpu.quantize.passes import Weights, scalar_pass, trellis_pass
 from cerwu_gpu.quantize.rate import Classes
+from cerwu_gpu.quantize.rate_models import model_bits
 from cerwu_gpu.quantize.symbols import symbol_range
 from cerwu_gpu.reference.dequantize import trellis_quantizers
 from cerwu_gpu.reference.obs import Alphabet
@@ -24,6 +25,13 @@ SAMPLED_ROWS = 512
 """Passes before the last see about this many rows of a stack: enough to estimate its tables."""
 LEVEL_LIMIT = 1 << 24
 """Integers stay below this magnitude: float32, in which they are searched, is exact up to it."""
+PENALTY_LIMIT = 1e4
+"""Of a column's 1 / C_jj^2: a larger quadratic rate cancels against the error in float32. Weights
+that have it are 0 anyway: their root mean square is below 0.003 waterfilled steps."""
+PRICE_LIMIT = 1e30
+"""Of a bit, where nothing but bits counts any more: products with it stay within float32."""
+SCALE_LIMIT = 1e15
+"""Largest omega_j, and one over the smallest largest one; x^2 < 2^48 in float32 comes on top."""
 EXHAUSTIVE_LEVELS = 65
 """Bounded alphabets up to this size are scanned whole, larger ones near the target."""
 
@@ -65,25 +73,26 @@ class Problem:
             unit, price = torch.ones_like(sensitivity), lmbda / float(sensitivity.mean())
         else:
             states = TRELLIS_STATES[config.quantizer]
-            grid = waterfilled(factor.diagonal(), sensitivity, config.lmbda, states)
+            grid = waterfilled(weight, factor.diagonal(), sensitivity, config.lmbda, states)
             unit, price = grid.scales(rows), lmbda
         weight = weight / unit[:, None]
-        gamma = _gaussian_curvature(weight, per_column=not config.bounded)
+        penalty = price * _gaussian_curvature(weight, per_column=not config.bounded)
+        penalty = penalty.minimum(PENALTY_LIMIT / factor.diagonal().square())
         if config.method != "cerwu" or lmbda == 0:
-            gamma = torch.zeros_like(gamma)
+            penalty = torch.zeros_like(penalty)
         else:
-            weight, factor = complete_square(weight, damped, price * gamma)
+            weight, factor = complete_square(weight, damped, penalty)
         steps, scales = grid.steps(columns), grid.scales(rows)
         x = weight * (unit / scales)[:, None] / steps
-        if not float(x.abs().max()) < LEVEL_LIMIT:
-            raise ConfigError(
-                f"lmbda {config.lmbda:g} takes the integers of a layer past 2**24: raise it."
-            )
+        _check_integers(x, config)
         square = factor.diagonal().square()
+        bit = lmbda / (sensitivity.double() * scales.double().square())
+        importance = steps.double().square() / square
+        scale = _common_scale(importance)
         weights = Weights(
-            lmbda=lmbda / (sensitivity * scales.square()),
-            importance=(steps.square() / square).to(torch.float32),
-            curvature=(price * gamma * square).to(torch.float32),
+            lmbda=(bit / scale).clamp_max(PRICE_LIMIT).to(torch.float32),
+            importance=(importance / scale).to(torch.float32),
+            curvature=(penalty * square).to(torch.float32),
         )
         single = Classes.single(rows, columns, device=weight.device)
         classes = single if config.bounded else rate.classify(x)
@@ -115,6 +124,8 @@ class Problem:
 
     def _first_alphabet(self) -> Alphabet:
         """Tables before any pass: of plain rounding, in each quantizer of a trellis."""
+        if self.config.rate_model != "histogram":
+            return self._modelled(self.x)
         table = self.classes.row[:, None] + self.classes.column
         if not self._states:
             return self._tables(nearest(self.x, self.grid), table)
@@ -133,8 +144,19 @@ class Problem:
         )
         return self._tables(symbols[order], owner[order], rows_each=2)
 
+    def _modelled(self, values: Tensor) -> Alphabet:
+        """A table for each matrix of the stack by config.rate_model, on a given grid."""
+        levels = self.grid.values()
+        rates = [
+            model_bits(self.config.rate_model, levels, values[first:last])
+            for first, last in pairwise(self.bounds)
+        ]
+        return Alphabet(torch.stack(rates), self.grid.lowest or 0, False, self.grid.levels)
+
     def _alphabet(self, seen: Tensor) -> Alphabet:
         """Tables of the symbols of a pass."""
+        if self.config.rate_model != "histogram":
+            return self._modelled(self.grid.values()[seen - (self.grid.lowest or 0)])
         table = self.classes.row[:, None] + self.classes.column
         if self._states:
             table = 2 * table + trellis_quantizers(seen, self._states)
@@ -149,7 +171,8 @@ class Problem:
         for first, last in pairwise(self.bounds):
             rows = slice(rows_each * first, rows_each * last)
             counts = rate.histogram(index[rows], table[rows], count, span.total)
-            parts.append(rate.rates(rate.codes(counts, span.mirrored)))
+            table_codes = rate.codes(counts, span.mirrored, 2 if self._states else 1)
+            parts.append(rate.rates(table_codes))
         rates = torch.cat(parts)
         if span.escapes:
             escape = rates[:, span.size :].amin(dim=1, keepdim=True) + rate.ESCAPE_PAYLOAD_BITS
@@ -161,7 +184,10 @@ class Problem:
         for first in self.bounds[1:-1]:
             number[first:] += self.classes.count
         row_class, block_size = self.classes.row + number, self.config.block_size
-        exhaustive = self.grid.lowest is not None and alphabet.size <= EXHAUSTIVE_LEVELS
+        # A Gaussian's rate draws large integers farther toward zero than near candidates reach.
+        exhaustive = self.grid.lowest is not None and (
+            alphabet.size <= EXHAUSTIVE_LEVELS or self.config.rate_model == "gaussian"
+        )
         parts = []
         for first in range(0, len(self.x), CHUNK_ROWS):
             rows = slice(first, first + CHUNK_ROWS)
@@ -178,7 +204,28 @@ class Problem:
             else:
                 done = scalar_pass(*arguments, block_size=block_size, exhaustive=exhaustive)
             parts.append(done)
-        return torch.cat(parts)
+        symbols = torch.cat(parts)
+        _check_integers(symbols, self.config)
+        return symbols
+
+
+def _common_scale(importance: Tensor) -> float:
+    """What to divide all costs by, which changes no decision, so that they stay within float32."""
+    size = float(importance.max())
+    return 1.0 if 1 / SCALE_LIMIT < size < SCALE_LIMIT else 2.0 ** round(math.log2(size))
+
+
+def _check_integers(x: Tensor, config: CompressionConfig) -> None:
+    """Refuse integers, or what they are rounded from, beyond LEVEL_LIMIT; NaN is beyond it, too.
+
+    Raises:
+        ConfigError: there are such.
+    """
+    low, high = (float(end) for end in torch.aminmax(x))  # |-2^31| has no int32
+    if not -LEVEL_LIMIT < low <= high < LEVEL_LIMIT:
+        raise ConfigError(
+            f"lmbda {config.lmbda:g} takes its integers past 2**24: raise it, or the damping."
+        )
 
 
 def _gaussian_curvature(weight: Tensor, *, per_column: bool) -> Tensor:

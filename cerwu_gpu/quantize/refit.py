@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cerwu_gpu.coding import side
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
+from cerwu_gpu.quantize.threads import one_thread
 from cerwu_gpu.reference.dequantize import step_codes, step_values
 
 UNITS = (8, 4, 2, 1)
@@ -66,7 +67,8 @@ def _refit_columns(matrix: QuantizedMatrix, problem: Quadratic) -> QuantizedMatr
     if ridge == 0:
         return matrix
     damped = curvature + ridge * torch.eye(len(step), dtype=torch.float64, device=step.device)
-    fitted = step + torch.linalg.solve(damped, target - curvature @ step)
+    with one_thread():
+        fitted = step + torch.linalg.solve(damped, target - curvature @ step)
 
     def loss(codes: Tensor) -> float:
         moved = step_values(codes).to(torch.float64) - step

@@ -10,6 +10,8 @@ r"""What a unit of squared output error costs, row by row: the alpha of the obje
 With layer and row, J approximates the loss of the model, and lmbda is nats per token for a bit.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,22 @@ from cerwu_gpu.quantize.objective import quadratic_error
 
 FLOOR = 0.05
 """A row counts at least this share of the layer's mean: gradients of few tokens are noisy."""
+
+
+def squared_gradient(
+    gradients: Mapping[tuple[str, int], Tensor], name: str, part: int
+) -> Tensor | None:
+    """What `gradients` has for a matrix, [m]; the mean of all others where none reached it.
+
+    Args:
+        gradients: (name, part) -> mean over tokens of (dL/dy_i)^2; parts below 0 are no matrices.
+    """
+    own = gradients.get((name, part))
+    if own is None or bool(own.any()):
+        return own
+    means = [float(other.mean()) for (_, number), other in gradients.items() if number >= 0]
+    positive = [mean for mean in means if mean > 0]
+    return torch.full_like(own, sum(positive) / max(len(positive), 1))
 
 
 def row_sensitivity(

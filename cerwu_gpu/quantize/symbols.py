@@ -90,7 +90,9 @@ def finish_matrix(
 ) -> QuantizedMatrix:
     """Final classes and tables of one matrix of the stack, from its final symbols."""
     row_class, column_class = classes.row[rows], classes.column
-    row_class = row_class - row_class.min()
+    # As many tables as rows and columns, which is all that the format allows; few in tiny matrices.
+    row_class = (row_class - row_class.min()).clamp_max(len(row_class) - 1)
+    column_class = column_class.clamp_max(len(column_class) - 1)
     tables = int(row_class.max() + column_class.max()) + 1
     table = row_class[:, None] + column_class
     if states:
@@ -105,7 +107,7 @@ def finish_matrix(
         lowest=span.lowest,
         size=span.size,
         escapes=span.escapes,
-        codes=rate.codes(counts, span.mirrored),
+        codes=rate.codes(counts, span.mirrored, 2 if states else 1),
         row_class=row_class,
         column_class=column_class,
         column_step=grid.column_step,

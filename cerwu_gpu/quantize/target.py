@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.config import CompressionConfig
-from cerwu_gpu.errors import TargetError
+from cerwu_gpu.errors import CerwuError, TargetError
 from cerwu_gpu.quantize.layer import quantize_stack
+from cerwu_gpu.quantize.objective import quadratic_error
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 
 SAMPLE_ROWS = 256
@@ -29,6 +30,7 @@ class Probe:
     """Some rows of one stack.
 
     Attributes:
+        name: of its first matrix, for errors.
         weight: [k, n] float32.
         hessian: [n, n], undamped.
         sensitivity: [k] float32.
@@ -36,6 +38,7 @@ class Probe:
         matrices: how many matrices of the model it stands for.
     """
 
+    name: str
     weight: Tensor
     hessian: Tensor
     sensitivity: Tensor
@@ -60,11 +63,14 @@ class Estimate:
     loss: float
 
 
-def probe(weights: Sequence[Tensor], hessian: Tensor, sensitivities: Sequence[Tensor]) -> Probe:
+def probe(
+    name: str, weights: Sequence[Tensor], hessian: Tensor, sensitivities: Sequence[Tensor]
+) -> Probe:
     """A probe of a stack of matrices [m_k, n] that stands for it alone; it outlives the block."""
     weight, sensitivity = torch.cat(list(weights)), torch.cat(list(sensitivities))
     keep = torch.arange(0, len(weight), max(1, len(weight) // SAMPLE_ROWS), device=weight.device)
     return Probe(
+        name,
         weight[keep].clone(),
         hessian.clone(),
         sensitivity[keep].clone(),
@@ -77,14 +83,17 @@ def estimate(probes: Iterable[Probe], config: CompressionConfig, stored: StoredB
     """Bits and loss of the model at config.lmbda."""
     bits = loss = total = 0.0
     for each in probes:
-        stack = quantize_stack([each.weight], each.hessian, config, [each.sensitivity])
+        try:
+            stack = quantize_stack([each.weight], each.hessian, config, [each.sensitivity])
+        except CerwuError as error:
+            raise type(error)(f"{each.name}: {error}") from None
         matrix = stack.matrices[0]
         share = each.weights / each.weight.numel()
         words, side = stored(matrix)
         bits += share * words + each.matrices * side
         difference = each.weight - matrix.weight(torch.float32)
-        error = ((difference @ each.hessian) * difference).sum(dim=1)
-        loss += share * 0.5 * float((each.sensitivity * error).sum())
+        errors = quadratic_error(difference, each.hessian)
+        loss += share * 0.5 * float((each.sensitivity * errors).sum())
         total += each.weights
     return Estimate(bits / total, loss)
 

@@ -135,6 +135,7 @@ def _rate(g: Tensor, base: Tensor, alphabet: Alphabet, highest: int) -> Tensor:
     """Bits of the integers g (float32, exact) under the tables that start at base."""
     index = g.to(torch.int64)
     if not alphabet.escapes:
+        index.clamp_(alphabet.lowest, highest)  # what is no number must not read out of range
         return alphabet.rates.view(-1)[base + index]
     outside = (index > highest) | (index < alphabet.lowest)
     index = torch.where(outside, highest + 1, index)
