@@ -6,6 +6,8 @@ FORMAT_VERSION: Final = 1
 QUANT_METHOD: Final = "cerwu"
 METADATA_KEY: Final = "cerwu"
 """Key of the JSON manifest in the metadata of each safetensors file."""
+HEADER_KEY: Final = "cerwu_sha256"
+"""Key of the checksum of the manifest and of every tensor's name, dtype and shape."""
 
 PRECISION: Final = 24
 """Probabilities are integers k >= 1 in units of 2**-PRECISION; each table sums to 2**PRECISION."""
@@ -16,6 +18,16 @@ STREAM_SYMBOLS: Final = 4096
 """A stream holds at least this many symbols, unless the matrix has fewer."""
 STREAM_BITS: Final = 6500
 """A writer gives a stream at least about so many bits: its fixed cost of some 35 is then 0.55 %."""
+STREAM_SYMBOLS_MOST: Final = 1 << 16
+"""A writer gives a stream at most so many symbols, or one row: it bounds a decoder's time."""
+STREAM_SYMBOLS_LIMIT: Final = 1 << 17
+"""A reader refuses longer streams."""
+
+WEIGHTS_PER_BYTE: Final = 1 << 12
+"""A reader refuses a directory with more weights for each byte of its files with tensors ..."""
+SLOTS_PER_BYTE: Final = 1 << 6
+SLOTS_FREE: Final = 1 << 20
+"""... or with more than SLOTS_FREE table entries and SLOTS_PER_BYTE for each byte."""
 
 CODE_RESOLUTION: Final = 8
 """A table code c stands for a probability proportional to 2**(-c / CODE_RESOLUTION)."""

@@ -98,7 +98,7 @@ def decode_kernel(
     p_steps,  # [columns of all matrices] float32
     p_scales,  # [rows of all matrices] float32
     p_found,  # [matrices] int32, zeros: how many escapes there are
-    p_places,  # [escapes] int64, out: 2 * (number of the element, row by row) + quantizer
+    p_places,  # [escapes] int64, out: 4 * (number of the element) + 2 * parity + quantizer
     BL: tl.constexpr,
     FIELDS: tl.constexpr,
     ALPHABET_FIELDS: tl.constexpr,
@@ -174,7 +174,8 @@ def decode_kernel(
                 b_weight = b_level * tl.load(p_steps + first_column + j) * b_scale
                 tl.store(p_column, _rounded(b_weight, p_out.dtype.element_ty), mask=m_r)
                 if ESCAPES:
-                    b_place = 2 * (first_element + o_r * columns + j) + b_quantizer
+                    o_element = first_element + o_r * columns + j  # [BL] int64
+                    b_place = 4 * o_element + 2 * (b_low >> BITS) + b_quantizer
                     m_escape = m_r & (b_symbol >= regular)
                     _note_escapes(p_alphabet, p_found + i_matrix, p_places, b_place, m_escape)
             else:
@@ -226,7 +227,8 @@ def decode_weights(
         One [m, n] tensor per matrix, a transposed view; all of them share memory.
 
     Raises:
-        CorruptionError: as for `decode`, or a matrix has not as many escapes as values for them.
+        CorruptionError: as for `decode`, or a matrix has not as many escapes as values for them, or
+            of another parity under a trellis.
     """
     if not batch:
         return []

@@ -31,8 +31,8 @@ class Levels:
         alphabets: per matrix FIELDS numbers: size of the alphabet without escape symbols; number of
             the matrix's first escape, and how many it has.
         found: [matrices] int32, the kernel counts the escapes here.
-        places: [escapes] int64, and leaves their places here: 2 * element + quantizer, elements
-            counted row by row.
+        places: [escapes] int64, and leaves their places here: 4 * element + 2 * parity of the
+            escape symbol + quantizer, elements counted row by row.
         present: there are escape symbols.
     """
 
@@ -69,7 +69,8 @@ class Levels:
             steps, scales: float32, of all columns and of all rows.
 
         Raises:
-            CorruptionError: a matrix (named) has not as many escapes as values for them.
+            CorruptionError: a matrix (named) has not as many escapes as values for them, or one of
+                another parity.
         """
         if not self.present:
             return
@@ -81,7 +82,11 @@ class Levels:
                 raise CorruptionError(f"{name}: escapes are missing; get it again.")
         places = self.places.sort().values
         m, n = batch.rows.size[owner], batch.columns.size[owner]
-        element, quantizer = places >> 1, places & 1
+        element, parity, quantizer = places >> 2, (places >> 1) & 1, places & 1
+        wrong = (parity != (self._values & 1)) & (batch.quantizers[owner] > 1)
+        if bool(wrong.any()):
+            name = batch.names[int(owner[wrong][0])]
+            raise CorruptionError(f"{name}: an escape has the wrong parity; get it again.")
         first = torch.tensor(batch.first_element, device=out.device)[owner]
         row = (element - first) // n
         column = element - first - row * n

@@ -72,26 +72,49 @@ def pack(arrays: Mapping[str, NDArray[Any]], m: int, n: int) -> bytes:
     return bytes(out)
 
 
-def unpack(blob: bytes, m: int, n: int) -> dict[str, NDArray[Any]]:
+def unpack(blob: bytes, m: int, n: int, *, escapes: int | None = None) -> dict[str, NDArray[Any]]:
     """Read what `pack` wrote for a matrix [m, n].
 
     No more memory is taken than arrays of the shapes that belong to m and n need.
 
+    Args:
+        escapes: the most that there may be; default: as many as weights.
+
     Raises:
         FormatError: the bytes are not what `pack` writes for any arrays of such a matrix.
     """
+    return _read(blob, m, n, escapes)[0]
+
+
+def sizes(blob: bytes, m: int, n: int) -> dict[str, int]:
+    """Bytes that each array in `blob` takes; they add up to all of it.
+
+    Raises:
+        FormatError: as `unpack`.
+    """
+    return _read(blob, m, n, None)[1]
+
+
+def _read(
+    blob: bytes, m: int, n: int, escapes: int | None
+) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
+    """The arrays in `blob` and the bytes of each."""
     reader = _Reader(blob)
     arrays: dict[str, NDArray[Any]] = {}
+    taken: dict[str, int] = {}
     last = 0
     while reader.left:
+        before = len(reader.left)
         number = reader.byte()
         if number not in _NAMES or number <= last:
             raise FormatError(f"side data: array {number} is unknown or out of order.")
         last, name = number, _NAMES[number]
         field = _FIELDS[name]
         predictor = arrays.get(field.predictor) if field.predictor else None
-        arrays[name] = _unpack_array(reader, name, field, predictor, m, n)
-    return arrays
+        most = escapes if name == "escapes" and escapes is not None else _length(field.shape, m, n)
+        arrays[name] = _unpack_array(reader, name, field, predictor, most)
+        taken[name] = before - len(reader.left)
+    return arrays, taken
 
 
 def _pack_array(field: _Field, array: NDArray[Any], predictor: NDArray[Any] | None) -> bytes:
@@ -115,7 +138,7 @@ def _pack_array(field: _Field, array: NDArray[Any], predictor: NDArray[Any] | No
 
 
 def _unpack_array(
-    reader: "_Reader", name: str, field: _Field, predictor: NDArray[Any] | None, m: int, n: int
+    reader: "_Reader", name: str, field: _Field, predictor: NDArray[Any] | None, most: int
 ) -> NDArray[Any]:
     coding = reader.byte()
     if field.shape == "tables":
@@ -126,9 +149,9 @@ def _unpack_array(
             raise FormatError(f"side data: {name} has the unknown coding {coding}.")
         differences = _unpack_items(reader, coding, shape[0] * shape[1] * shape[2], name)
         return _sums(differences.astype(np.uint8).reshape(shape))
-    count = _length(field.shape, m, n)
+    count = most
     if field.shape in _COUNTED:
-        most, count = count, reader.unsigned()
+        count = reader.unsigned()
         if count > most:
             raise FormatError(f"side data: {name} has {count} values: {most} are possible.")
     base, divisor = reader.signed(), reader.unsigned()
@@ -234,6 +257,7 @@ def _length(shape: str, m: int, n: int) -> int:
         "streams": stream_count(m, n),
         "escapes": m * n,
         "grid": ALPHABET_MAX,
+        "tables": TABLE_CODES_MAX,
     }[shape]
 
 

@@ -16,6 +16,7 @@ from cerwu_gpu.spec import (
     PRECISION,
     STREAM_BITS,
     STREAM_SYMBOLS,
+    STREAM_SYMBOLS_MOST,
     TRELLIS_NEXT,
     TRELLIS_QUANTIZER,
 )
@@ -57,7 +58,8 @@ def encode(
     Returns:
         words: uint32, all streams one after the other.
         lengths: [S] uint32, the number of words of each stream; S is stream_count(m, n), less
-            where streams would hold fewer than STREAM_BITS.
+            where streams would hold fewer than STREAM_BITS, but not so few that they would hold
+            more than STREAM_SYMBOLS_MOST symbols.
 
     Raises:
         ValueError: a symbol or a class is outside the tables.
@@ -87,7 +89,10 @@ def encode(
 
     sample = entries(slice(0, None, max(1, m // SAMPLED_ROWS)))
     bits = float((PRECISION - np.log2(tables.reshape(-1)[sample])).mean()) * m * n
-    streams = max(1, min(stream_count(m, n), int(bits / STREAM_BITS)))
+    most = stream_count(m, n)
+    # However few bits they take, long streams would keep a decoder's lanes waiting.
+    fewest = -(-m // max(1, STREAM_SYMBOLS_MOST // n))
+    streams = max(1, min(most, max(fewest, int(bits / STREAM_BITS))))
     words = [encoder(entries(slice(first, None, streams))) for first in range(streams)]
     lengths = np.array([len(stream) for stream in words], dtype=np.uint32)
     return np.concatenate(words), lengths

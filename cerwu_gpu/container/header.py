@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZERS = {"scalar": 0, "grid": 0, "trellis4": 4, "trellis8": 8}
 DIMENSION_LIMIT = 1 << 31
 LEVEL_LIMIT = 1 << 30
-"""Integers stay below this magnitude, so that twice of one fits 32 bits."""
+"""Under a trellis integers stay below this magnitude, so that twice of one fits 32 bits."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -67,6 +67,12 @@ class Part:
         """q and -q share a table code."""
         return self.lowest == -(self.size // 2) and self.size % 2 == 1
 
+    @property
+    def integers(self) -> range:
+        """What the integers of this matrix may be."""
+        limit = LEVEL_LIMIT - 1 if self.states else DIMENSION_LIMIT
+        return range(-limit, limit if not self.states else limit + 1)
+
     def check(self, name: str) -> None:
         """Refuse what no writer produces, before anything is allocated."""
         positive = (self.rows, self.columns, self.size, self.tables)
@@ -74,8 +80,9 @@ class Part:
         plausible = (
             all(1 <= value < DIMENSION_LIMIT for value in positive)
             and all(0 <= value < DIMENSION_LIMIT for value in counts)
-            and abs(self.lowest) < LEVEL_LIMIT
             and self.quantizer in QUANTIZERS
+            and self.lowest in self.integers
+            and self.lowest + self.size - 1 in self.integers
             and self.escapes in (0, 1 + bool(self.states))
             and self.tables <= self.rows + self.columns
             and self.alphabet <= 1 << 16
@@ -109,6 +116,11 @@ class Entry:
     @property
     def weights(self) -> int:
         return sum(part.rows * part.columns for part in self.parts)
+
+    @property
+    def slots(self) -> int:
+        """Entries of all tables."""
+        return sum(part.tables * part.quantizers * part.alphabet for part in self.parts)
 
     def check(self, name: str) -> None:
         """Refuse an entry whose parts do not fill its shape."""
@@ -156,10 +168,9 @@ class Manifest:
             VersionError: a newer version of the format.
             FormatError: anything else that docs/format.md does not allow.
         """
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{file}: its manifest is not JSON ({error}).") from None
+        if not isinstance(text, str):
+            raise FormatError(f"{file}: its manifest is no text; the file is broken.")
+        content = strict_json(text, f"{file}: its manifest")
         version = content.get("version") if isinstance(content, dict) else None
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise FormatError(f"{file}: its manifest states no format version.")
@@ -170,13 +181,42 @@ class Manifest:
             )
         try:
             entries = {name: _entry(value) for name, value in content["compressed"].items()}
-            plain = {str(name): str(value) for name, value in content["plain_sha256"].items()}
-            generator = str(content["generator"])
-        except (KeyError, TypeError, ValueError, AttributeError):
+            plain = {n: _typed(value, str) for n, value in content["plain_sha256"].items()}
+            generator = _typed(content["generator"], str)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise FormatError(f"{file}: its manifest is malformed; the file is broken.") from None
+        for name in [*entries, *plain]:
+            if not name.isprintable():
+                raise FormatError(f"{file}: the name {name!r} cannot be printed.")
         for name, entry in entries.items():
             entry.check(name)
+        for name, digest in plain.items():
+            if not _HEX.fullmatch(digest):
+                raise FormatError(f"{name}: its checksum is not 64 hexadecimal digits.")
         return Manifest(generator, entries, plain)
+
+
+def strict_json(text: str, what: str) -> Any:
+    """Parse JSON in which no object has a name twice and every number is one.
+
+    Raises:
+        FormatError: it is something else; the message begins with `what`.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise FormatError(f"{what} has the name {twice!r} twice; get the file again.")
+        return content
+
+    def refused(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refused)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{what} is not JSON ({error}).") from None
 
 
 def _entry(content: dict[str, Any]) -> Entry:
@@ -189,6 +229,8 @@ def _entry(content: dict[str, Any]) -> Entry:
 
 def _part(content: dict[str, Any]) -> Part:
     loss = content["relative_loss"]
+    if type(loss) is int:  # JSON has one kind of number
+        loss = float(loss)
     values: dict[str, Any] = {"relative_loss": None if loss is None else _typed(loss, float)}
     for field in fields(Part):
         if field.name != "relative_loss":

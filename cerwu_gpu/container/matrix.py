@@ -1,6 +1,8 @@
 """One matrix between its tensors and its bytes: words of the streams, and the side blob."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,11 +11,12 @@ from torch import Tensor
 
 from cerwu_gpu.coding import side, streams
 from cerwu_gpu.coding.tables import table_from_codes
-from cerwu_gpu.container.header import LEVEL_LIMIT, Part
+from cerwu_gpu.container.header import Part
 from cerwu_gpu.errors import FormatError
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.reference.ans import CodedMatrix
 from cerwu_gpu.reference.weights import Reconstruction
+from cerwu_gpu.spec import STREAM_SYMBOLS_LIMIT
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,11 @@ def unpack_matrix(
         FormatError: the side blob is malformed or contradicts the manifest.
     """
     try:
-        arrays = side.unpack(blob, part.rows, part.columns)
+        arrays = side.unpack(blob, part.rows, part.columns, escapes=part.escaped)
+        _check_arrays(part, arrays)
+        tables = table_from_codes(_whole(arrays["table_codes"], part))
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
-    wanted = {"table_codes", "row_class", "column_class", "step_code", "row_scale_code", "lengths"}
-    wanted |= {"escapes"} if part.escaped else set()
-    wanted |= {"grid"} if part.quantizer == "grid" else set()
-    if set(arrays) != wanted:
-        odd = min(set(arrays) ^ wanted)
-        raise FormatError(f"{name}: side data and manifest disagree on {odd}.")
-    if part.escaped and len(arrays["escapes"]) != part.escaped:
-        raise FormatError(f"{name}: side data and manifest disagree on escapes.")
-    if part.quantizer == "grid" and len(arrays["grid"]) != part.size:
-        raise FormatError(f"{name}: side data and manifest disagree on grid.")
 
     def placed(array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
@@ -107,7 +102,7 @@ def unpack_matrix(
         shape=(part.rows, part.columns),
         words=words.view(torch.int32).to(device),  # uint32 has few operations on GPUs
         lengths=placed(arrays["lengths"].astype(np.int64)),
-        tables=placed(table_from_codes(_whole(arrays["table_codes"], part, name))),
+        tables=placed(tables),
         row_class=placed(arrays["row_class"].astype(np.int64)),
         column_class=placed(arrays["column_class"].astype(np.int64)),
         states=part.states,
@@ -121,9 +116,31 @@ def unpack_matrix(
         row_scale=placed(arrays["row_scale_code"]),
         grid=placed(arrays["grid"]) if part.quantizer == "grid" else None,
     )
-    if len(rule.escapes) and int(rule.escapes.abs().max()) >= LEVEL_LIMIT:
-        raise FormatError(f"{name}: an escaped integer is too large; the file is broken.")
     return StoredMatrix(coded, rule)
+
+
+def _check_arrays(part: Part, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse side data that do not fit the manifest, or hold what docs/format.md rules out."""
+    wanted = {"table_codes", "row_class", "column_class", "step_code", "row_scale_code", "lengths"}
+    wanted |= {"escapes"} if part.escaped else set()
+    wanted |= {"grid"} if part.quantizer == "grid" else set()
+    for name in sorted(set(arrays) ^ wanted):
+        raise FormatError(f"side data and manifest disagree on {name}.")
+    streams = len(arrays["lengths"])
+    if not streams or -(-part.rows // streams) * part.columns > STREAM_SYMBOLS_LIMIT:
+        raise FormatError(f"{streams} streams are too few; the file is broken.")
+    if part.escaped:
+        escapes = arrays["escapes"]
+        if len(escapes) != part.escaped:
+            raise FormatError("side data and manifest disagree on escapes.")
+        if int(escapes.min()) not in part.integers or int(escapes.max()) not in part.integers:
+            raise FormatError("an escaped integer is too large; the file is broken.")
+    if part.quantizer == "grid":
+        grid = arrays["grid"]
+        if len(grid) != part.size:
+            raise FormatError("side data and manifest disagree on grid.")
+        if not np.isfinite(grid).all() or bool((grid[1:] <= grid[:-1]).any()):
+            raise FormatError("its grid is not finite and ascending; the file is broken.")
 
 
 def parity_of(part: Part) -> NDArray[np.uint8]:
@@ -150,10 +167,10 @@ def _halved(codes: NDArray[np.uint8], part: Part) -> NDArray[np.uint8]:
     return np.ascontiguousarray(codes.reshape(part.tables, part.quantizers, -1))
 
 
-def _whole(stored: NDArray[np.uint8], part: Part, name: str) -> NDArray[np.uint8]:
+def _whole(stored: NDArray[np.uint8], part: Part) -> NDArray[np.uint8]:
     """Undo `_halved`: [T * Q, K]."""
     half = part.size // 2 if part.mirrored else 0
     if stored.shape != (part.tables, part.quantizers, part.alphabet - half):
-        raise FormatError(f"{name}: side data and manifest disagree on table_codes.")
+        raise FormatError("side data and manifest disagree on table_codes.")
     flat = stored.reshape(part.tables * part.quantizers, -1)
     return np.concatenate([flat[:, half:0:-1], flat], axis=1)

@@ -1,29 +1,27 @@
 """Reads compressed directories: checks everything before it believes anything."""
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from cerwu_gpu import backend
-from cerwu_gpu.container.header import Entry, Manifest
+from cerwu_gpu.container.files import Shard, open_shards
+from cerwu_gpu.container.header import Entry
 from cerwu_gpu.container.matrix import StoredMatrix, unpack_matrix
 from cerwu_gpu.container.shard import tensor_bytes
 from cerwu_gpu.errors import CorruptionError, FormatError
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.spec import FORMAT_VERSION, METADATA_KEY
+from cerwu_gpu.progress import counted
+from cerwu_gpu.reference.pieces import decode_in_pieces
+from cerwu_gpu.spec import FORMAT_VERSION
 
 BATCH_WEIGHTS = {"cpu": 1 << 25, "cuda": 1 << 27}
 """Weights decoded together: enough lanes to be fast, few enough to stay small in memory."""
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,23 +57,32 @@ class Inventory:
 
 
 @dataclass(frozen=True)
-class _Shard:
-    path: Path
-    manifest: Manifest
-    names: frozenset[str]
+class StoredWeight:
+    """One compressed parameter in memory, checked, ready to decode on its device; its matrices in
+    the order of entry.parts."""
 
-    def tensor(self, name: str) -> Tensor:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                return file.get_tensor(name)  # type: ignore[no-any-return]
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{self.path.name}: {name} cannot be read ({error}).") from None
+    name: str
+    entry: Entry
+    matrices: tuple[StoredMatrix, ...]
+
+    def decode(self) -> Tensor:
+        """The parameter; decoded in pieces, so that little more than its own memory is needed.
+
+        Raises:
+            CorruptionError: a stream is wrong.
+        """
+        dtype = getattr(torch, self.entry.dtype)
+        if len(self.matrices) > 1 or self.matrices[0].coded.words.device.type != "cpu":
+            return next(decode_stored([self]))[1]
+        matrix = self.matrices[0]
+        weight = decode_in_pieces(matrix.coded, matrix.rule, dtype)
+        return weight.T.contiguous() if self.entry.transposed else weight
 
 
 class CompressedDirectory:
     """An opened directory: its manifests are parsed and consistent, nothing is decoded yet."""
 
-    def __init__(self, path: Path, shards: list[_Shard]) -> None:
+    def __init__(self, path: Path, shards: list[Shard]) -> None:
         self.path = path
         self._shards = shards
 
@@ -106,21 +113,34 @@ class CompressedDirectory:
             FormatError: what is stored contradicts the manifest.
         """
         total = sum(e.weights for s in self._shards for e in s.manifest.compressed.values())
-        with tqdm(
-            total=total, desc="decoding", unit="w", unit_scale=True, disable=not progress
-        ) as bar:
-            batch: list[tuple[str, Entry, list[StoredMatrix]]] = []
+        with counted(total, what="decoding", unit="w", shown=progress, unit_scale=True) as bar:
+            batch: list[StoredWeight] = []
             waiting, enough = 0, BATCH_WEIGHTS.get(torch.device(device).type, 1 << 25)
             for shard in self._shards:
                 for name, entry in shard.manifest.compressed.items():
-                    batch.append((name, entry, _stored(shard, name, entry, device, verify)))
+                    batch.append(_stored(shard, name, entry, device, verify))
                     waiting += entry.weights
                     if waiting >= enough:
-                        yield from _decoded(batch)
+                        yield from decode_stored(batch)
                         bar.update(waiting)
                         batch, waiting = [], 0
-            yield from _decoded(batch)
+            yield from decode_stored(batch)
             bar.update(waiting)
+
+    def stored(
+        self, name: str, *, device: torch.device | str = "cpu", verify: bool = True
+    ) -> StoredWeight:
+        """The compressed parameter `name`, read into the memory of `device` but not decoded.
+
+        Raises:
+            KeyError: there is no such compressed parameter.
+            CorruptionError: a checksum is wrong (with `verify`).
+            FormatError: what is stored contradicts the manifest.
+        """
+        for shard in self._shards:
+            if name in shard.manifest.compressed:
+                return _stored(shard, name, shard.manifest.compressed[name], device, verify)
+        raise KeyError(name)
 
     def inventory(self) -> Inventory:
         """Where the bytes are."""
@@ -163,14 +183,7 @@ def open_directory(path: Path | str) -> CompressedDirectory:
     path = Path(path)
     if not path.is_dir():
         raise FormatError(f"{path} is no directory: give one that cerwu-gpu compress wrote.")
-    shards = [_open_shard(path / name) for name in _shard_names(path)]
-    seen: set[str] = set()
-    for shard in shards:
-        own = set(shard.manifest.compressed) | set(shard.manifest.plain_sha256)
-        if own & seen:
-            raise FormatError(f"{shard.path.name}: {min(own & seen)} is stored twice.")
-        seen |= own
-    return CompressedDirectory(path, shards)
+    return CompressedDirectory(path, open_shards(path))
 
 
 def inventory(path: Path | str) -> Inventory:
@@ -191,52 +204,14 @@ def verify(path: Path | str, *, progress: bool = False) -> None:
         pass
 
 
-def _shard_names(path: Path) -> list[str]:
-    index = path / INDEX_FILE
-    if not index.is_file():
-        if not (path / SINGLE_FILE).is_file():
-            raise FormatError(f"{path} holds no {SINGLE_FILE}: it is no compressed model.")
-        return [SINGLE_FILE]
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise FormatError(f"{index.name} is malformed; get the file again.") from None
-    for name in names:
-        if Path(name).name != name or not (path / name).is_file():
-            raise FormatError(f"{index.name} names {name!r}, which is not in the directory.")
-    return names
-
-
-def _open_shard(path: Path) -> _Shard:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: Mapping[str, str] = file.metadata() or {}
-            names = frozenset(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path.name} is no readable safetensors file ({error}).") from None
-    if METADATA_KEY not in metadata:
-        raise FormatError(f"{path.name} has no cerwu manifest: it is no compressed model.")
-    manifest = Manifest.from_json(metadata[METADATA_KEY], path.name)
-    for name in manifest.compressed.keys() & manifest.plain_sha256.keys():
-        raise FormatError(f"{path.name}: {name} is stored both compressed and as it is.")
-    promised = set(manifest.plain_sha256)
-    for name in manifest.compressed:
-        promised |= {f"{name}.words", f"{name}.side"}
-    if promised != names:
-        odd = min(promised ^ names)
-        raise FormatError(f"{path.name}: manifest and contents disagree on {odd}.")
-    return _Shard(path, manifest, names)
-
-
 def _check_digest(name: str, tensor: Tensor, digest: str) -> None:
     if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != digest:
         raise CorruptionError(f"{name}: its bytes have changed since it was written; get it again.")
 
 
 def _stored(
-    shard: _Shard, name: str, entry: Entry, device: torch.device | str, verify: bool
-) -> list[StoredMatrix]:
+    shard: Shard, name: str, entry: Entry, device: torch.device | str, verify: bool
+) -> StoredWeight:
     """The parts of one compressed weight, checked against the manifest, ready to decode."""
     words, side = shard.tensor(f"{name}.words"), shard.tensor(f"{name}.side")
     expected = sum(part.words for part in entry.parts), sum(part.side for part in entry.parts)
@@ -256,23 +231,28 @@ def _stored(
         own_side = blob[first_side : first_side + part.side]
         matrices.append(unpack_matrix(own, part, own_words, own_side, device))
         first_word, first_side = first_word + part.words, first_side + part.side
-    return matrices
+    return StoredWeight(name, entry, tuple(matrices))
 
 
-def _decoded(batch: list[tuple[str, Entry, list[StoredMatrix]]]) -> Iterator[tuple[str, Tensor]]:
-    """Decode all matrices of the batch together and put them into their parameters."""
+def decode_stored(batch: Sequence[StoredWeight]) -> Iterator[tuple[str, Tensor]]:
+    """Name and parameter of each of the batch, whose matrices are decoded together.
+
+    Raises:
+        CorruptionError: a stream is wrong.
+    """
     weights: dict[int, Tensor] = {}
-    for dtype in dict.fromkeys(entry.dtype for _, entry, _ in batch):
-        own = [x for _, entry, matrices in batch if entry.dtype == dtype for x in matrices]
+    for dtype in dict.fromkeys(stored.entry.dtype for stored in batch):
+        own = [x for stored in batch if stored.entry.dtype == dtype for x in stored.matrices]
         decoded = backend.decode_weights(
             [x.coded for x in own], [x.rule for x in own], getattr(torch, dtype)
         )
         weights |= {id(x): weight for x, weight in zip(own, decoded, strict=True)}
-    for name, entry, matrices in batch:
+    for stored in batch:
+        name, entry = stored.name, stored.entry
         layout = WeightLayout(name, entry.shape, len(entry.parts), entry.transposed)
-        first = weights[id(matrices[0])]
+        first = weights[id(stored.matrices[0])]
         parameter = torch.empty(entry.shape, dtype=first.dtype, device=first.device)
-        for part, matrix in enumerate(matrices):
+        for part, matrix in enumerate(stored.matrices):
             layout.store(parameter, part, weights.pop(id(matrix)))
         yield name, parameter
 

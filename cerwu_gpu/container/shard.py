@@ -5,13 +5,16 @@ file's bytes, can differ between runs; the layout itself is eight bytes of heade
 header and the data, and is read with the library (cerwu_gpu.container.reader).
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from cerwu_gpu.spec import HEADER_KEY, METADATA_KEY
 
 _NAMES = {
     torch.float64: "F64",
@@ -34,9 +37,26 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors` (any order) with `metadata` (str -> str) to `path`, and flush to the disk."""
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+def header_digest(manifest: str, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> str:
+    """SHA-256 of what a file says about its tensors: its manifest, and below it a line
+    "NAME DTYPE EXTENT EXTENT ..." for each tensor, sorted by name.
+
+    Args:
+        manifest: the JSON text.
+        tensors: dtype (safetensors' name for it) and shape of every tensor.
+    """
+    lines = [
+        " ".join(map(str, (name, *tensors[name][:1], *tensors[name][1])))
+        for name in sorted(tensors)
+    ]
+    return hashlib.sha256("\n".join([manifest, *lines]).encode()).hexdigest()
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], manifest: str) -> None:
+    """Write `tensors` (any order) with their manifest to `path`, and flush to the disk."""
+    described = {name: (_NAMES[x.dtype], tuple(x.shape)) for name, x in tensors.items()}
+    metadata = {METADATA_KEY: manifest, HEADER_KEY: header_digest(manifest, described)}
+    header: dict[str, object] = {"__metadata__": {**metadata, "format": "pt"}}
     # Wide elements first keeps every tensor aligned to its element size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     offset = 0

@@ -13,7 +13,14 @@ from cerwu_gpu.coding.streams import (
     trellis_quantizers,
 )
 from cerwu_gpu.coding.tables import bits, codes_from_counts, table_from_codes
-from cerwu_gpu.spec import CODE_MAX, PRECISION, STREAM_SYMBOLS, TRELLIS_NEXT, TRELLIS_QUANTIZER
+from cerwu_gpu.spec import (
+    CODE_MAX,
+    PRECISION,
+    STREAM_SYMBOLS,
+    STREAM_SYMBOLS_MOST,
+    TRELLIS_NEXT,
+    TRELLIS_QUANTIZER,
+)
 
 
 def random_tables(generator, count, size):
@@ -103,6 +110,16 @@ def test_stream_l_holds_rows_l_and_every_s_th_after_it():
     first = constriction.stream.stack.AnsCoder(words[: lengths[0]])
     assert np.array_equal(first.decode(model, 3 * 2048), symbols[[0, 4, 8]].reshape(-1))
     assert np.array_equal(decode_constriction(words, lengths, table[0], 9, 2048), symbols)
+
+
+def test_streams_without_entropy_are_not_endless():
+    """However few bits: a decoder's time goes by the symbols of its longest stream."""
+    tables = table_from_codes(np.array([[0, 191]], dtype=np.uint8))
+    m, n = 200, 4096
+    symbols = np.zeros((m, n), dtype=np.int32)
+    classes = np.zeros(m, np.int64), np.zeros(n, np.int64)
+    words, lengths = encode(symbols, tables, *classes, 0, np.zeros(2, np.int64))
+    assert len(words) <= len(lengths) == -(-m // (STREAM_SYMBOLS_MOST // n))
 
 
 def test_a_single_symbol_needs_no_words():

@@ -14,6 +14,7 @@ from cerwu_gpu.container.reader import inventory, open_directory, verify
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import CerwuError, CorruptionError, FormatError, OutputError, VersionError
 from cerwu_gpu.quantize.layer import quantize_stack
+from tests.fuzz.mutations import mend
 
 SETTINGS = {
     "scalar": {"lmbda": 1e-2},
@@ -65,13 +66,14 @@ def written(tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, change) -> None:
-    """Change the manifest of a file and keep its data."""
+    """Change the manifest of a file, with a checksum that fits, and keep its data."""
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
     manifest = json.loads(header["__metadata__"]["cerwu"])
     change(manifest, header)
     header["__metadata__"]["cerwu"] = json.dumps(manifest)
+    mend(header)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])

@@ -209,6 +209,20 @@ def test_escapes_and_their_values_must_agree(stored_values, device):
     assert accesses.outside == 0
 
 
+@pytest.mark.parametrize("states", [4, 8])
+def test_an_escape_of_the_wrong_parity_is_reported_as_by_the_reference(states, device):
+    """An escape symbol says whether its integer is even: a value that is not was tampered with."""
+    generator = np.random.default_rng(11)
+    batch = [stored(generator, 5, 9, escapes=1), stored(generator, 6, 7, states=states, escapes=2)]
+    coded, rule = batch[1].coded, batch[1].rule
+    bad = Stored(replace(coded, name="bad"), replace(rule, escapes=flip(rule.escapes, 2, 1)))
+    with pytest.raises(CorruptionError, match=r"^bad: an escape has the wrong parity") as theirs:
+        weights.decode_weights([bad.coded], [bad.rule], torch.float32)
+    with pytest.raises(CorruptionError) as ours:
+        fused([batch[0], bad], torch.float32, device)
+    assert str(ours.value) == str(theirs.value)
+
+
 DAMAGES = {
     "a bit of every word": lambda x: {"words": x.words ^ 1},
     "a word": lambda x: {"words": flip(x.words, 1, 1)},

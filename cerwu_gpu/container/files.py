@@ -1,0 +1,167 @@
+"""The files of a compressed directory: index, headers and manifests, checked against each other.
+
+Nothing here reads a tensor: what is wrong with the files' account of themselves is found before
+anything is allocated by it (docs/format.md, "Checks before allocation").
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cerwu_gpu.container.header import Manifest, strict_json
+from cerwu_gpu.container.shard import header_digest
+from cerwu_gpu.errors import CorruptionError, FormatError
+from cerwu_gpu.spec import HEADER_KEY, METADATA_KEY, SLOTS_FREE, SLOTS_PER_BYTE, WEIGHTS_PER_BYTE
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+HEADER_LIMIT = 100_000_000
+"""Most bytes of JSON: the limit of safetensors' own library for its header."""
+
+_OF_TORCH = (RuntimeError, TypeError, ValueError, LookupError)
+"""What torch raises for dtypes and offsets that it cannot have, and safetensors lets through."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file whose manifest agrees with the names of its tensors."""
+
+    path: Path
+    manifest: Manifest
+    names: frozenset[str]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            FormatError: it cannot be read.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_tensor(name)  # type: ignore[no-any-return]
+        # The library lets through what torch raises for dtypes and offsets that it cannot have.
+        except (
+            SafetensorError,
+            OSError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            LookupError,
+        ) as error:
+            raise FormatError(f"{self.path.name}: {name} cannot be read ({error}).") from None
+
+
+def open_shards(path: Path) -> list[Shard]:
+    """Open the files of the directory `path` and check them against each other.
+
+    Raises:
+        FormatError: a file is missing or malformed, they disagree, or what they claim to hold is
+            out of proportion to their size.
+        CorruptionError: a header is not what was written.
+        VersionError: made by a newer cerwu_gpu.
+    """
+    places = _index(path)
+    files = [SINGLE_FILE] if places is None else sorted(set(places.values()))
+    shards = [_open_shard(path / name) for name in files]
+    seen: set[str] = set()
+    for shard in shards:
+        own = set(shard.manifest.compressed) | set(shard.manifest.plain_sha256)
+        if own & seen:
+            raise FormatError(f"{shard.path.name}: {min(own & seen)} is stored twice.")
+        seen |= own
+    if places is not None:
+        stored = {name: shard.path.name for shard in shards for name in shard.names}
+        if stored != places:
+            odd = min(name for name, _ in stored.items() ^ places.items())
+            raise FormatError(f"{INDEX_FILE} and the files disagree on {odd!r}; get them again.")
+    _check_proportion(shards)
+    return shards
+
+
+def _index(path: Path) -> dict[str, str] | None:
+    """Tensor -> file, as the index says; None without an index."""
+    index = path / INDEX_FILE
+    if not index.is_file():
+        if not (path / SINGLE_FILE).is_file():
+            raise FormatError(f"{path} holds no {SINGLE_FILE}: it is no compressed model.")
+        return None
+    try:
+        if index.stat().st_size > HEADER_LIMIT:
+            raise FormatError(f"{INDEX_FILE} is too long; get the file again.")
+        content = strict_json(index.read_text(encoding="utf-8"), INDEX_FILE)
+        places = dict(content["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FormatError(f"{INDEX_FILE} is malformed; get the file again.") from None
+    if not places:
+        raise FormatError(f"{INDEX_FILE} names no file; get the file again.")
+    for name in places.values():
+        inside = isinstance(name, str) and name.isprintable() and not {"/", "\\"} & set(name)
+        if not inside or not (path / name).is_file():
+            raise FormatError(f"{INDEX_FILE} names {name!r}, which is not in the directory.")
+    return places
+
+
+def _open_shard(path: Path) -> Shard:
+    try:
+        # The library checks that the tensors fill the file, without overlap and without holes.
+        with safe_open(path, framework="pt") as file:
+            names = frozenset(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path.name} is no readable safetensors file ({error}).") from None
+    header = _header(path)
+    metadata = header.get("__metadata__")
+    if not isinstance(metadata, Mapping) or METADATA_KEY not in metadata:
+        raise FormatError(f"{path.name} has no cerwu manifest: it is no compressed model.")
+    manifest = Manifest.from_json(metadata[METADATA_KEY], path.name)
+    for name in manifest.compressed.keys() & manifest.plain_sha256.keys():
+        raise FormatError(f"{path.name}: {name} is stored both compressed and as it is.")
+    promised = set(manifest.plain_sha256)
+    for name in manifest.compressed:
+        if promised & {f"{name}.words", f"{name}.side"}:
+            raise FormatError(f"{path.name}: {name} has parts that are tensors of their own.")
+        promised |= {f"{name}.words", f"{name}.side"}
+    if promised != names:
+        odd = min(promised ^ names)
+        raise FormatError(f"{path.name}: manifest and contents disagree on {odd!r}.")
+    told = {name: (header[name]["dtype"], header[name]["shape"]) for name in names}
+    if metadata.get(HEADER_KEY) != header_digest(metadata[METADATA_KEY], told):
+        raise CorruptionError(f"{path.name}: its header has changed since it was written.")
+    return Shard(path, manifest, names)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The JSON that a safetensors file begins with; the library does not tell repeated names."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, HEADER_LIMIT))
+    try:
+        header = strict_json(text.decode("utf-8"), path.name)
+    except UnicodeDecodeError:
+        raise FormatError(f"{path.name}: its header is not UTF-8; the file is broken.") from None
+    if not isinstance(header, dict):
+        raise FormatError(f"{path.name}: its header is malformed; the file is broken.")
+    return header
+
+
+def _check_proportion(shards: list[Shard]) -> None:
+    """Refuse matrices and tables that are far larger than any that files of this size hold."""
+    size = sum(shard.path.stat().st_size for shard in shards)
+    entries = {n: entry for shard in shards for n, entry in shard.manifest.compressed.items()}
+    limits = {
+        "weights": ({n: e.weights for n, e in entries.items()}, WEIGHTS_PER_BYTE * size),
+        "table entries": (
+            {n: e.slots for n, e in entries.items()},
+            SLOTS_PER_BYTE * size + SLOTS_FREE,
+        ),
+    }
+    for what, (counts, most) in limits.items():
+        if sum(counts.values()) > most:
+            worst = max(counts, key=counts.__getitem__)
+            raise FormatError(
+                f"{worst}: its manifest entry claims {counts[worst]} {what}, "
+                f"too many for files of {size} bytes."
+            )

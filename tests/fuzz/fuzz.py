@@ -1,0 +1,232 @@
+"""Damages golden directories many times, and counts what reading them then does.
+
+    python tests/fuzz/fuzz.py --mutations 20000
+    CERWU_GPU_BACKEND=triton TRITON_INTERPRET=1 python tests/fuzz/fuzz.py --mutations 300 --small
+
+Half of the mutations are accidents, half are attacks: changes after which every checksum is right
+again. Each must end in a CerwuError that names a tensor or a file, or in the very same weights; an
+attack may also end in other weights. Workers with limited memory and time do the reading, so that a
+crash or a hang is one more count. Exit status 1: something was neither.
+"""
+
+import argparse
+import json
+import os
+import resource
+import selectors
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+# ruff: noqa: E402 - the checkout goes on the path before the package is imported
+import torch
+
+from cerwu_gpu.container.reader import CompressedDirectory, decode_stored, open_directory
+from cerwu_gpu.errors import CerwuError
+from tests.fuzz.mutations import mutate
+
+GOLDEN = ROOT / "tests" / "golden"
+SECONDS = 60.0
+"""A mutation that takes longer hangs."""
+EXTRA_MEMORY = 4 << 30
+"""Address space that a worker gets beyond what it has after the honest directory: a crash below."""
+SMALL = 64
+"""Weights of one directory that Triton's interpreter has the time for."""
+BAD = ("crash", "hang", "unnamed", "wrong weights by accident")
+
+
+def kinds() -> list[str]:
+    return sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+
+
+def chosen(directory: CompressedDirectory, *, small: bool) -> list[str]:
+    """Names of the compressed weights that are decoded: all, or the smallest ones."""
+    sizes = {name: entry.weights for name, entry in directory.compressed().items()}
+    names = sorted(sizes, key=lambda name: (sizes[name], name))
+    sums = accumulate(sizes[name] for name in names)
+    return [name for name, total in zip(names, sums, strict=True) if not small or total <= SMALL]
+
+
+def read(path: Path, names: list[str]) -> dict[str, bytes]:
+    """Every plain tensor and the weights `names`, as bytes with their dtype and shape.
+
+    Raises:
+        CerwuError: as reading does; OverflowError: a weight is too large for the interpreter.
+    """
+    directory = open_directory(path)
+    tensors = dict(directory.plain())
+    entries = directory.compressed()
+    if set(names) == set(entries):
+        tensors |= dict(directory.weights())
+    else:
+        if any(name in entries and entries[name].weights > 8 * SMALL for name in names):
+            raise OverflowError
+        batch = [directory.stored(name) for name in names if name in entries]
+        tensors |= dict(decode_stored(batch))
+    return {name: description(tensor) for name, tensor in tensors.items()}
+
+
+def description(tensor: torch.Tensor) -> bytes:
+    flat = tensor.contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + data
+
+
+class Subject:
+    """A copy of one golden directory that is damaged again and again."""
+
+    def __init__(self, kind: str, place: Path, *, small: bool = False) -> None:
+        self.kind, self.path = kind, place / kind
+        shutil.copytree(GOLDEN / kind, self.path)
+        directory = open_directory(self.path)
+        self.names = chosen(directory, small=small)
+        self.honest = read(self.path, self.names)
+        self.known = [*self.honest, *directory.compressed(), *os.listdir(self.path)]
+
+    def outcome(self, number: int) -> tuple[str, str]:
+        """What reading after mutation `number` does, and what it said."""
+        attack = number % 2 == 1
+        seed = f"{self.kind} {number}"
+        file, changed = mutate(self.path, seed, self.names, attack=attack)
+        raw = file.read_bytes()
+        file.write_bytes(changed)
+        try:
+            return self._read(attack)
+        finally:
+            file.write_bytes(raw)
+
+    def _read(self, attack: bool) -> tuple[str, str]:
+        try:
+            weights = read(self.path, self.names)
+        except CerwuError as error:
+            message = str(error)
+            named = any(name in message for name in self.known)
+            # An attacker may have changed the name itself.
+            return ("detected" if named or attack else "unnamed"), message
+        except OverflowError:
+            return "too large", ""
+        except Exception as error:
+            return "crash", f"{type(error).__name__}: {error}"
+        if weights == self.honest:
+            return "harmless", ""
+        return ("wrong weights" if attack else "wrong weights by accident"), ""
+
+
+def peak() -> int:
+    """Bytes that this process had in memory at most."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def work(kind: str, first: int, last: int, small: bool) -> None:
+    """Say `ready`, then before and after each mutation what is going on; one JSON a line."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        subject = Subject(kind, Path(place), small=small)
+        say({"ready": peak()})
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit = used + EXTRA_MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        for number in range(first, last):
+            say({"start": number})
+            outcome, message = subject.outcome(number)
+            say({"done": number, "outcome": outcome, "message": message[:300], "peak": peak()})
+
+
+def say(event: dict[str, Any]) -> None:
+    print(json.dumps(event), flush=True)
+
+
+class Tally:
+    """Counts per way of mutating, and the largest memory."""
+
+    def __init__(self) -> None:
+        self.counts = {"accidents": Counter[str](), "attacks": Counter[str]()}
+        self.honest = self.largest = 0
+        self.bad: list[str] = []
+
+    def add(self, kind: str, number: int, outcome: str, message: str = "") -> None:
+        self.counts["attacks" if number % 2 else "accidents"][outcome] += 1
+        if outcome in BAD:
+            self.bad.append(f"{kind} {number}: {outcome} {message}")
+
+    def lines(self) -> Iterator[str]:
+        for name, counts in self.counts.items():
+            found = ", ".join(f"{what} {count}" for what, count in sorted(counts.items()))
+            yield f"{name}: tried {counts.total()}, {found}"
+        total = sum(self.counts.values(), Counter())
+        yield ", ".join(f"{what} {total[what]}" for what in ("crash", "hang", "unnamed"))
+        yield f"largest memory {self.largest >> 20} MiB, honest files {self.honest >> 20} MiB"
+        yield from self.bad
+
+
+def fuzz_kind(kind: str, count: int, small: bool, tally: Tally) -> None:
+    """`count` mutations of one directory; a worker that ends or hangs is replaced."""
+    number = 0
+    while number < count:
+        number = _supervise(kind, number, count, small, tally)
+
+
+def _supervise(kind: str, first: int, last: int, small: bool, tally: Tally) -> int:
+    """Run one worker; return the first mutation that is not done."""
+    command = [sys.executable, __file__, "--worker", kind, str(first), str(last)]
+    command += ["--small"] if small else []
+    running = None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as worker:
+        assert worker.stdout is not None
+        waiting = selectors.DefaultSelector()
+        waiting.register(worker.stdout, selectors.EVENT_READ)
+        while True:
+            if not waiting.select(SECONDS if running is not None else 600.0):
+                worker.kill()
+                break
+            line = worker.stdout.readline()
+            if not line:
+                break
+            event = json.loads(line)
+            if "ready" in event:
+                tally.honest = max(tally.honest, event["ready"])
+            elif "start" in event:
+                running = event["start"]
+            else:
+                running, first = None, event["done"] + 1
+                tally.largest = max(tally.largest, event["peak"])
+                tally.add(kind, event["done"], event["outcome"], event["message"])
+    if first == last:
+        return last
+    if running is None:
+        raise RuntimeError(f"the worker for {kind} did not start")
+    outcome = "hang" if worker.returncode == -9 else "crash"
+    tally.add(kind, running, outcome, f"exit status {worker.returncode}")
+    return running + 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Damage golden directories and read them.")
+    parser.add_argument("--mutations", type=int, default=20000)
+    parser.add_argument("--small", action="store_true", help="only the smallest matrices")
+    parser.add_argument("--kinds", nargs="*", default=kinds())
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        kind, first, last = options.worker
+        work(kind, int(first), int(last), options.small)
+        return 0
+    tally = Tally()
+    for kind in options.kinds:
+        fuzz_kind(kind, -(-options.mutations // len(options.kinds)), options.small, tally)
+        print(f"{kind} done", file=sys.stderr)
+    print("\n".join(tally.lines()))
+    return 1 if tally.bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
