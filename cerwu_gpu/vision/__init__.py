@@ -1,0 +1,1 @@
+"""Plain torch modules and vision networks: convolutions as matrices, hooks, no transformers."""

@@ -1,0 +1,93 @@
+"""The ResNets for CIFAR-10 of scripts/sweep_cifar.py on their real weights and images."""
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import cerwu_gpu
+from cerwu_gpu import CompressionConfig, ModelError
+from cerwu_gpu.sweep.points import Axes, grid_points
+from cerwu_gpu.sweep.run import run_sweep
+from cerwu_gpu.vision.subject import PlainModule
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "sweep_cifar.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    before = list(sys.path)
+    spec = spec_from_file_location("sweep_cifar", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+@pytest.mark.parametrize(("name", "layers"), [("resnet20", 20), ("resnet56", 56)])
+def test_the_networks_have_their_names_and_sizes(
+    name: str, layers: int, script: ModuleType
+) -> None:
+    module = script.ResNet(script.Network(name).blocks)
+    weights = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(weights) == layers
+    assert module(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_real_weights_classify_and_one_layer_comes_back(
+    script: ModuleType, data: Path, tmp_path: Path
+) -> None:
+    folder = data / "cifar"
+    module = script.load_network(folder, script.Network.resnet20)
+    images, labels = script.load_images(folder / "test.npz", 200)
+    assert script.accuracy(module, images, labels) > 0.75
+    calibration, _ = script.load_images(folder / "train2k.npz", 64)
+    config = CompressionConfig(lmbda=1e-6, include=("layer3.0.conv1",), quantizer="trellis8")
+    report = cerwu_gpu.compress(
+        module, tmp_path / "out", batches=[calibration], config=config, progress=False
+    )
+    (layer,) = report.layers
+    assert layer.shape == (64, 288)
+    assert layer.relative_loss < 0.02
+    assert layer.bits_per_weight < 4
+    fresh = script.load_network(folder, script.Network.resnet20)
+    cerwu_gpu.load_compressed(tmp_path / "out", into=fresh)
+    assert torch.equal(fresh(images[:20]), module(images[:20]))
+
+
+def test_a_missing_file_is_one_sentence(script: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"resnet20-12fca82f\.th cannot be read: check the folder"):
+        script.load_network(tmp_path, script.Network.resnet20)
+
+
+def test_a_sweep_of_a_module_puts_the_originals_back(tmp_path: Path) -> None:
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 4)
+    )
+    x = torch.randn(16, 3, 8, 8)
+    labels = module(x).argmax(dim=1)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    subject = PlainModule(
+        "toy",
+        module,
+        [x],
+        lambda own: float((own(x).argmax(dim=1) == labels).float().mean()),
+        base=CompressionConfig(),
+        data="its own inputs",
+    )
+    axes = Axes(systems=("ours", "cerwu", "rtn"), lmbdas=(1e-9, 1e-2), levels=(255,))
+    rows = run_sweep(subject, grid_points(axes, CompressionConfig()), tmp_path / "sweep")
+    assert [row.quality for row in rows if row.label == "rtn"] == [1.0]
+    ours = [row for row in rows if row.label == "ours scalar"]
+    assert ours[0].quality == 1.0
+    assert ours[0].bits_per_weight > ours[1].bits_per_weight
+    assert rows[0].original_quality == 1.0
+    assert sum(row.seconds["calibrate"] > 0.0 for row in rows) >= 1
+    assert subject.original() == 1.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
