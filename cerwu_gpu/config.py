@@ -2,7 +2,7 @@
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -75,10 +75,15 @@ class CompressionConfig:
     batch_size: int = 8
     sequential: bool = False
     """Take each block's inputs from the already quantized blocks instead of the original ones."""
-    correct_drift: bool = False
-    """Quantize for the inputs that the compressed model has, toward the original's outputs."""
+    correct_drift: bool | None = None
+    """Quantize for the inputs that the compressed model has, toward the original's outputs. None:
+    where steps follow from lmbda, except with `sequential` and with Hessians kept for other runs.
+    """
     seed: int = 0
 
+    limit_columns: int = 2048
+    """Matrices up to so wide get their information-theoretic limit into the report: eigenvalues of
+    each Hessian, about a tenth of the search at 1,000 columns, more beyond. 0: none."""
     strict: bool = False
     """Turn every event of the report (more damping, expert without tokens) into an error."""
 
@@ -103,6 +108,8 @@ class CompressionConfig:
         for field in ("passes", "block_size", "samples", "batch_size"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}: give at least 1.")
+        if self.limit_columns < 0:
+            raise ConfigError(f"limit_columns is {self.limit_columns}: give at least 0.")
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length is {self.sequence_length}: give at least 2.")
         if not 0 <= self.damping <= 1:
@@ -154,6 +161,13 @@ class CompressionConfig:
             raise ConfigError(
                 f"{min(given)} is reached through lmbda: use method cerwu, no levels, no grid."
             )
+
+    def with_drift_decided(self, *, hessians_kept: bool) -> "CompressionConfig":
+        """The same with `correct_drift` True or False."""
+        if self.correct_drift is not None:
+            return self
+        usual = not (self.bounded or self.sequential or hessians_kept)
+        return replace(self, correct_drift=usual)
 
     @property
     def needs_gradients(self) -> bool:

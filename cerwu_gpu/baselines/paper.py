@@ -22,9 +22,9 @@ from torch import Tensor
 
 from cerwu_gpu.config import RateModel
 from cerwu_gpu.errors import ConfigError
+from cerwu_gpu.quantize.classes import Classes
 from cerwu_gpu.quantize.objective import complete_square, inverse_factor, normalised_factor
 from cerwu_gpu.quantize.passes import Weights, scalar_pass
-from cerwu_gpu.quantize.rate import Classes
 from cerwu_gpu.quantize.rate_models import histogram_bits, uniform_bits
 from cerwu_gpu.reference.obs import Alphabet
 

@@ -24,6 +24,7 @@ from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
 
 DEFAULT, AXES = CompressionConfig(), Axes()
 HEADS = ("quantize", "keep")
+DRIFTS = ("ignore", "correct")
 Value = TypeVar("Value")
 
 
@@ -79,6 +80,13 @@ def sweep(
     qp: Annotated[
         str, typer.Option(metavar="LIST", help="Of nncodec: its step, 4 more double it.")
     ] = _joined(AXES.qps),
+    drift: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Of ours: ignore, correct, or both; a point that corrects calibrates anew.",
+        ),
+    ] = "ignore",
     head: Annotated[
         str, typer.Option(metavar="LIST", help="Embedding and head: quantize or keep, or both.")
     ] = "quantize",
@@ -143,6 +151,7 @@ def sweep(
         sequence_length=sequence_length,
         batch_size=batch_size,
         seed=seed,
+        limit_columns=0,  # a table has no place for it
     )
     axes = Axes(
         systems=cast(tuple[System, ...], _words("methods", methods, get_args(System))),
@@ -162,6 +171,7 @@ def sweep(
             else cast(tuple[Scale, ...], _words("scale", scale, get_args(Scale)))
         ),
         qps=_numbers("qp", qp, int),
+        drifts=tuple(choice == "correct" for choice in _words("drift", drift, DRIFTS)),
         keep_heads=tuple(choice == "keep" for choice in _words("head", head, HEADS)),
     )
     points = grid_points(axes, base)

@@ -6,6 +6,7 @@ r"""Grids: the step of every column, the scale of every row, and the integers th
 - list: given values, in units of the abs-max.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.reference.dequantize import covering_code, step_codes, step_values
 
-STEP_UNIT = 16
-"""Waterfilled steps are multiples of 2**(1/16): the loss is nil and they code in 5 bits each."""
+COARSE_STEPS = 904.0
+"""A step code shared by k weights is a multiple of this over sqrt(k), by a power of two (below)."""
 KAPPA = {0: 0.065, 4: 0.16, 8: 0.17}
 """lmbda C_jj^2 / step_j^2 by number of trellis states; ln2/12 in the limit of high rate."""
 
@@ -58,16 +59,34 @@ class Grid:
 
 
 def waterfilled(
-    weight: Tensor, factor_diagonal: Tensor, sensitivity: Tensor, lmbda: float, states: int
+    weight: Tensor,
+    factor_diagonal: Tensor,
+    sensitivity: Tensor,
+    lmbda: float,
+    states: int,
+    matrices: int = 1,
 ) -> Grid:
     """Steps from the diagonal of C [n] and row scales from alpha [m]; lmbda > 0.
 
-    No step is finer than FINEST of the largest weight of its column of W [m, n].
+    No step is finer than FINEST of the largest weight of its column of W [m, n], a stack of so
+    many `matrices`.
     """
-    scale = step_codes(sensitivity.rsqrt(), STEP_UNIT)
+    rows, columns = weight.shape
+    scale = step_codes(sensitivity.rsqrt(), step_unit(columns))
     largest = (weight.abs() / step_values(scale)[:, None]).amax(dim=0).to(factor_diagonal.dtype)
     steps = factor_diagonal * (lmbda / KAPPA[states]) ** 0.5
-    return Grid(step_codes(steps.maximum(FINEST * largest), STEP_UNIT), scale)
+    return Grid(step_codes(steps.maximum(FINEST * largest), step_unit(rows // matrices)), scale)
+
+
+def step_unit(weights: int) -> int:
+    r"""The resolution of a step code that serves so many weights, a power of two.
+
+    A step off by eps nats costs eps^2 / ln 2 bits for each weight; codes that are multiples of u
+    are off by up to u / 512 octaves, ln2 (u / 256)^2 / 12 bits on average. They save log2 u bits
+    each. The sum is least at u = 904 / sqrt(weights).
+    """
+    exact = math.log2(COARSE_STEPS / math.sqrt(weights))
+    return 1 << max(0, min(8, round(exact)))
 
 
 def scaled(weight: Tensor, config: CompressionConfig) -> Grid:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.config import TRELLIS_STATES, CompressionConfig
+from cerwu_gpu.quantize.classes import Classes
 from cerwu_gpu.quantize.grid import Grid, nearest, scaled
+from cerwu_gpu.quantize.limit import limit_bits
 from cerwu_gpu.quantize.objective import check_finite, factor_with_damping, quadratic_error
 from cerwu_gpu.quantize.problem import Problem
-from cerwu_gpu.quantize.rate import Classes
 from cerwu_gpu.quantize.refit import Quadratic, refit
 from cerwu_gpu.quantize.symbols import QuantizedMatrix, finish_matrix
 
@@ -25,11 +26,14 @@ class QuantizedStack:
         matrices: in the order given.
         relative_losses: tr((W-Q) H (W-Q)^T) / tr(W H W^T) of each, with the undamped H.
         damping: what the factorisation needed.
+        limits: fewest bits per weight for the loss of each, weighted by the sensitivities
+            (limit.py); None where it was not asked for, or the loss is 0.
     """
 
     matrices: tuple[QuantizedMatrix, ...]
     relative_losses: tuple[float, ...]
     damping: float
+    limits: tuple[float | None, ...]
 
 
 def quantize_stack(
@@ -56,27 +60,35 @@ def quantize_stack(
     bounds = [0, *torch.tensor([len(w) for w in weights]).cumsum(0).tolist()]
     states = TRELLIS_STATES[config.quantizer]
     fitted: Quadratic | None = None
+    alpha = weight.new_ones(len(weight)) if sensitivities is None else torch.cat([*sensitivities])
     if config.method == "rtn":
         symbols, grid, classes = _round_to_nearest(weight, config)
         damping = config.damping
     else:
         damped, factor, damping = factor_with_damping(hessian, config.damping, config.damping_by)
-        alpha = (
-            weight.new_ones(len(weight)) if sensitivities is None else torch.cat([*sensitivities])
-        )
         problem = Problem.build(weight, alpha, damped, factor, bounds, config)
         symbols, grid, classes = problem.solve(), problem.grid, problem.classes
         if not config.bounded:
             fitted = Quadratic(weight, damped.to(weight.dtype), alpha, config.lmbda)
-    matrices, losses = [], []
+    matrices, losses, limits = [], [], []
     for first, last in pairwise(bounds):
         rows = slice(first, last)
         matrix = finish_matrix(symbols[rows], grid, rows, classes, states)
         if fitted is not None:
             matrix = refit(matrix, fitted.of_rows(rows))
         matrices.append(matrix)
-        losses.append(relative_loss(weight[rows], matrix.weight(torch.float32), hessian))
-    return QuantizedStack(tuple(matrices), tuple(losses), damping)
+        stored = matrix.weight(torch.float32)
+        losses.append(relative_loss(weight[rows], stored, hessian))
+        wanted = weight.shape[1] <= config.limit_columns
+        limits.append(_limit(weight[rows], stored, hessian, alpha[rows]) if wanted else None)
+    return QuantizedStack(tuple(matrices), tuple(losses), damping, tuple(limits))
+
+
+def _limit(weight: Tensor, quantized: Tensor, hessian: Tensor, alpha: Tensor) -> float | None:
+    """Fewest bits per weight for the loss that the search weighs bits against."""
+    loss = float((alpha * quadratic_error(weight - quantized, hessian)).sum())
+    bits = limit_bits(alpha.sqrt()[:, None] * weight, hessian, max(loss, 0.0))
+    return bits if math.isfinite(bits) else None
 
 
 def relative_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

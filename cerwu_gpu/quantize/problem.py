@@ -10,10 +10,10 @@ from torch import Tensor
 from cerwu_gpu.config import TRELLIS_STATES, CompressionConfig
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.quantize import rate
+from cerwu_gpu.quantize.classes import Classes, choose_classes
 from cerwu_gpu.quantize.grid import Grid, nearest, scaled, waterfilled
 from cerwu_gpu.quantize.objective import complete_square, normalised_factor
 from cerwu_gpu.quantize.passes import Weights, scalar_pass, trellis_pass
-from cerwu_gpu.quantize.rate import Classes
 from cerwu_gpu.quantize.rate_models import model_bits
 from cerwu_gpu.quantize.symbols import symbol_range
 from cerwu_gpu.reference.dequantize import trellis_quantizers
@@ -73,7 +73,9 @@ class Problem:
             unit, price = torch.ones_like(sensitivity), lmbda / float(sensitivity.mean())
         else:
             states = TRELLIS_STATES[config.quantizer]
-            grid = waterfilled(weight, factor.diagonal(), sensitivity, config.lmbda, states)
+            grid = waterfilled(
+                weight, factor.diagonal(), sensitivity, config.lmbda, states, len(bounds) - 1
+            )
             unit, price = grid.scales(rows), lmbda
         weight = weight / unit[:, None]
         penalty = price * _gaussian_curvature(weight, per_column=not config.bounded)
@@ -95,7 +97,7 @@ class Problem:
             curvature=(penalty * square).to(torch.float32),
         )
         single = Classes.single(rows, columns, device=weight.device)
-        classes = single if config.bounded else rate.classify(x)
+        classes = single if config.bounded else _chosen_classes(x, bounds, config)
         return Problem(x, normalised_factor(factor, steps), grid, classes, weights, bounds, config)
 
     def solve(self) -> Tensor:
@@ -226,6 +228,11 @@ def _check_integers(x: Tensor, config: CompressionConfig) -> None:
         raise ConfigError(
             f"lmbda {config.lmbda:g} takes its integers past 2**24: raise it, or the damping."
         )
+
+
+def _chosen_classes(x: Tensor, bounds: list[int], config: CompressionConfig) -> Classes:
+    quantizers = 2 if TRELLIS_STATES[config.quantizer] else 1
+    return choose_classes(x, matrices=len(bounds) - 1, quantizers=quantizers)
 
 
 def _gaussian_curvature(weight: Tensor, *, per_column: bool) -> Tensor:

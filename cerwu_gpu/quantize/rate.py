@@ -1,12 +1,7 @@
-"""Rate models: classes of rows and columns, and one frozen table of bits for each class.
+"""Rate models: one frozen table of bits for each class of rows and columns.
 
-The spread of W_ij / step_j differs between rows and columns. With r_i and c_j the root mean
-squares of rows and columns, the symbol at (i, j) is coded with table number a_i + b_j, where a_i
-and b_j are log2 r_i and log2 c_j in units of CLASS_OCTAVES. The same integer tables serve the
-search and the coder.
+The same integer tables serve the search and the coder. classes.py says which symbol has which.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,51 +9,10 @@ from torch import Tensor
 from cerwu_gpu.coding.tables import bits, codes_from_counts, table_from_codes
 from cerwu_gpu.quantize.sharing import shared_histograms
 
-CLASS_OCTAVES = 0.25
-"""Width of a class: finer ones pay for themselves only in very large matrices."""
-MAX_TABLES = 48
-"""Rows and columns beyond this many classes share the outermost ones."""
 ESCAPE_PAYLOAD_BITS = 16.0
 """What the search takes an escaped integer's payload to cost."""
 ALPHABET_LIMIT = 127
 """Largest magnitude with a code of its own where the alphabet is unbounded."""
-
-
-@dataclass(frozen=True)
-class Classes:
-    """row [m] and column [n], int64 >= 0: the table of (i, j) is row[i] + column[j] < count."""
-
-    row: Tensor
-    column: Tensor
-    count: int
-
-    @staticmethod
-    def single(rows: int, columns: int, *, device: torch.device) -> "Classes":
-        """One table for the whole matrix."""
-        zero = torch.zeros(max(rows, columns), dtype=torch.int64, device=device)
-        return Classes(zero[:rows], zero[:columns], 1)
-
-
-def classify(x: Tensor, octaves: float = CLASS_OCTAVES) -> Classes:
-    """Classes from the spread of x [m, n] float32, the weights in units of their steps."""
-    square = x.square()
-    column = square.mean(dim=0)
-    floor = column[column > 0].min() if bool((column > 0).any()) else column.new_ones(())
-    column = column.clamp_min(floor)
-    row = (square / column).mean(dim=1)
-    floor = row[row > 0].min() if bool((row > 0).any()) else row.new_ones(())
-    a = _log_units(row.clamp_min(floor), octaves)
-    b = _log_units(column, octaves)
-    return Classes(a, b, int(a.max() + b.max()) + 1)
-
-
-def _log_units(square: Tensor, octaves: float) -> Tensor:
-    """Rounded log2 of the root of `square`, from 0; rare extremes are drawn in."""
-    unit = (square.to(torch.float64).log2() / (2 * octaves)).round().to(torch.int64)
-    middle = int(unit.median())
-    half = MAX_TABLES // 4
-    unit = unit.clamp(middle - half, middle + half)
-    return unit - unit.min()
 
 
 def histogram(index: Tensor, table: Tensor, tables: int, size: int) -> Tensor:

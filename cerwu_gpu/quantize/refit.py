@@ -24,7 +24,7 @@ from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.quantize.threads import one_thread
 from cerwu_gpu.reference.dequantize import step_codes, step_values
 
-UNITS = (8, 4, 2, 1)
+UNITS = (64, 32, 16, 8, 4, 2, 1)
 """Resolutions that are tried: codes that are multiples of so many 2**(1/256)."""
 RIDGE = 1e-6
 """Of A's mean diagonal entry: columns whose integers are all zero have no equation."""

@@ -27,23 +27,32 @@ def shared_histograms(counts: Tensor, quantizers: int, codes: int) -> Tensor:
         [T * quantizers, K] int64; classes of one run hold equal rows.
     """
     tables = counts.view(-1, quantizers, counts.shape[1])
-    classes = len(tables)
+    shared = torch.empty_like(tables)
+    cut, last = _cheapest_cut(tables, codes)[0], len(tables)
+    while last > 0:
+        first = cut[last]
+        shared[first:last] = tables[first:last].sum(dim=0)
+        last = first
+    return shared.view_as(counts)
+
+
+def shared_bits(counts: Tensor, quantizers: int, codes: int) -> float:
+    """Bits of the symbols counted and of their tables, after sharing; arguments as above."""
+    return _cheapest_cut(counts.view(-1, quantizers, counts.shape[1]), codes)[1]
+
+
+def _cheapest_cut(tables: Tensor, codes: int) -> tuple[list[int], float]:
+    """Where the run that ends before each class begins, and the cost; tables [T, Q, K]."""
     until = torch.cat([torch.zeros_like(tables[:1]), tables.cumsum(dim=0)])
-    price = CODE_BITS * codes * quantizers
+    price = CODE_BITS * codes * tables.shape[1]
     best, cut = [0.0], [0]
-    for last in range(1, classes + 1):
+    for last in range(1, len(tables) + 1):
         runs = until[last] - until[:last]
         costs = _entropy_bits(runs) + price + torch.tensor(best, dtype=torch.float64)
         first = int(costs.argmin())
         best.append(float(costs[first]))
         cut.append(first)
-    shared = torch.empty_like(tables)
-    last = classes
-    while last > 0:
-        first = cut[last]
-        shared[first:last] = until[last] - until[first]
-        last = first
-    return shared.view_as(counts)
+    return cut, best[-1]
 
 
 def _entropy_bits(runs: Tensor) -> Tensor:

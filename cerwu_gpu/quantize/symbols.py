@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.quantize import rate
+from cerwu_gpu.quantize.classes import Classes
 from cerwu_gpu.quantize.grid import Grid
-from cerwu_gpu.quantize.rate import Classes
 from cerwu_gpu.reference.dequantize import dequantize, trellis_quantizers
 
 

@@ -23,8 +23,12 @@ USUAL_SCALE: dict[System, Scale] = {
     "rtn": "per-row",
 }
 NAMES: dict[System, str] = {"cerwu": "cerwu (paper)", "nncodec-dependent": "nncodec dependent"}
-SHARED = ("calibration", "samples", "sequence_length", "batch_size", "seed", "strict")
-"""Settings of the calibration: the same for all points, and part of a subject's identity."""
+SHARED = (
+    *("calibration", "samples", "sequence_length", "batch_size", "seed", "strict"),
+    "limit_columns",
+)
+"""Settings of the calibration, part of a subject's identity, and of the report: the same for all
+points."""
 
 Setting = str | int | float | bool | None
 
@@ -57,6 +61,8 @@ class Point:
             parts = [f"ours {config.quantizer}"]
             if config.sensitivity != CompressionConfig.sensitivity:
                 parts.append(f"sensitivity {config.sensitivity}")
+            if config.correct_drift:
+                parts.append("drift")
         elif self.system in UNIFORM:
             if config.scale != USUAL_SCALE[self.system]:
                 parts.append(config.scale)
@@ -76,8 +82,8 @@ class Point:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Setting]:
-        """Method, quantizer, levels, lmbda, rate_model, scale, sensitivity, keep_head, qp; None
-        where the method does not know such a thing."""
+        """Method, quantizer, levels, lmbda, rate_model, scale, sensitivity, correct_drift,
+        keep_head, qp; None where the method does not know such a thing."""
         config, system = self.config, self.system
         uniform, ours = system in UNIFORM, system == "ours"
         rated = ours or system in RATED
@@ -89,6 +95,7 @@ class Point:
             "rate_model": config.rate_model if rated else None,
             "scale": config.scale if uniform else None,
             "sensitivity": config.sensitivity if rated else None,
+            "correct_drift": bool(config.correct_drift),
             "keep_head": config.keep_head,
             "qp": self.qp,
         }
@@ -118,6 +125,8 @@ class Axes:
     """Of uniform grids; empty: per-tensor for cerwu and cerwu-gamma0, per-row for optq and rtn."""
     qps: tuple[int, ...] = (-36, -32, -28, -24, -20)
     """Of NNCodec."""
+    drifts: tuple[bool, ...] = (False,)
+    """Of ours: with correct_drift a point calibrates anew, behind its own compressed blocks."""
     keep_heads: tuple[bool, ...] = (False,)
 
     def __post_init__(self) -> None:
@@ -143,7 +152,13 @@ def grid_points(axes: Axes, base: CompressionConfig) -> list[Point]:
     if base.targeted:
         raise ConfigError("a sweep sets lmbda itself: drop bits, max_size or the like.")
     plain = replace(
-        base, method="cerwu", levels=None, grid=None, quantizer="scalar", rate_model="histogram"
+        base,
+        method="cerwu",
+        levels=None,
+        grid=None,
+        quantizer="scalar",
+        rate_model="histogram",
+        correct_drift=False,
     )
     points = [
         point
@@ -156,12 +171,18 @@ def grid_points(axes: Axes, base: CompressionConfig) -> list[Point]:
 
 def _of_system(system: System, axes: Axes, plain: CompressionConfig) -> Iterator[Point]:
     if system == "ours":
-        for quantizer, sensitivity, lmbda in product(
-            axes.quantizers, axes.sensitivities, axes.lmbdas
+        for drift, quantizer, sensitivity, lmbda in product(
+            axes.drifts, axes.quantizers, axes.sensitivities, axes.lmbdas
         ):
             yield Point(
                 system=system,
-                config=replace(plain, quantizer=quantizer, sensitivity=sensitivity, lmbda=lmbda),
+                config=replace(
+                    plain,
+                    correct_drift=drift,
+                    quantizer=quantizer,
+                    sensitivity=sensitivity,
+                    lmbda=lmbda,
+                ),
             )
     elif system in UNIFORM:
         scales = axes.scales or (USUAL_SCALE[system],)

@@ -33,6 +33,7 @@ class Row:
     rate_model: str | None
     scale: str | None
     sensitivity: str | None
+    correct_drift: bool
     keep_head: bool
     qp: int | None
     bits_per_weight: float
@@ -106,6 +107,7 @@ def _truth(cell: str) -> bool:
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "levels": int,
     "lmbda": float,
+    "correct_drift": _truth,
     "keep_head": _truth,
     "qp": int,
     "bits_per_weight": float,

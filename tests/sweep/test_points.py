@@ -84,6 +84,7 @@ def test_keys_tell_settings_apart_and_nothing_else() -> None:
         "sensitivity": "layer",
         "block_size": 64,
         "keep_head": True,
+        "correct_drift": True,
     }
     others = [
         replace(point, config=replace(point.config, **{name: value}))
