@@ -8,6 +8,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cerwu_gpu.hf import registration
+
 if TYPE_CHECKING:
     from cerwu_gpu.config import CompressionConfig
     from cerwu_gpu.container.reader import verify
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from cerwu_gpu.hf.evaluation import perplexity
     from cerwu_gpu.hf.loading import decompress, load_compressed
     from cerwu_gpu.report import LayerReport, Report
+    from cerwu_gpu.vision.folding import fold_batch_norm
 
 __version__ = "0.1.0"
 
@@ -47,6 +50,7 @@ __all__ = [
     "__version__",
     "compress",
     "decompress",
+    "fold_batch_norm",
     "load_compressed",
     "perplexity",
     "verify",
@@ -58,6 +62,7 @@ _MODULES = {
     "Report": "cerwu_gpu.report",
     "compress": "cerwu_gpu.hf.compression",
     "decompress": "cerwu_gpu.hf.loading",
+    "fold_batch_norm": "cerwu_gpu.vision.folding",
     "load_compressed": "cerwu_gpu.hf.loading",
     "perplexity": "cerwu_gpu.hf.evaluation",
     "verify": "cerwu_gpu.container.reader",
@@ -75,3 +80,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+registration.register()

@@ -25,6 +25,7 @@ PUBLIC = [
     "__version__",
     "compress",
     "decompress",
+    "fold_batch_norm",
     "load_compressed",
     "perplexity",
     "verify",

@@ -3,47 +3,97 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from cerwu_gpu.container.reader import CompressedDirectory, open_directory
 from cerwu_gpu.container.writer import check_output, new_directory, put_in_place
-from cerwu_gpu.errors import FormatError, ModelError
+from cerwu_gpu.errors import ConfigError, FormatError, ModelError
+from cerwu_gpu.hf.classifiers import in_shapes_of, model_class
 from cerwu_gpu.hf.device import find_device
 from cerwu_gpu.hf.reason import reason
+from cerwu_gpu.hf.resident import keep_compressed, placeholder, stored_in_blocks
+from cerwu_gpu.hf.structure import find_blocks
 from cerwu_gpu.spec import QUANT_METHOD
+from cerwu_gpu.vision.loading import fill
+
+Resident = Literal["dense", "compressed"]
+Module = TypeVar("Module", bound=nn.Module)
 
 
+@overload
 def load_compressed(
     path: str | Path,
     *,
+    into: None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    resident: Resident = "dense",
     verify: bool = True,
     progress: bool = False,
-) -> PreTrainedModel:
+) -> PreTrainedModel: ...
+@overload
+def load_compressed(
+    path: str | Path,
+    *,
+    into: Module,
+    device: str | torch.device | None = None,
+    verify: bool = True,
+    progress: bool = False,
+) -> Module: ...
+def load_compressed(
+    path: str | Path,
+    *,
+    into: nn.Module | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    resident: Resident = "dense",
+    verify: bool = True,
+    progress: bool = False,
+) -> nn.Module:
     """A ready transformers model whose weights are, bit for bit, those that compression had.
+
+    With resident="compressed" the weights of the transformer blocks stay compressed in memory, and
+    a block is decoded when it runs: the logits are the same, bit for bit, but every forward pass
+    decodes the whole model once, which makes generation on a CPU very slow. Such a model can run
+    and generate; it cannot be saved, moved, cast or trained.
 
     Args:
         path: compressed directory, or the hub name of one.
-        device: where the model goes; default: the CPU.
+        into: a module to be filled in place and returned instead, which a plain torch module needs,
+            since its directory does not say how to build it; it stays on its device, in its mode.
+        device: where the model goes; default: the CPU. With `into`: where weights are decoded.
         dtype: cast all floating-point weights; default: as they were compressed.
+        resident: "dense", or "compressed" for the least memory.
         verify: compare every tensor with its checksum.
         progress: show a bar on stderr.
 
     Raises:
         FormatError: the directory is not what docs/format.md says (CorruptionError: bytes have
             changed; VersionError: made by a newer cerwu_gpu).
-        ConfigError: there is no such device here.
-        ModelError: the hub name cannot be resolved, or transformers cannot build the model.
+        ConfigError: there is no such device here, or no such `resident`.
+        ModelError: the hub name cannot be resolved, or transformers cannot build the model; with
+            resident="compressed" also: no weight in its blocks is compressed.
     """
+    if resident not in get_args(Resident):
+        raise ConfigError(f"resident is {resident!r}: use dense or compressed.")
     folder = _local(path)
     directory = open_directory(folder)
     target = find_device(device or "cpu")
+    if into is not None:
+        if dtype is not None or resident != "dense":
+            raise ConfigError("dtype and resident are not for a module to be filled: drop them.")
+        return fill(into, directory, device=target, verify=verify, progress=progress)
+    if resident == "compressed":
+        return _compressed_in_memory(folder, directory, target, dtype, verify)
     state = _state(directory, target, dtype, verify, progress)
     return _built(folder, state, dtype, target)
 
@@ -104,6 +154,33 @@ def _state(
     return state
 
 
+def _compressed_in_memory(
+    folder: Path,
+    directory: CompressedDirectory,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    verify: bool,
+) -> PreTrainedModel:
+    """The model with its blocks compressed and all else dense."""
+    config, kind = _described(folder)
+    with torch.device("meta"):
+        prefixes = [prefix for prefix, _ in find_blocks(kind(config))]
+    stored = stored_in_blocks(directory, prefixes, device, verify)
+    if not stored:
+        raise ModelError(f"{folder}: no weight in its blocks is compressed: load it dense.")
+    plain = directory.plain(verify=verify)  # a view of the file, which may not stay as it is
+    state = {name: _cast(tensor.clone(), dtype) for name, tensor in plain}
+    for name in directory.compressed():
+        if name in stored:
+            state[name] = placeholder(stored[name], dtype)
+        else:
+            outside = directory.stored(name, device=device, verify=verify)
+            state[name] = _cast(outside.decode(), dtype)
+    model = _built(folder, state, dtype, torch.device("cpu"))
+    keep_compressed(model, find_blocks(model), stored, dtype)
+    return model
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
@@ -112,17 +189,9 @@ def _built(
     folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
     """The model of config.json with these weights, built without a second copy of them."""
+    config, kind = _described(folder)
+    state = in_shapes_of(kind, config, state)
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        method = content.pop("quantization_config")["quant_method"]
-        model_type = content.pop("model_type")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise FormatError(f"{folder}: config.json is missing or malformed.") from None
-    if method != QUANT_METHOD:
-        raise FormatError(f"{folder}: its quantization method is {method!r}, not {QUANT_METHOD!r}.")
-    try:
-        config = AutoConfig.for_model(model_type, **content)
-        kind: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
         loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(  # type: ignore[assignment]
             None,
             config=config,
@@ -142,9 +211,43 @@ def _built(
         raise FormatError(f"{folder}: {missing} of its model is missing; get the directory again.")
     _check_loaded(model, state)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = model.generation_config.from_pretrained(folder)
+        try:
+            model.generation_config = model.generation_config.from_pretrained(folder)
+        except Exception as error:  # whatever transformers makes of a damaged file
+            raise FormatError(
+                f"{folder}: generation_config.json is malformed ({reason(error)}); get it again."
+            ) from error
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def _described(folder: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    """What config.json describes: the configuration, and the class of the model.
+
+    Raises:
+        FormatError: it is missing or malformed, or names another quantization method.
+        ModelError: transformers has no such model.
+    """
+    if not (folder / "config.json").exists():
+        raise FormatError(
+            f"{folder} has no config.json: fill a module of its kind, load_compressed(..., into=)."
+        )
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        method = content.pop("quantization_config")["quant_method"]
+        model_type = content.pop("model_type")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise FormatError(f"{folder}: config.json is missing or malformed.") from None
+    if method != QUANT_METHOD:
+        raise FormatError(f"{folder}: its quantization method is {method!r}, not {QUANT_METHOD!r}.")
+    try:
+        config = AutoConfig.for_model(model_type, **content)
+        kind = model_class(config, content.get("architectures"))
+    except Exception as error:  # whatever transformers makes of a damaged config.json
+        raise ModelError(
+            f"{folder}: transformers cannot build its model ({reason(error)})."
+        ) from error
+    return config, kind
 
 
 def _usual_dtype(state: dict[str, Tensor]) -> torch.dtype:

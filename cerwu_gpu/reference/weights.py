@@ -48,14 +48,20 @@ def decode_weights(
             them.
     """
     return [
-        _weight(coded, rule, indices, dtype)
+        weight_of_symbols(coded, rule, indices, dtype)
         for coded, rule, indices in zip(batch, rules, decode(batch), strict=True)
     ]
 
 
-def _weight(
+def weight_of_symbols(
     coded: CodedMatrix, rule: Reconstruction, indices: Tensor, dtype: torch.dtype
 ) -> Tensor:
+    """The weights [m, n] of decoded `indices` [m, n] int32 into the alphabet; rows of a matrix may
+    come alone, with their own escapes and row scales.
+
+    Raises:
+        CorruptionError: there are not as many escapes as values for them, or of another parity.
+    """
     symbols = indices + rule.lowest
     if rule.size < coded.tables.shape[1]:
         escaped = indices >= rule.size

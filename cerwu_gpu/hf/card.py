@@ -1,0 +1,155 @@
+"""The model card of a compressed directory: README.md as the Hugging Face Hub reads it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from cerwu_gpu import __version__
+from cerwu_gpu.container.reader import inventory
+
+CARD_FILE = "README.md"
+CARRIED_OVER = ("license", "license_name", "license_link", "language")
+"""Fields that are as true of the compressed model as of its source."""
+_LICENCE_FILES = ("LICENSE*", "LICENCE*")
+_LICENCES = {
+    "apache-2.0": ("Apache License", "Version 2.0"),
+    "mit": ("Permission is hereby granted, free of charge", "THE SOFTWARE IS PROVIDED"),
+}
+"""Hub's name of a licence -> phrases that its text has."""
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+_TEXT = """\
+# {title}
+
+{origin} It was compressed with cerwu_gpu {version}: its weight matrices are quantized with a
+Hessian-aware, rate-constrained search and entropy coded.
+
+| | original | compressed |
+|---|---|---|
+| bytes of the weights | {original_bytes:,} | {compressed_bytes:,} |
+| bits per quantized weight | | {bits_per_weight:.4f} |
+
+{weights:,} weights in {matrices} tensors are quantized; the bits count everything that is stored
+for them.
+
+## How to load it
+
+```sh
+pip install cerwu_gpu
+```
+
+```python
+import cerwu_gpu  # tells transformers about the format
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "..."  # this repository, or a directory with its files
+model = AutoModelForCausalLM.from_pretrained(name)
+tokenizer = AutoTokenizer.from_pretrained(name)
+```
+
+The model is an ordinary dense one once it is loaded, and `save_pretrained` writes dense weights.
+`cerwu_gpu.load_compressed(name, resident="compressed")` keeps its blocks compressed in memory.
+
+## Licence
+
+{licence}
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a directory's files do not tell about where the model comes from.
+
+    Attributes:
+        base_model: hub name of the original, None where there is none.
+        source: what the original's own card or licence file says, by the names of the hub's
+            metadata; see CARRIED_OVER.
+        original_bytes: of the original's weights.
+    """
+
+    base_model: str | None
+    source: dict[str, Any]
+    original_bytes: int
+
+    def write(self, folder: Path) -> None:
+        """Write README.md into the complete compressed directory `folder`."""
+        related: dict[str, Any] = {"base_model_relation": "quantized"} if self.base_model else {}
+        data = ModelCardData(
+            base_model=self.base_model,
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["cerwu", "compressed", "entropy-coding"],
+            **related,
+            **self.source,
+        )
+        text = f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{self._body(folder)}"
+        (folder / CARD_FILE).write_text(text, encoding="utf-8", newline="\n")
+
+    def _body(self, folder: Path) -> str:
+        tensors = inventory(folder).tensors
+        quantized = [tensor for tensor in tensors if tensor.quantizer is not None]
+        weights = sum(tensor.weights for tensor in quantized)
+        if self.base_model is None:
+            title, origin = "Compressed language model", "This is a compressed language model."
+        else:
+            title = f"{self.base_model.rpartition('/')[2]}, compressed"
+            link = f"[{self.base_model}](https://huggingface.co/{self.base_model})"
+            origin = f"This is {link}, compressed."
+        return _TEXT.format(
+            title=title,
+            origin=origin,
+            version=__version__,
+            original_bytes=self.original_bytes,
+            compressed_bytes=sum(tensor.bytes for tensor in tensors),
+            bits_per_weight=8 * sum(tensor.bytes for tensor in quantized) / weights,
+            weights=weights,
+            matrices=len(quantized),
+            licence=self._licence(),
+        )
+
+    def _licence(self) -> str:
+        licence = self.source.get("license_name", self.source.get("license"))
+        if licence is None:
+            return "The weights are under the licence of the original, which was not found with it."
+        return f"The weights are under the licence of the original: {licence}."
+
+
+def card_of(model: str | Path | PreTrainedModel, files: Path | None, original_bytes: int) -> Card:
+    """The card of what is made from `model`.
+
+    Args:
+        model: as `compress` takes it.
+        files: local directory of the original, None where there is none.
+        original_bytes: of the original's weights.
+    """
+    return Card(_base_model(model), {} if files is None else _carried_over(files), original_bytes)
+
+
+def _base_model(model: str | Path | PreTrainedModel) -> str | None:
+    """The hub name that was given, or that the model in memory was loaded by; never a path."""
+    name = str(model.config.name_or_path if isinstance(model, PreTrainedModel) else model)
+    return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else None
+
+
+def _carried_over(files: Path) -> dict[str, Any]:
+    """What the original's card says, and else what its licence file is."""
+    card = files / CARD_FILE
+    if card.is_file():
+        try:
+            said = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        except Exception:  # no metadata, or none that a parser beneath can read
+            said = {}
+        if "license" in said:
+            return {field: said[field] for field in CARRIED_OVER if field in said}
+    found = sorted(path for pattern in _LICENCE_FILES for path in files.glob(pattern))
+    if not found:
+        return {}
+    text = found[0].read_text(encoding="utf-8", errors="replace")
+    for licence, phrases in _LICENCES.items():
+        if all(phrase in text for phrase in phrases):
+            return {"license": licence}
+    return {"license": "other", "license_name": "see-file", "license_link": found[0].name}

@@ -1,0 +1,170 @@
+"""Compressed directories for transformers' own from_pretrained.
+
+cerwu_gpu.hf.registration imports this in the middle of transformers' own import, so that at the top
+it may import nothing of transformers that needs its modeling_utils.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cerwu_gpu.container.reader import (
+    BATCH_WEIGHTS,
+    CompressedDirectory,
+    StoredWeight,
+    decode_stored,
+    open_directory,
+)
+from cerwu_gpu.errors import FormatError, ModelError
+from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(QUANT_METHOD)
+class CerwuConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed directory's config.json.
+
+    Attributes:
+        quant_method: "cerwu".
+        format: version of docs/format.md; what counts is the one in the manifests.
+    """
+
+    dequantize = True
+    """To transformers: once loaded, the model is an ordinary dense one."""
+
+    def __init__(self, format: int = FORMAT_VERSION, **_: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.format = format
+
+
+@register_quantizer(QUANT_METHOD)
+class CerwuQuantizer(HfQuantizer):
+    """Decodes the weights of a compressed directory while transformers loads the model.
+
+    Afterwards nothing of it is left: the model trains, casts, moves and saves as any dense one, and
+    what `save_pretrained` writes is dense, with a config.json that says so.
+    """
+
+    _weights: "DecodedWeights"
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to compress on the way.
+
+        Raises:
+            ModelError: the directory is not compressed.
+        """
+        if not self.pre_quantized:
+            raise ModelError(
+                "from_pretrained loads compressed models but does not compress: "
+                "use cerwu_gpu.compress."
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        """Open the directory that transformers found or downloaded, and check all checksums.
+
+        Raises:
+            CerwuError: as `load_compressed`.
+        """
+        if not checkpoint_files:
+            raise ModelError("a compressed model is loaded from its files: give no state dict.")
+        directory = open_directory(Path(checkpoint_files[0]).parent)
+        for _name, _tensor in directory.plain():
+            pass  # transformers reads these itself, but it compares no checksums
+        self._weights = DecodedWeights(directory)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """NAME.words and NAME.side become NAME."""
+        return [WeightConverter([r"\.words$", r"\.side$"], "", [Decode(self._weights)])]
+
+    def _process_model_after_weight_loading(
+        self, model: "PreTrainedModel", **_: Any
+    ) -> "PreTrainedModel":
+        # save_pretrained inverts the conversions that were used: dense weights need only the
+        # model's own, which transformers looks up again.
+        model._weight_conversions = None  # type: ignore[assignment]
+        del self._weights
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class Decode(ConversionOps):
+    """Gives transformers the decoded weight in the place of its words and side data."""
+
+    def __init__(self, weights: "DecodedWeights") -> None:
+        self._weights = weights
+
+    def __deepcopy__(self, _: dict[int, object]) -> "Decode":
+        return self  # transformers copies the operation for every weight
+
+    def convert(  # type: ignore[override]
+        self, input_dict: Mapping[str, list[Tensor]], **context: Any
+    ) -> dict[str, Tensor]:
+        target, model = context["full_layer_name"], context["model"]
+        (words, *_), *_ = input_dict.values()
+        weight = self._weights.take(target, model.base_model_prefix, words.device)
+        return {target: weight.to(model.get_parameter(target).dtype)}
+
+
+class DecodedWeights:
+    """The compressed weights of a directory in the order in which transformers asks for them,
+    decoded many at a time.
+
+    Raises:
+        CorruptionError: a checksum is wrong.
+    """
+
+    def __init__(self, directory: CompressedDirectory) -> None:
+        self._directory = directory
+        self._waiting = sorted(directory.compressed(), key=_natural)
+        self._ready: dict[str, Tensor] = {}
+        for name in self._waiting:  # here an error reaches the user as it is
+            directory.stored(name)
+
+    def take(self, target: str, prefix: str, device: torch.device) -> Tensor:
+        """The weight that the model calls `target`, on `device`; each can be had once.
+
+        Args:
+            prefix: of the names in a model with a head; a model without one may be loaded from it.
+
+        Raises:
+            FormatError: there is no such weight.
+        """
+        names = (target, f"{prefix}.{target}", target.removeprefix(f"{prefix}."))
+        found = [name for name in names if name in self._ready or name in self._waiting]
+        if not found:
+            raise FormatError(f"{target}: the directory holds no such compressed weight.")
+        if found[0] not in self._ready:
+            self._decode_from(self._waiting.index(found[0]), device)
+        return self._ready.pop(found[0]).to(device)
+
+    def _decode_from(self, first: int, device: torch.device) -> None:
+        """Decode the weight of this number and those that will be asked for next."""
+        enough = BATCH_WEIGHTS.get(device.type, BATCH_WEIGHTS["cpu"])
+        batch: list[StoredWeight] = []
+        while first < len(self._waiting) and sum(x.entry.weights for x in batch) < enough:
+            name = self._waiting.pop(first)
+            batch.append(self._directory.stored(name, device=device, verify=False))
+        self._ready.update(decode_stored(batch))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,202 @@
+"""Running a model whose blocks stay compressed in memory.
+
+Every weight in a transformer block is held as the words of its streams; a block is decoded when it
+runs and forgotten when it has run. On a GPU the next block is decoded on a stream of its own while
+this one computes. What lies outside the blocks (embeddings, head, norms) is dense, in its stored
+dtype: the head's matrix product needs all of it at once, and the embedding is mostly tied to it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cerwu_gpu.container.reader import CompressedDirectory, StoredWeight, decode_stored
+from cerwu_gpu.errors import ModelError
+
+REMEDY = "load it dense (without resident), or write a dense copy with cerwu_gpu.decompress."
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a compressed weight goes when its block runs: attribute `name` of `module`.
+
+    Attributes:
+        stored: the weight as it stays in memory.
+        resting: what the module holds otherwise: the shape, without data (device meta).
+    """
+
+    module: nn.Module
+    name: str
+    stored: StoredWeight
+    resting: nn.Parameter
+
+
+class ResidentBlock:
+    """One block's compressed weights, and the hooks that decode them around its forward.
+
+    Args:
+        slots: all of the block's compressed weights, on one device.
+        dtype: cast what is decoded; None keeps the stored dtypes.
+    """
+
+    def __init__(self, slots: tuple[Slot, ...], dtype: torch.dtype | None) -> None:
+        self._slots = slots
+        self._dtype = dtype
+        self._ahead: tuple[list[Tensor], torch.cuda.Event] | None = None
+        self.following: ResidentBlock | None = None
+
+    def decode_ahead(self, stream: torch.cuda.Stream) -> None:
+        """Decode on `stream`, beside what the current stream computes."""
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            weights = self._decoded()
+            self._ahead = weights, stream.record_event()
+
+    def fill(self) -> None:
+        """Put the decoded weights into the modules.
+
+        Raises:
+            CorruptionError: what is in memory has changed.
+        """
+        if self._ahead is None:
+            weights = self._decoded()
+        else:
+            weights, decoded = self._ahead
+            self._ahead = None
+            here = torch.cuda.current_stream(weights[0].device)
+            here.wait_event(decoded)
+            for weight in weights:
+                weight.record_stream(here)  # else its memory might be given away while it is used
+        for slot, weight in zip(self._slots, weights, strict=True):
+            slot.module._parameters[slot.name] = nn.Parameter(weight, requires_grad=False)
+
+    def empty(self) -> None:
+        """Take the decoded weights out of the modules."""
+        for slot in self._slots:
+            slot.module._parameters[slot.name] = slot.resting
+
+    def _decoded(self) -> list[Tensor]:
+        weights = dict(decode_stored([slot.stored for slot in self._slots]))
+        return [weights[slot.stored.name].to(self._dtype) for slot in self._slots]
+
+
+def stored_in_blocks(
+    directory: CompressedDirectory, blocks: list[str], device: torch.device, verify: bool
+) -> dict[str, StoredWeight]:
+    """The compressed weights whose names lie in `blocks` (prefixes), read into memory.
+
+    Raises:
+        CorruptionError: a checksum is wrong (with `verify`).
+    """
+    prefixes = tuple(f"{block}." for block in blocks)
+    return {
+        name: _owned(directory.stored(name, device=device, verify=verify))
+        for name in directory.compressed()
+        if name.startswith(prefixes)
+    }
+
+
+def _owned(stored: StoredWeight) -> StoredWeight:
+    """The same in memory of its own: on the CPU words that were read are a view of the file."""
+    matrices = tuple(
+        replace(x, coded=replace(x.coded, words=x.coded.words.clone())) for x in stored.matrices
+    )
+    return replace(stored, matrices=matrices)
+
+
+def placeholder(stored: StoredWeight, dtype: torch.dtype | None) -> Tensor:
+    """A tensor of the weight's shape and dtype that takes the memory of one number, on the CPU."""
+    kind = dtype or getattr(torch, stored.entry.dtype)
+    return torch.zeros((), dtype=kind).expand(stored.entry.shape)
+
+
+def keep_compressed(
+    model: PreTrainedModel,
+    blocks: list[tuple[str, nn.Module]],
+    stored: Mapping[str, StoredWeight],
+    dtype: torch.dtype | None,
+) -> None:
+    """Hang the compressed weights into the blocks of `model`, in the place of its own.
+
+    The model can then be run (forward, generate) but not be saved, moved, cast or trained.
+
+    Args:
+        blocks: names and modules, in the order in which they run.
+        stored: name of a weight in a block -> the weight.
+        dtype: cast what is decoded; None keeps the stored dtypes.
+    """
+    _check_unshared(model, stored)
+    slots = {name: _slot(model, name, weight) for name, weight in stored.items()}
+    device = next(iter(stored.values())).matrices[0].coded.words.device
+    model.to(device)  # type: ignore[arg-type]
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    last: ResidentBlock | None = None
+    for prefix, block in blocks:
+        own = tuple(slot for name, slot in slots.items() if name.startswith(f"{prefix}."))
+        if not own:
+            continue
+        resident = ResidentBlock(own, dtype)
+        resident.empty()
+        if last is not None:
+            last.following = resident
+        _hook(block, resident, stream)
+        last = resident
+    model.requires_grad_(False)
+    _refuse_what_needs_weights(model)
+
+
+def _slot(model: PreTrainedModel, name: str, stored: StoredWeight) -> Slot:
+    """The weight's place, with nothing in it yet, so that the model can be moved to its device."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    own = module.get_parameter(attribute)
+    resting = nn.Parameter(torch.empty_like(own, device="meta"), requires_grad=False)
+    module._parameters[attribute] = None
+    return Slot(module, attribute, stored, resting)
+
+
+def _check_unshared(model: PreTrainedModel, stored: Mapping[str, StoredWeight]) -> None:
+    """A weight that two modules share would reach only one of them.
+
+    Raises:
+        ModelError: there is one.
+    """
+    owned = {id(model.get_parameter(name)) for name in stored}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in owned and name not in stored:
+            raise ModelError(f"{name} is shared between modules: load the model dense.")
+
+
+def _hook(block: nn.Module, resident: ResidentBlock, stream: torch.cuda.Stream | None) -> None:
+    def before(*_: Any) -> None:
+        resident.fill()
+
+    def after(*_: Any) -> None:
+        resident.empty()
+        # By now this block's work is queued on the GPU, and the next block is decoded beside it.
+        if stream is not None and resident.following is not None:
+            resident.following.decode_ahead(stream)
+
+    block.register_forward_pre_hook(before)
+    block.register_forward_hook(after, always_call=True)
+
+
+def _refuse_what_needs_weights(model: PreTrainedModel) -> None:
+    """Saving, moving and casting would silently leave out the weights of the blocks."""
+
+    def refuse(what: str) -> NoReturn:
+        raise ModelError(f"a model with resident='compressed' cannot be {what}: {REMEDY}")
+
+    def no_state(*_: Any) -> NoReturn:
+        refuse("saved, and has no state dict")
+
+    def no_move(*_: Any, **__: Any) -> NoReturn:
+        refuse("moved or cast")
+
+    model.register_state_dict_pre_hook(no_state)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(no_state)  # type: ignore[no-untyped-call]
+    model._apply = no_move  # type: ignore[method-assign]

@@ -1,0 +1,112 @@
+"""The model card of a compressed directory."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+import cerwu_gpu
+from cerwu_gpu import CompressionConfig, ConfigError
+from cerwu_gpu.container.reader import inventory
+from cerwu_gpu.hf.card import card_of
+from tests.conftest import TEXT
+from tests.hf.toys import toy
+
+CHEAP: dict[str, Any] = {"samples": 2, "sequence_length": 16, "sensitivity": "none"}
+APACHE = "Apache License\n   Version 2.0, January 2004\n"
+MIT = "Permission is hereby granted, free of charge ...\nTHE SOFTWARE IS PROVIDED AS IS"
+
+
+def source(folder: Path, readme: str | None = None, licence: str | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    if readme is not None:
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+    if licence is not None:
+        (folder / "LICENSE.txt").write_text(licence, encoding="utf-8")
+    return folder
+
+
+def compress(model: Path, output: Path, text: str, **options: Any) -> ModelCard:
+    config = CompressionConfig(**CHEAP)
+    report = cerwu_gpu.compress(model, output, config=config, text=text, progress=False, **options)
+    assert report.directory_bytes == inventory(output).total_bytes
+    return ModelCard.load(output / "README.md")
+
+
+def test_the_figures_are_those_of_the_directory(
+    toy_directory: Path, tmp_path: Path, command: Any, toy_text: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(toy_directory, model)
+    source(model, "---\nlicense: mit\nlanguage: en\n---\nA model.", APACHE)
+    output = tmp_path / "small"
+    arguments = ["--calibration", toy_text, "--samples", "2", "--sequence-length", "16"]
+    assert command("compress", model, "-o", output, "--card", "--quiet", *arguments).code == 0
+    card = ModelCard.load(output / "README.md")
+    assert (card.data.license, card.data.language) == ("mit", "en")  # the card's word counts
+    assert card.data.library_name == "transformers"
+    assert "cerwu" in card.data.tags
+    assert card.data.base_model is None
+    assert str(tmp_path) not in card.content
+    tensors = inventory(output).tensors
+    quantized = [tensor for tensor in tensors if tensor.quantizer]
+    bits = 8 * sum(x.bytes for x in quantized) / sum(x.weights for x in quantized)
+    assert f"{bits:.4f}" in card.content
+    assert f"{sum(tensor.bytes for tensor in tensors):,}" in card.content
+    assert "licence of the original: mit" in card.content
+
+
+def test_what_the_card_tells_to_do_works(toy_directory: Path, tmp_path: Path) -> None:
+    card = compress(toy_directory, tmp_path / "small", TEXT, card=True)
+    code = card.content.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace('"..."', repr(str(tmp_path / "small"))), names)
+    assert names["model"].num_parameters() > 0
+    assert names["tokenizer"]("The day")["input_ids"]
+
+
+def test_without_being_asked_there_is_none(compressed: tuple[Path, Any]) -> None:
+    assert not (compressed[0] / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("readme", "licence", "expected"),
+    [
+        ("---\nlicense: other\nlicense_name: own\n---\n", APACHE, ("other", "own")),
+        (None, APACHE, ("apache-2.0", None)),
+        ("No metadata.", MIT, ("mit", None)),
+        ("---\n: [\n---\n", MIT, ("mit", None)),
+        (None, "Ask the author.", ("other", "see-file")),
+        (None, None, (None, None)),
+    ],
+    ids=["card", "apache", "no-metadata", "broken-metadata", "unknown", "nothing"],
+)
+def test_the_licence_is_carried_over(
+    tmp_path: Path, readme: str | None, licence: str | None, expected: tuple[Any, Any]
+) -> None:
+    card = card_of("someone/model", source(tmp_path / "model", readme, licence), 1)
+    assert (card.source.get("license"), card.source.get("license_name")) == expected
+
+
+def test_the_base_model_is_a_hub_name_or_none(tmp_path: Path) -> None:
+    assert card_of("someone/model", None, 1).base_model == "someone/model"
+    assert card_of(tmp_path, None, 1).base_model is None
+    assert card_of("model.gguf", None, 1).base_model is None
+    model = toy("llama")
+    assert card_of(model, None, 1).base_model is None
+    model.config.name_or_path = "someone/model"
+    assert card_of(model, None, 1).base_model == "someone/model"
+
+
+def test_the_metadata_names_the_base_model(compressed: tuple[Path, Any], tmp_path: Path) -> None:
+    shutil.copytree(compressed[0], tmp_path / "small")
+    card_of("someone/model", None, 1).write(tmp_path / "small")
+    data = ModelCard.load(tmp_path / "small" / "README.md").data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("someone/model", "quantized")
+
+
+def test_a_card_is_for_language_models(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="card"):
+        cerwu_gpu.compress(toy("llama"), tmp_path / "small", batches=[], card=True)

@@ -1,0 +1,204 @@
+"""Blocks that stay compressed in memory: the same numbers, and clear refusals."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cerwu_gpu
+from cerwu_gpu import CompressionConfig, ConfigError, CorruptionError, ModelError
+from cerwu_gpu.container.reader import open_directory
+from cerwu_gpu.reference.pieces import decode_in_pieces
+from cerwu_gpu.reference.weights import decode_weights
+from tests.hf.toys import toy, toy_tokens
+
+CHEAP: dict[str, Any] = {
+    "samples": 2,
+    "sequence_length": 16,
+    "batch_size": 2,
+    "sensitivity": "none",
+    "lmbda": 3e-4,
+}
+FAMILIES = ("llama", "gpt2", "gpt_oss", "gemma3")
+"""Tied; transposed weights and a trellis; transposed experts; blocks of two kinds."""
+
+
+def small(family: str, output: Path, tokenizer: Any, text: Path, **settings: Any) -> Path:
+    config = CompressionConfig(**{**CHEAP, **settings})
+    cerwu_gpu.compress(
+        toy(family),
+        output,
+        config=config,
+        tokenizer=tokenizer,
+        text=text.read_text(encoding="utf-8"),
+        progress=False,
+    )
+    return output
+
+
+def block_bytes(model: Any) -> int:
+    """Bytes of the data behind the parameters of all blocks; a meta tensor has none."""
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if ".layers." in name and parameter.device.type != "meta"
+    )
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Any, toy_text: Path) -> Path:
+    return small("llama", tmp_path_factory.mktemp("resident") / "small", toy_tokenizer, toy_text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_tokens_are_those_of_the_dense_model(
+    family: str, tmp_path: Path, toy_tokenizer: Any, toy_text: Path
+) -> None:
+    quantizer = "trellis4" if family == "gpt2" else "scalar"
+    path = small(family, tmp_path / "small", toy_tokenizer, toy_text, quantizer=quantizer)
+    dense = cerwu_gpu.load_compressed(path)
+    resident = cerwu_gpu.load_compressed(path, resident="compressed")
+    tokens = toy_tokens(2)
+    with torch.no_grad():
+        assert torch.equal(dense(tokens).logits, resident(tokens).logits)
+    prompt = {"input_ids": tokens[:1, :8], "attention_mask": torch.ones(1, 8, dtype=torch.int64)}
+    written = [
+        model.generate(**prompt, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        for model in (dense, resident)
+    ]
+    assert torch.equal(*written)
+    assert not resident.training
+    assert not resident(tokens).logits.requires_grad
+
+
+def test_a_real_model_gives_the_same_logits(tmp_path: Path, data: Path) -> None:
+    source = data / "stories260k"
+    config = CompressionConfig(**{**CHEAP, "lmbda": 1e-7, "calibration": "self"})
+    cerwu_gpu.compress(source, tmp_path / "small", config=config, progress=False)
+    tokens = torch.arange(3, 99).view(2, 48)
+    with torch.no_grad():
+        dense = cerwu_gpu.load_compressed(tmp_path / "small")(tokens).logits
+        resident = cerwu_gpu.load_compressed(tmp_path / "small", resident="compressed")
+        assert torch.equal(resident(tokens).logits, dense)
+
+
+def test_a_dtype_is_that_of_the_dense_model(llama: Path) -> None:
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    dense = cerwu_gpu.load_compressed(llama, **options)
+    resident = cerwu_gpu.load_compressed(llama, resident="compressed", **options)
+    assert resident.dtype == torch.bfloat16
+    assert torch.equal(dense(toy_tokens()).logits, resident(toy_tokens()).logits)
+
+
+def test_one_block_at_a_time_is_decoded_and_none_when_it_has_run(llama: Path) -> None:
+    model: Any = cerwu_gpu.load_compressed(llama, resident="compressed")
+    at_rest = block_bytes(model)
+    norms = sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if ".layers." in name and "norm" in name
+    )
+    assert at_rest == norms
+    seen = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: seen.append(block_bytes(model) - at_rest))
+    model(toy_tokens())
+    dense = cerwu_gpu.load_compressed(llama)
+    one = (block_bytes(dense) - norms) // len(model.model.layers)
+    assert seen == [one] * len(model.model.layers)
+    assert block_bytes(model) == at_rest
+
+
+def test_a_failed_forward_leaves_nothing_decoded(llama: Path) -> None:
+    model: Any = cerwu_gpu.load_compressed(llama, resident="compressed")
+    at_rest = block_bytes(model)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("stop here")
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="stop here"):
+        model(toy_tokens())
+    assert block_bytes(model) == at_rest
+    handle.remove()
+    assert torch.equal(
+        model(toy_tokens()).logits, cerwu_gpu.load_compressed(llama)(toy_tokens()).logits
+    )
+
+
+def test_the_directory_may_be_gone_once_it_is_loaded(
+    tmp_path: Path, toy_tokenizer: Any, toy_text: Path
+) -> None:
+    path = small("llama", tmp_path / "small", toy_tokenizer, toy_text)
+    expected = cerwu_gpu.load_compressed(path)(toy_tokens()).logits
+    model = cerwu_gpu.load_compressed(path, resident="compressed")
+    (path / "model.safetensors").write_bytes(b"")
+    gc.collect()
+    assert torch.equal(model(toy_tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("what", ["save_pretrained", "state_dict", "to", "half", "load_state_dict"])
+def test_what_needs_the_weights_is_refused(what: str, llama: Path, tmp_path: Path) -> None:
+    model: Any = cerwu_gpu.load_compressed(llama, resident="compressed")
+    arguments: dict[str, tuple[Any, ...]] = {
+        "save_pretrained": (tmp_path / "saved",),
+        "to": (torch.float64,),
+        "load_state_dict": ({},),
+    }
+    with pytest.raises(ModelError, match=r"resident='compressed'.*decompress"):
+        getattr(model, what)(*arguments.get(what, ()))
+    assert torch.isfinite(model(toy_tokens()).logits).all()
+
+
+def test_wrong_requests_are_refused(
+    llama: Path, tmp_path: Path, toy_tokenizer: Any, toy_text: Path
+) -> None:
+    with pytest.raises(ConfigError, match="dense or compressed"):
+        cerwu_gpu.load_compressed(llama, resident="ram")  # type: ignore[arg-type]
+    only = small("llama", tmp_path / "head", toy_tokenizer, toy_text, include=("*embed*",))
+    with pytest.raises(ModelError, match="load it dense"):
+        cerwu_gpu.load_compressed(only, resident="compressed")
+
+
+@pytest.mark.parametrize("quantizer", ["scalar", "trellis8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("piece", [700, 1 << 20])
+def test_pieces_give_the_bits_of_the_whole(
+    quantizer: str, dtype: torch.dtype, piece: int, directories: dict[str, Path]
+) -> None:
+    directory = open_directory(directories[quantizer])
+    escapes = 0
+    for name in sorted(directory.compressed())[:3]:
+        for matrix in directory.stored(name).matrices:
+            whole = decode_weights([matrix.coded], [matrix.rule], dtype)[0]
+            pieces = decode_in_pieces(matrix.coded, matrix.rule, dtype, piece)
+            assert torch.equal(pieces, whole)
+            assert pieces.is_contiguous()
+            escapes += len(matrix.rule.escapes)
+    assert escapes > 0, "the matrices have no escape: the hard part is not tested"
+
+
+@pytest.fixture(scope="module")
+def directories(
+    tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Any, toy_text: Path
+) -> dict[str, Path]:
+    """The same model by quantizer, at a rate that leaves outliers outside of the alphabet."""
+    root = tmp_path_factory.mktemp("pieces")
+    return {
+        quantizer: small(
+            "llama", root / quantizer, toy_tokenizer, toy_text, quantizer=quantizer, lmbda=1e-9
+        )
+        for quantizer in ("scalar", "trellis8")
+    }
+
+
+def test_pieces_see_a_stream_that_is_too_long(directories: dict[str, Path]) -> None:
+    directory = open_directory(directories["scalar"])
+    name = min(directory.compressed())
+    (matrix,) = directory.stored(name).matrices
+    words = torch.cat([matrix.coded.words, matrix.coded.words[:1]])
+    longer = type(matrix.coded)(**{**vars(matrix.coded), "words": words})
+    with pytest.raises(CorruptionError, match="wrong number of words"):
+        decode_in_pieces(longer, matrix.rule, torch.float32, 700)
