@@ -1,9 +1,9 @@
 """A second decoder of the cerwu format, version 1, written from docs/format.md alone.
 
 It needs numpy and the standard library only. Names in quotation marks are sections of that
-document. Whatever does not fit raises ValueError with the name of the tensor, or of the file where
-no tensor is to blame. `python tests/independent_decoder.py DIR` prints name, shape, dtype and
-SHA-256 of the little-endian bytes of each weight.
+document. Whatever does not fit raises ValueError with the name of the tensor, or of the file or
+directory where no tensor is to blame. `python tests/independent_decoder.py DIR` prints name, shape,
+dtype and SHA-256 of the little-endian bytes of each weight.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import math
 import sys
 import zlib
 from bisect import bisect_right
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,8 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 Json = dict[str, Any]
-
-MAX_ELEMENTS = 2**28  # of a matrix; "Checks before allocation" permits to refuse larger ones
 LIMIT = 2**31
-LOSS_TYPES = (int, float, type(None))
-# "Tables"
-CODE_WEIGHTS = np.array(
+CODE_WEIGHTS = np.array(  # "Tables"
     [1073741824, 984625594, 902905651, 827968132, 759250125, 696235434, 638450708, 585461881]
 )
 # "Trellis": QUANTIZER, NEXT even and NEXT odd; without a trellis there is one state
@@ -76,28 +72,24 @@ def field(fields: Any, name: str, kind: type, where: str, allowed: range | None 
     return value
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Weight], Json]:
-    """ "The directory": the tensors of a file as they are stored, and its manifest."""
-    check(path.is_file(), path.name, "missing")
-    content = path.read_bytes()
-    length = 8 + int.from_bytes(content[:8], "little")
-    header = parse_json(content[8:length], path.name)
-    manifest = field(header.pop("__metadata__", {}), "cerwu", str, f"{path.name}, metadata")
-    tensors = {}
-    for name, entry in header.items():
-        dtype, shape = field(entry, "dtype", str, name), field(entry, "shape", list, name)
-        span = field(entry, "data_offsets", list, name)
-        integers = len(span) == 2 and all(type(x) is int and 0 <= x < 2**48 for x in shape + span)
-        check(integers, name, f"shape {shape}, data_offsets {span}")
-        data = np.frombuffer(content[length + span[0] : length + span[1]], np.uint8)
-        if dtype in DTYPES:
-            kind = np.dtype(DTYPES[dtype].replace("bfloat", "uint")).newbyteorder("<")
-            check(kind.itemsize * math.prod(shape) == len(data), name, "shape and offsets differ")
-            data = data.view(kind).reshape(shape)
-        tensors[name] = Weight(DTYPES.get(dtype, dtype), data)
-    size = sum(weight.array.nbytes for weight in tensors.values())
-    check(size == len(content) - length, path.name, "bytes without a tensor, or of several")
-    return tensors, parse_json(manifest, f"manifest of {path.name}")
+def header_sha256(manifest: str, header: Json) -> str:
+    """ "The manifest", checksum of the header."""
+    lines = (" ".join(map(str, (n, x["dtype"], *x["shape"]))) for n, x in sorted(header.items()))
+    return hashlib.sha256("\n".join([manifest, *lines]).encode()).hexdigest()
+
+
+def read_tensor(name: str, entry: Any, data: memoryview) -> Weight:
+    """ "The directory": a tensor as it is stored."""
+    dtype, shape = field(entry, "dtype", str, name), field(entry, "shape", list, name)
+    span = field(entry, "data_offsets", list, name)
+    fits = len(span) == 2 and all(type(x) is int and 0 <= x < 2**48 for x in shape + span)
+    check(fits and span[0] <= span[1], name, f"shape {shape}, data_offsets {span}")
+    array = np.frombuffer(data[slice(*span)], np.uint8)
+    if dtype in DTYPES:
+        kind = np.dtype(DTYPES[dtype].replace("bfloat", "uint")).newbyteorder("<")
+        check(kind.itemsize * math.prod(shape) == len(array), name, "shape and offsets differ")
+        array = array.view(kind).reshape(shape)
+    return Weight(DTYPES.get(dtype, dtype), array)
 
 
 class Matrix:
@@ -109,25 +101,25 @@ class Matrix:
 
         self.where = where
         self.rows, self.columns = integer("rows", 1), integer("columns", 1)
-        self.lowest, self.size = integer("lowest", 1 - LIMIT), integer("size", 1)
+        self.lowest, self.size = integer("lowest", -LIMIT), integer("size", 1)
         self.word_count, self.side_count = integer("words"), integer("side")
         self.escapes, self.escaped = integer("escapes"), integer("escaped")
         self.classes = integer("tables", 1, min(LIMIT, self.rows + self.columns + 1))
         self.quantizer: str = field(fields, "quantizer", str, where)
         check(self.quantizer in TRELLIS, where, f"quantizer is {self.quantizer}")
-        check(type(fields.get("relative_loss", "")) in LOSS_TYPES, where, "relative_loss")
+        loss = fields.get("relative_loss", "")
+        check(loss is None or (type(loss) in (int, float) and abs(loss) < 2**1024), where, "loss")
         self.trellis, grid = "trellis" in self.quantizer, self.quantizer == "grid"
         self.quantizers = 1 + self.trellis  # Q
         count, self.symbols = self.rows * self.columns, self.size + self.escapes  # K
-        check(count <= MAX_ELEMENTS, where, "too large for this decoder")
-        check(self.escapes in (0, self.quantizers), where, f"escapes is {self.escapes}")
-        check(self.symbols <= 65536, where, f"{self.symbols} symbols")
-        check(self.escaped <= (count if self.escapes else 0), where, f"escaped is {self.escaped}")
+        fits = self.escapes in (0, self.quantizers)
+        check(fits and self.escaped <= (count if self.escapes else 0), where, "escapes or escaped")
+        self.slots = self.classes * self.quantizers * self.symbols
+        check(self.symbols <= 65536 and self.slots <= 2**20, where, f"{self.symbols} symbols")
         check(not grid or self.lowest == self.escapes == 0, where, "lowest or escapes of a grid")
-        # "Symbols, integers and escapes": of the alphabet now, of the escapes in read_side
-        integers = range(1 - 2**30, 2**30) if self.trellis else range(-LIMIT, LIMIT)
+        integers = range(1 - 2**30, 2**30) if self.trellis else range(1 - LIMIT, LIMIT)
         check(self.lowest in integers and self.lowest + self.size - 1 in integers, where, "lowest")
-        self.mirrored = self.size % 2 == 1 and self.lowest == -(self.size // 2)  # "Tables"
+        self.mirrored = self.size % 2 == 1 and self.lowest == -(self.size // 2)
         self.codes = self.size // 2 + 1 + self.escapes if self.mirrored else self.symbols
         most_streams = max(1, self.rows // -(-4096 // self.columns))  # "Streams"
         m, n, byte, short = (self.rows,), (self.columns,), range(256), range(-(2**15), 2**15)
@@ -140,17 +132,18 @@ class Matrix:
     def read(self, side: bytes, words: Array) -> None:
         self.arrays, self.words = read_side(side, self.wanted, f"{self.where}, side data"), words
         lengths, ends = self.arrays[8], np.cumsum(self.arrays[8])
+        check(-(-self.rows // len(lengths)) * self.columns <= 2**17, self.where, "few streams")
         check(ends[-1] == len(words), self.where, "the lengths do not sum to words")
         check(words[ends[lengths > 0] - 1].all(), self.where, "the last word of a stream is 0")
-        top_class = self.arrays[2].max() + self.arrays[3].max()
-        check(top_class < self.classes, self.where, f"there is no class {top_class}")
+        check(self.arrays[2].max() + self.arrays[3].max() < self.classes, self.where, "classes")
         codes = self.arrays[1].reshape(-1, self.codes)
         if self.mirrored:  # -M ... -1, then 0 ... M and the escapes
             codes = np.concatenate([codes[:, self.size // 2 : 0 : -1], codes], axis=1)
         w = CODE_WEIGHTS[codes % 8] >> (codes // 8)
-        k = 1 + w * (2**24 - self.symbols) // w.sum(axis=1, keepdims=True)
+        k = self.tables = 1 + w * (2**24 - self.symbols) // w.sum(axis=1, keepdims=True)
         k[np.arange(len(k)), k.argmax(axis=1)] += 2**24 - k.sum(axis=1)  # the first of equals
-        self.tables = k  # [T * Q, K]
+        grid = self.grid = self.arrays.get(10, np.zeros(1)).astype(np.uint32).view(np.float32)
+        check(np.isfinite(grid).all() and (grid[1:] > grid[:-1]).all(), self.where, "bad grid")
 
 
 def read_side(content: bytes, wanted: Wanted, where: str) -> dict[int, Array]:
@@ -164,13 +157,11 @@ def read_side(content: bytes, wanted: Wanted, where: str) -> dict[int, Array]:
         return found
 
     def unsigned() -> int:
-        value = 0
-        for shift in range(0, 35, 7):
-            byte = take(1)[0]
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise ValueError(f"{where}: a number has more than 5 bytes")
+        groups = list(take(1))
+        while groups[-1] >= 128:
+            groups += take(1)
+        check(len(groups) <= 5, where, "a number has more than 5 bytes")
+        return sum((group & 127) << 7 * i for i, group in enumerate(groups))
 
     def signed() -> int:
         value = unsigned()
@@ -184,7 +175,6 @@ def read_side(content: bytes, wanted: Wanted, where: str) -> dict[int, Array]:
         if identity in (1, 8, 9, 10):
             stored = tuple(unsigned() for _ in shape)
             fits = 1 <= stored[0] <= shape[0] if identity == 8 else stored == shape
-            fits = fits and (identity != 1 or math.prod(stored) <= 2**20)
             check(fits, where, f"array {identity} has the shape {stored}")
             shape = stored
         base, divisor = (signed(), unsigned()) if identity > 1 else (0, 1)
@@ -198,16 +188,15 @@ def read_side(content: bytes, wanted: Wanted, where: str) -> dict[int, Array]:
                 payload = inflater.decompress(payload, size + 1)
             except zlib.error as error:
                 raise ValueError(f"{where}: {error}") from error
-            check(inflater.eof and not inflater.unused_data, where, "no deflate stream")
-            check(len(payload) == size, where, f"array {identity} inflates to another size")
+            fits = inflater.eof and not inflater.unused_data and len(payload) == size
+            check(fits, where, f"array {identity} inflates to another size")
         planes = np.frombuffer(payload, np.uint8).reshape(width, *shape).astype(np.int64)
         u = sum((planes[p] << 8 * p for p in range(width)), np.zeros(shape, np.int64))
         if identity == 1:
             u = u.cumsum(axis=0).cumsum(axis=2) % 256
         if slope:  # predicted from column_class or row_class
             u += slope * arrays[{4: 3, 5: 2}[identity]]
-        # The product may exceed 64 bits: the ends are compared as Python's integers. Where both
-        # are allowed all values are, and int64, which wraps around, gives them right.
+        # A product may exceed 64 bits, but not where both ends are allowed; these are exact.
         ends = [base + divisor * int(end) for end in (u.min(), u.max())]
         check(all(x in allowed for x in ends), where, f"array {identity} is out of range")
         arrays[identity] = base + divisor * u
@@ -216,22 +205,18 @@ def read_side(content: bytes, wanted: Wanted, where: str) -> dict[int, Array]:
 
 
 def decode_streams(x: Matrix) -> tuple[Array, Array]:
-    """ "Streams", "Decoding" and "Trellis": [m, n] table and symbol of each element.
-
-    Stream by stream: most matrices of small models have one, and numpy gains only with many.
-    """
+    """ "Streams", "Decoding" and "Trellis": [m, n] table and symbol of each element."""
     tables, words = x.tables.tolist(), x.words.tolist()
     cdfs = [list(accumulate(k, initial=0)) for k in tables]
     parity = [q & 1 for q in range(x.lowest, x.lowest + x.size)] + [0, 1]  # escapes: even, odd
     quantizer, *following = TRELLIS[x.quantizer]
     row_table, column_table = ((x.arrays[id_] * x.quantizers).tolist() for id_ in (2, 3))
-    streams = len(x.arrays[8])
     decoded = np.zeros((2, x.rows, x.columns), np.int64)
     for stream, length in enumerate(x.arrays[8].tolist()):
         stack, words, state = words[:length], words[length:], 0
         for _ in range(2):
             state = state << 32 | stack.pop() if stack else state
-        for row in range(stream, x.rows, streams):
+        for row in range(stream, x.rows, len(x.arrays[8])):
             trellis, elements = 0, []
             for column in column_table:
                 table = row_table[row] + column + quantizer[trellis]
@@ -247,27 +232,21 @@ def decode_streams(x: Matrix) -> tuple[Array, Array]:
     return decoded[0], decoded[1]
 
 
-def step_or_scale(code: Array) -> Array:
-    """ "From integers to weights", value(s): exact in float64, then rounded once."""
-    f = np.array([2.0 ** (k / 256) for k in range(256)], np.float32).astype(np.float64)
-    return np.asarray(np.ldexp(f[code % 256], code // 256), np.float32)
-
-
 def matrix_weights(x: Matrix, dtype: str) -> Array:
     """ "Symbols, integers and escapes" and "From integers to weights"."""
     table, symbol = decode_streams(x)
     q, escape = symbol + x.lowest, symbol >= x.size
     check(escape.sum() == x.escaped, x.where, f"{escape.sum()} escape symbols")
-    if x.escaped:
-        q[escape] = x.arrays[9]
-        fits = not x.trellis or np.all((q & 1)[escape] == (symbol - x.size)[escape])
-        check(fits, x.where, "parity of an escaped integer")
-    if x.quantizer == "grid":
-        level = x.arrays[10].astype(np.uint32).view(np.float32)[q]
-    else:  # with a trellis u is the last bit of the table's number
-        level = (2 * q - table % 2 * np.sign(q) if x.trellis else q).astype(np.float32)
-    with np.errstate(all="ignore"):
-        w = level * step_or_scale(x.arrays[4]) * step_or_scale(x.arrays[5])[:, None]
+    q[escape] = x.arrays.get(9, 0)
+    fits = not x.trellis or ((q & 1)[escape] == (symbol - x.size)[escape]).all()
+    check(fits, x.where, "parity of an escaped integer")
+    if x.trellis:  # u is the last bit of the table's number
+        q = 2 * q - table % 2 * np.sign(q)
+    level = x.grid[q] if x.quantizer == "grid" else q.astype(np.float32)
+    f = np.array([2.0 ** (k / 256) for k in range(256)], np.float32).astype(np.float64)
+    step, scale = (np.ldexp(f[s % 256], s // 256) for s in (x.arrays[4], x.arrays[5]))
+    with np.errstate(all="ignore"):  # the ldexp is exact in float64
+        w = level * step.astype(np.float32) * scale.astype(np.float32)[:, None]
         b: Array = w.view(np.uint32)
         rounded: Array = b + 32767 + (b >> 16 & 1) >> 16
         return rounded.astype(np.uint16) if dtype == "bfloat16" else np.asarray(w, dtype)
@@ -281,67 +260,88 @@ def read_entry(name: str, entry: Any) -> list[Matrix]:
     matrices = [Matrix(part, f"{name} (part {i})") for i, part in enumerate(parts)]
     sizes = {(x.rows, x.columns)[::step] for x in matrices}
     check(len(sizes) == 1, name, "no parts, or parts of several sizes")
-    axes: list[int] = list(*sizes)
-    fits = shape == [len(parts), *axes] or (len(parts) == 1 and shape == axes)
-    check(fits and all(type(x) is int for x in shape), name, f"shape is {shape}")
+    fits = all(type(x) is int for x in shape) and tuple(shape[-2:]) in sizes
+    check(fits and (shape[:-2] or [1]) == [len(parts)], name, f"shape is {shape}")
     return matrices
 
 
-def decode_file(path: Path) -> tuple[dict[str, Weight], set[str]]:
-    """The weights of one file, and the names of the tensors that are stored in it."""
-    tensors, manifest = read_safetensors(path)
-    version = field(manifest, "version", int, path.name, range(1, sys.maxsize))  # "Versions"
-    check(version == 1, path.name, f"version {version}: a newer program wrote it")
-    field(manifest, "generator", str, path.name)
-    compressed: Json = field(manifest, "compressed", dict, path.name)
-    checksums: Json = dict(field(manifest, "plain_sha256", dict, path.name))
-    weights = {name: tensors[name] for name in checksums if name in tensors}  # "Plain tensors"
-    parameters = {name: read_entry(name, entry) for name, entry in compressed.items()}
-    for name, entry in compressed.items():
-        check(name not in weights, name, "compressed and plain")
-        for suffix, dtype in (("words", "uint32"), ("side", "uint8")):
-            stored = f"{name}.{suffix}"
-            check(stored in tensors.keys() - checksums.keys(), stored, "missing, or there twice")
-            fits = (tensors[stored].dtype, tensors[stored].array.ndim) == (dtype, 1)
-            check(fits, stored, f"not one axis of {dtype}")
-            checksums[stored] = entry.get(f"{suffix}_sha256")
-    wrong = ", ".join(sorted(tensors.keys() ^ checksums.keys()))
-    check(not wrong, wrong, "in the file or in its manifest alone")
-    for name, checksum in checksums.items():
-        check(tensors[name].sha256() == checksum, name, "SHA-256 differs")
-    for name, matrices in parameters.items():
-        words, side = tensors[f"{name}.words"].array, tensors[f"{name}.side"].array.tobytes()
-        check(len(words) == sum(x.word_count for x in matrices), f"{name}.words", "length")
-        check(len(side) == sum(x.side_count for x in matrices), f"{name}.side", "length")
-        for x in matrices:
-            x.read(side[: x.side_count], words[: x.word_count])
-            words, side = words[x.word_count :], side[x.side_count :]
-        entry = compressed[name]  # "Parameters"
-        array = np.stack([matrix_weights(x, entry["dtype"]) for x in matrices])
-        array = array.swapaxes(1, 2) if entry["transposed"] else array
-        array = array.reshape(entry["shape"]).astype(array.dtype.newbyteorder("<"))
-        weights[name] = Weight(entry["dtype"], array)
-    return weights, set(tensors)
+class File:
+    """ "The directory" and "The manifest": what can be told of a file before it is decoded."""
+
+    def __init__(self, path: Path):
+        check(path.is_file(), path.name, "missing")
+        content = path.read_bytes()
+        self.size, length = len(content), 8 + int.from_bytes(content[:8], "little")
+        header = parse_json(content[8:length], path.name)
+        metadata = header.pop("__metadata__", {})
+        text = field(metadata, "cerwu", str, f"{path.name}, metadata")
+        manifest = parse_json(text, f"manifest of {path.name}")
+        version = field(manifest, "version", int, path.name, range(1, sys.maxsize))  # "Versions"
+        check(version == 1, path.name, f"version {version}: a newer program wrote it")
+        self.tensors, spans = {}, []
+        for name, entry in header.items():
+            self.tensors[name] = read_tensor(name, entry, memoryview(content)[length:])
+            spans.append(entry["data_offsets"])
+        places = [0, *chain(*sorted(spans)), self.size - length]
+        check(places[::2] == places[1::2], path.name, "bytes without a tensor, or of several")
+        digest = field(metadata, "cerwu_sha256", str, f"{path.name}, metadata")
+        check(digest == header_sha256(text, header), path.name, "SHA-256 of the header differs")
+        field(manifest, "generator", str, path.name)
+        self.compressed: Json = field(manifest, "compressed", dict, path.name)
+        self.plain: Json = field(manifest, "plain_sha256", dict, path.name)
+        self.matrices = {name: read_entry(name, x) for name, x in self.compressed.items()}
+        checksums = dict(self.plain)
+        for name, entry in self.compressed.items():
+            for suffix, dtype in (("words", "uint32"), ("side", "uint8")):
+                stored, tensor = f"{name}.{suffix}", self.tensors.get(f"{name}.{suffix}")
+                fits = tensor and (tensor.dtype, tensor.array.ndim) == (dtype, 1)
+                check(fits and stored not in checksums, stored, f"not one, of one axis of {dtype}")
+                checksums[stored] = entry.get(f"{suffix}_sha256")
+        wrong = ", ".join(sorted(self.tensors.keys() ^ checksums.keys()))
+        check(not wrong, wrong, "in the file or in its manifest alone")
+        for name, checksum in checksums.items():
+            check(self.tensors[name].sha256() == checksum, name, "SHA-256 differs")
+
+    def decode(self) -> dict[str, Weight]:
+        weights = {name: self.tensors[name] for name in self.plain}
+        for name, matrices in self.matrices.items():
+            words = self.tensors[f"{name}.words"].array
+            side = self.tensors[f"{name}.side"].array.tobytes()
+            check(len(words) == sum(x.word_count for x in matrices), f"{name}.words", "length")
+            check(len(side) == sum(x.side_count for x in matrices), f"{name}.side", "length")
+            for x in matrices:
+                x.read(side[: x.side_count], words[: x.word_count])
+                words, side = words[x.word_count :], side[x.side_count :]
+            entry = self.compressed[name]  # "Parameters"
+            array = np.stack([matrix_weights(x, entry["dtype"]) for x in matrices])
+            array = array.swapaxes(1, 2) if entry["transposed"] else array
+            array = array.reshape(entry["shape"]).astype(array.dtype.newbyteorder("<"))
+            weights[name] = Weight(entry["dtype"], array)
+        return weights
 
 
 def decode(directory: str | Path) -> dict[str, Weight]:
-    """ "The directory": all weights; the other names of tied tensors are not added."""
-    index = Path(directory) / "model.safetensors.index.json"
-    if not index.exists():
-        return decode_file(Path(directory) / "model.safetensors")[0]
-    weight_map = field(parse_json(index.read_bytes(), index.name), "weight_map", dict, index.name)
-    for name, file in weight_map.items():
+    """ "Reading a directory": all weights; the other names of tied tensors are not added."""
+    folder, index = Path(directory), Path(directory) / "model.safetensors.index.json"
+    places: Json = {}
+    if index.exists():
+        places = field(parse_json(index.read_bytes(), index.name), "weight_map", dict, index.name)
+        check(places, index.name, "it names no file")
+    for name, file in places.items():
         fits = isinstance(file, str) and file == Path(file).name and "\\" not in file
         check(fits, name, f"not a file name: {file!r}")
-    weights: dict[str, Weight] = {}
-    for file in sorted(set(weight_map.values())):
-        found, stored = decode_file(Path(directory) / file)
-        wrong = ", ".join(stored ^ {name for name in weight_map if weight_map[name] == file})
-        check(not wrong, wrong, f"{index.name} and {file} disagree")
-        twice = ", ".join(found.keys() & weights.keys())
-        check(not twice, twice, "in two files")
-        weights |= found
-    return weights
+    files = {name: File(folder / name) for name in set(places.values()) or ["model.safetensors"]}
+    stored = [(tensor, name) for name, file in files.items() for tensor in file.tensors]
+    wrong = {name for name, _ in places.items() ^ set(stored)} if places else set()
+    check(not wrong, ", ".join(sorted(wrong)), f"{index.name} and the files disagree")
+    check(len(dict(stored)) == len(stored), folder.name, "a tensor is there twice")
+    named = [name for file in files.values() for name in (*file.compressed, *file.plain)]
+    check(len(set(named)) == len(named), folder.name, "a parameter is there twice")
+    size = sum(file.size for file in files.values())  # B of "Checks before allocation"
+    matrices = [x for file in files.values() for parts in file.matrices.values() for x in parts]
+    check(sum(x.rows * x.columns for x in matrices) <= 4096 * size, folder.name, "too many weights")
+    check(sum(x.slots for x in matrices) <= 64 * size + 2**20, folder.name, "too large tables")
+    return {name: weight for file in files.values() for name, weight in file.decode().items()}
 
 
 if __name__ == "__main__":

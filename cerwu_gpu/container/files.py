@@ -67,12 +67,15 @@ def open_shards(path: Path) -> list[Shard]:
     places = _index(path)
     files = [SINGLE_FILE] if places is None else sorted(set(places.values()))
     shards = [_open_shard(path / name) for name in files]
-    seen: set[str] = set()
+    parameters: set[str] = set()
+    tensors: set[str] = set()
     for shard in shards:
-        own = set(shard.manifest.compressed) | set(shard.manifest.plain_sha256)
-        if own & seen:
-            raise FormatError(f"{shard.path.name}: {min(own & seen)} is stored twice.")
-        seen |= own
+        own = {*shard.manifest.compressed, *shard.manifest.plain_sha256}
+        twice = own & parameters | shard.names & tensors
+        if twice:
+            raise FormatError(f"{shard.path.name}: {min(twice)} is stored twice.")
+        parameters |= own
+        tensors |= shard.names
     if places is not None:
         stored = {name: shard.path.name for shard in shards for name in shard.names}
         if stored != places:
@@ -93,10 +96,10 @@ def _index(path: Path) -> dict[str, str] | None:
         if index.stat().st_size > HEADER_LIMIT:
             raise FormatError(f"{INDEX_FILE} is too long; get the file again.")
         content = strict_json(index.read_text(encoding="utf-8"), INDEX_FILE)
-        places = dict(content["weight_map"])
+        places = content["weight_map"]
     except (OSError, ValueError, KeyError, TypeError):
         raise FormatError(f"{INDEX_FILE} is malformed; get the file again.") from None
-    if not places:
+    if not (isinstance(places, dict) and places):
         raise FormatError(f"{INDEX_FILE} names no file; get the file again.")
     for name in places.values():
         inside = isinstance(name, str) and name.isprintable() and not {"/", "\\"} & set(name)

@@ -69,9 +69,9 @@ class Part:
 
     @property
     def integers(self) -> range:
-        """What the integers of this matrix may be."""
-        limit = LEVEL_LIMIT - 1 if self.states else DIMENSION_LIMIT
-        return range(-limit, limit if not self.states else limit + 1)
+        """What the integers of this matrix may be, escaped or not."""
+        limit = LEVEL_LIMIT if self.states else DIMENSION_LIMIT
+        return range(1 - limit, limit)
 
     def check(self, name: str) -> None:
         """Refuse what no writer produces, before anything is allocated."""
@@ -231,6 +231,8 @@ def _part(content: dict[str, Any]) -> Part:
     loss = content["relative_loss"]
     if type(loss) is int:  # JSON has one kind of number
         loss = float(loss)
+    if loss in (float("inf"), -float("inf")):  # which 1e999 is read as
+        raise ValueError("a loss is no float64")
     values: dict[str, Any] = {"relative_loss": None if loss is None else _typed(loss, float)}
     for field in fields(Part):
         if field.name != "relative_loss":

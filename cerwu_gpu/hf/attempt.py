@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,10 +182,12 @@ def directory_bytes(path: Path) -> int:
 def write_companions(loaded: LoadedModel, folder: Path) -> None:
     """config.json with the quantization method, tokenizer, generation and licence files.
 
+    Nothing in them says from which directory the model came.
+
     Raises:
         OutputError: the disk refuses one.
     """
-    content = loaded.model.config.to_dict()
+    content: dict[str, Any] = _without_paths(loaded.model.config.to_dict())
     content["quantization_config"] = {"quant_method": QUANT_METHOD, "format": FORMAT_VERSION}
     content["architectures"] = [type(loaded.model).__name__]
     content["dtype"] = str(loaded.model.dtype).removeprefix("torch.")  # it may have been cast
@@ -201,6 +204,14 @@ def write_companions(loaded: LoadedModel, folder: Path) -> None:
         generation = getattr(loaded.model, "generation_config", None)  # image classifiers have none
         if generation is not None:
             generation.save_pretrained(folder)
+
+
+def _without_paths(content: Any) -> Any:
+    """A configuration, as JSON, without the places that it and its parts were loaded from."""
+    if isinstance(content, dict):
+        kept = {key: value for key, value in content.items() if key != "_name_or_path"}
+        return {key: _without_paths(value) for key, value in kept.items()}
+    return [_without_paths(x) for x in content] if isinstance(content, list) else content
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

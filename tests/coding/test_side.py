@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cerwu_gpu.coding.side import pack, unpack
+from cerwu_gpu.coding.side import pack, sizes, unpack
 from cerwu_gpu.coding.streams import stream_count
 from cerwu_gpu.errors import FormatError
 
@@ -81,6 +81,11 @@ def test_what_is_packed_comes_back(matrix):
         assert back[name].dtype == array.dtype
         assert back[name].shape == array.shape
         assert back[name].tobytes() == array.tobytes(), name
+    taken = sizes(pack(arrays, m, n), m, n)
+    assert taken.keys() == arrays.keys()
+    assert sum(taken.values()) == len(pack(arrays, m, n))
+    for name in arrays.keys() - {"step_code", "row_scale_code"}:  # which others predict
+        assert taken[name] == len(pack({name: arrays[name]}, m, n))
 
 
 def test_the_side_data_of_a_small_matrix_is_below_one_percent_of_its_words():
