@@ -190,7 +190,8 @@ def _search(
         with clock.stage("quantize"):
             name = layouts[stack[0].name].key(stack[0].part)
             done, events = _quantize(name, stack, statistics, config, gradients)
-        for matrix, result, loss in zip(stack, done.matrices, done.relative_losses, strict=True):
+        results = zip(stack, done.matrices, done.relative_losses, done.limits, strict=True)
+        for matrix, result, loss, limit in results:
             weight = result.weight(dtypes[matrix.name]).to(torch.float32)
             if not bool(torch.isfinite(weight).all()):
                 raise ModelError(
@@ -199,7 +200,7 @@ def _search(
                 )
             block.replace(matrix.name, matrix.part, weight)
             encoded = coder.submit(encode_matrix, result, loss)
-            coding.append(_Coding(matrix.name, matrix.part, encoded, loss, events))
+            coding.append(_Coding(matrix.name, matrix.part, encoded, loss, limit, events))
     return coding
 
 
@@ -343,6 +344,7 @@ class _Coding:
     part: int
     encoded: Future[EncodedMatrix]
     loss: float
+    limit: float | None
     events: tuple[str, ...]
 
     def report(self) -> LayerReport:
@@ -357,6 +359,7 @@ class _Coding:
             relative_loss=self.loss,
             words_bytes=words,
             side_bytes=side,
+            limit_bits=self.limit,
             events=self.events,
         )
 

@@ -21,6 +21,9 @@ class LayerReport:
     """Bytes of the entropy-coded symbols."""
     side_bytes: int
     """Bytes of what decoding needs besides: lengths, tables, classes, steps."""
+    limit_bits: float | None = None
+    """Fewest bits per weight that any code needs for this loss, weighted by sensitivity, if the
+    weights were Gaussian (quantize/limit.py); None: not computed, see limit_columns."""
     events: tuple[str, ...] = ()
     """What did not go as planned here, one sentence each."""
 

@@ -40,6 +40,7 @@ WRONG_SETTINGS: tuple[tuple[Sequence[str], str], ...] = (
     (("--levels", "-3"), "levels"),
     (("--passes", "0"), "passes"),
     (("--block-size", "0"), "block_size"),
+    (("--limit-columns", "-1"), "limit_columns"),
     (("--batch-size", "0"), "batch_size"),
     (("--damping", "-1"), "damping"),
     (("--grid", "0"), "grid"),

@@ -52,7 +52,6 @@ app = typer.Typer(
     cls=Commands,
     name="cerwu-gpu",
     help="Compress Hugging Face language models to entropy-coded files, and load them back.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -99,10 +99,17 @@ def compress(
         bool, typer.Option("--sequential", help="Calibrate on the already quantized blocks.")
     ] = DEFAULT.sequential,
     correct_drift: Annotated[
-        bool,
-        typer.Option("--correct-drift", help="Quantize for the compressed model's own inputs."),
+        bool | None,
+        typer.Option(
+            "--correct-drift/--ignore-drift",
+            help="Quantize for the compressed model's own inputs; default: yes, unless --levels, "
+            "--sequential or --hessian-cache is given.",
+        ),
     ] = DEFAULT.correct_drift,
     seed: Annotated[int, typer.Option(help="Seed of what is sampled.")] = DEFAULT.seed,
+    limit_columns: Annotated[
+        int, typer.Option(help="Report the theoretical limit of matrices up to so wide; 0: none.")
+    ] = DEFAULT.limit_columns,
     strict: Annotated[
         bool, typer.Option("--strict", help="Turn every event of the report into an error.")
     ] = DEFAULT.strict,
@@ -124,6 +131,14 @@ def compress(
     card: Annotated[
         bool, typer.Option("--card", help="Write a model card for the Hub: README.md.")
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Directory for report.json and report.html; default: OUTPUT.report.json and "
+            "OUTPUT.report.html beside the output.",
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")
     ] = False,
@@ -161,13 +176,15 @@ def compress(
         sequential=sequential,
         correct_drift=correct_drift,
         seed=seed,
+        limit_columns=limit_columns,
         strict=strict,
     )
     set_verbosity(quiet=quiet)
     from cerwu_gpu.hf.compression import compress as run  # after the settings: torch takes seconds
+    from cerwu_gpu.hf.report_files import report_paths
 
     with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
-        report = run(
+        done = run(
             model,
             output,
             config=config,
@@ -177,14 +194,17 @@ def compress(
             hessian_cache=hessian_cache,
             verify=not no_verify,
             card=card,
+            report=report,
             progress=not quiet,
             trust_remote_code=trust_remote_code,
         )
     if json:
-        print_json(report.to_dict())
+        print_json(done.to_dict())
         return
-    typer.echo(listing([("output", str(output)), *report_rows(report)]))
-    print_events(report.events)
+    _, page = report_paths(output.expanduser().resolve(), report)
+    rows = [("output", str(output)), ("report", str(page)), *report_rows(done)]
+    typer.echo(listing(rows))
+    print_events(done.events)
 
 
 def parse_grid(text: str) -> tuple[float, ...]:

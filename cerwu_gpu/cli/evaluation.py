@@ -1,13 +1,30 @@
-"""cerwu-gpu eval: the perplexity of a model, compressed or not, and of the one it came from."""
+"""cerwu-gpu eval: how good a model is, compressed or not, and how far from its original."""
 
 import sys
 from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cerwu_gpu.cli.output import listing, print_json, set_verbosity
+from cerwu_gpu.cli.output import listing, print_json, set_verbosity, table
+
+if TYPE_CHECKING:
+    from cerwu_gpu.hf.models import LoadedModel
+
+TEXT = "wikitext2"
+Results = dict[str, dict[str, float]]
+"""Task -> metric -> value."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was asked for: fields as `--json` names them, and the results of tasks."""
+
+    numbers: dict[str, Any] = field(default_factory=dict)
+    tasks: Results | None = None
+    original_tasks: Results | None = None
 
 
 def evaluate(
@@ -18,8 +35,12 @@ def evaluate(
         ),
     ],
     text: Annotated[
-        str, typer.Option(help="Text file, or wikitext2 for the test part of WikiText-2.")
-    ] = "wikitext2",
+        str | None,
+        typer.Option(
+            help="Text file, or wikitext2 for the test part of WikiText-2, which is the default "
+            "without --tasks."
+        ),
+    ] = None,
     context_length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     stride: Annotated[
         int | None,
@@ -30,7 +51,15 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows in work at a time.")] = 4,
     against: Annotated[
-        str | None, typer.Option(metavar="ORIGINAL", help="Model to compare with.")
+        str | None,
+        typer.Option(metavar="ORIGINAL", help="Model to compare with, in memory at the same time."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Tasks of lm-eval, with commas; needs lm-eval."),
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="Only so many examples of each task; default: all.")
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU where there is one.")
@@ -43,39 +72,56 @@ def evaluate(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
-    """Measure MODEL's perplexity on a text in sliding windows."""
+    """Measure MODEL's perplexity on a text in sliding windows, and run tasks of lm-eval.
+
+    With --against both are measured on the same tokens, with the mean KL divergence of the original
+    from MODEL and how often they agree on the likeliest token.
+    """
     set_verbosity(quiet=quiet)
-    from cerwu_gpu.hf.evaluation import perplexity
     from cerwu_gpu.hf.models import require_tokenizer
     from cerwu_gpu.hf.opening import open_model
+    from cerwu_gpu.hf.tasks import check_available, task_results
     from cerwu_gpu.hf.text import load_text
 
-    def measure(name: str) -> float:
-        loaded = open_model(name, device=device, trust_remote_code=trust_remote_code)
-        return perplexity(
-            loaded.model,
-            require_tokenizer(loaded.tokenizer),
-            content,
-            context_length=context_length,
-            stride=stride,
-            max_windows=max_windows,
-            batch_size=batch_size,
-            progress=not quiet,
-        )
-
+    wanted = [task.strip() for task in tasks.split(",")] if tasks is not None else []
+    text = text or (None if wanted else TEXT)
     begin = perf_counter()
     with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
-        content = load_text(text, part="evaluation")
-        measured = measure(model)
-        original = None if against is None else measure(against)
+        if wanted:
+            check_available()
+        content = None if text is None else load_text(text, part="evaluation")
+        pair = [
+            open_model(name, device=device, trust_remote_code=trust_remote_code)
+            for name in (model, against)
+            if name is not None
+        ]
+        numbers: dict[str, Any] = {}
+        if content is not None:
+            numbers = _on_text(
+                pair, content, context_length, stride, max_windows, batch_size, not quiet
+            )
+        results: list[Results | None] = [
+            task_results(
+                each.model,
+                require_tokenizer(each.tokenizer or pair[0].tokenizer),
+                wanted,
+                batch_size=batch_size,
+                examples=examples,
+            )
+            if wanted
+            else None
+            for each in pair
+        ]
+    measured = Measured(numbers, *results)
     seconds = perf_counter() - begin
     if json:
         print_json(
             {
                 "model": model,
-                "perplexity": measured,
                 "original": against,
-                "original_perplexity": original,
+                **measured.numbers,
+                "tasks": measured.tasks,
+                "original_tasks": measured.original_tasks,
                 "text": text,
                 "context_length": context_length,
                 "stride": stride or context_length,
@@ -84,11 +130,61 @@ def evaluate(
             }
         )
         return
-    rows = [("model", model), ("perplexity", f"{measured:.4f}")]
-    if against is not None and original is not None:
+    rows = [("model", model), *([("original", against)] if against is not None else [])]
+    typer.echo(listing([*rows, *_in_words(numbers), ("seconds", f"{seconds:.1f}")]))
+    if measured.tasks is not None:
+        typer.echo(f"\n{_task_table(measured.tasks, measured.original_tasks)}")
+
+
+def _on_text(
+    pair: "list[LoadedModel]",
+    content: str,
+    context_length: int,
+    stride: int | None,
+    max_windows: int | None,
+    batch_size: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """Perplexity of a model, or the fields of a Comparison of two."""
+    from cerwu_gpu.hf.evaluation import check_same_tokens, compare, perplexity
+    from cerwu_gpu.hf.models import require_tokenizer
+
+    settings: dict[str, Any] = {
+        "context_length": context_length,
+        "stride": stride,
+        "max_windows": max_windows,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    tokenizer = require_tokenizer(pair[0].tokenizer)
+    if len(pair) == 1:
+        return {"perplexity": perplexity(pair[0].model, tokenizer, content, **settings)}
+    check_same_tokens(tokenizer, pair[1].tokenizer, content)
+    return asdict(compare(pair[0].model, pair[1].model, tokenizer, content, **settings))
+
+
+def _in_words(numbers: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    if numbers:
+        rows.append(("perplexity", f"{numbers['perplexity']:.4f}"))
+    if "original_perplexity" in numbers:
+        increase = numbers["perplexity"] / numbers["original_perplexity"] - 1
         rows += [
-            ("original", against),
-            ("perplexity of the original", f"{original:.4f}"),
-            ("increase", f"{measured / original - 1:+.2%}"),
+            ("perplexity of the original", f"{numbers['original_perplexity']:.4f}"),
+            ("increase", f"{increase:+.2%}"),
+            ("mean KL divergence", f"{numbers['kl_divergence']:.6f} nats per token"),
+            ("top-1 agreement", f"{numbers['top1_agreement']:.2%}"),
+            ("predicted tokens", f"{numbers['tokens']:,}"),
         ]
-    typer.echo(listing([*rows, ("seconds", f"{seconds:.1f}")]))
+    return rows
+
+
+def _task_table(results: Results, original: Results | None) -> str:
+    header = ["task", "metric", "value", *(["original"] if original is not None else [])]
+    rows = [
+        [task, metric, f"{value:.4f}"]
+        + ([] if original is None else [f"{original[task][metric]:.4f}"])
+        for task, metrics in results.items()
+        for metric, value in metrics.items()
+    ]
+    return table(header, rows)

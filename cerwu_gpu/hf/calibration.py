@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from cerwu_gpu.errors import CalibrationError
@@ -17,6 +16,7 @@ from cerwu_gpu.hf.models import check_tokens
 from cerwu_gpu.hf.structure import find_blocks
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.pipeline import InputStatistics, Matrix
+from cerwu_gpu.progress import counted
 
 
 class BlockWeights:
@@ -208,8 +208,8 @@ class CalibratedBlocks:
         if self._correct_drift:
             stream.drifted = list(stream.hidden)
         needed = self._needed()
-        with tqdm(
-            total=len(self), desc="blocks", unit="block", disable=not self._progress
+        with counted(
+            len(self), what="blocks", unit="block", shown=self._progress, every=0
         ) as shown:
             for index, (name, module) in enumerate(self._blocks):
                 stream.calls = captured.calls[index]

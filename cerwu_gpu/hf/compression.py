@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from cerwu_gpu.hf.classifiers import check_batches, compress_on_batches
 from cerwu_gpu.hf.device import find_device
 from cerwu_gpu.hf.fingerprint import settings_fingerprint, source_fingerprint
 from cerwu_gpu.hf.models import LoadedModel, load_model
+from cerwu_gpu.hf.report_files import report_paths, write_report
 from cerwu_gpu.hf.source import Source
 from cerwu_gpu.hf.structure import Weights, find_weights
 from cerwu_gpu.hf.targeting import to_target
@@ -42,6 +44,7 @@ def compress(
     hessian_cache: str | Path | None = None,
     verify: bool = True,
     card: bool = False,
+    report: str | Path | None = None,
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> Report:
@@ -69,6 +72,8 @@ def compress(
         hessian_cache: directory that keeps the Hessians for the next run.
         verify: decode what was written and compare it with the weights in memory.
         card: write a model card for the Hugging Face Hub (README.md); for language models.
+        report: directory for report.json and report.html; default: beside the output, as
+            OUTPUT.report.json and OUTPUT.report.html.
         progress: show bars on stderr.
         trust_remote_code: allow code from the model's repository to run.
 
@@ -82,9 +87,20 @@ def compress(
         KeyboardInterrupt: with the sentence that says where the work is kept.
     """
     config, target = config or CompressionConfig(), find_device(device)
-    output, clock = Path(output).expanduser().resolve(), Clock()
+    given, clock = Path(output), Clock()
+    output = given.expanduser().resolve()
     check_output(output, overwrite=overwrite)
     _check_places(output, model, hessian_cache)
+    paths = report_paths(output, None if report is None else Path(report))
+    leave = partial(
+        write_report,
+        paths,
+        device=target,
+        model=None if isinstance(model, nn.Module) or text or tokenizer else str(model),
+        output=output,
+        given=given,
+        options={"card": card, "trust_remote_code": trust_remote_code},
+    )
     check_batches(
         model,
         batches,
@@ -96,7 +112,7 @@ def compress(
         },
     )
     if batches is not None:
-        return compress_on_batches(
+        done = compress_on_batches(
             model,
             output,
             batches,
@@ -108,7 +124,10 @@ def compress(
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
+        leave(done, config, model=None)
+        return done
     assert not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel)
+    config = config.with_drift_decided(hessians_kept=hessian_cache is not None)
     with work_directory(output, restart=restart) as work:
         work.expect(settings_fingerprint(config, target))
         with clock.stage("load"):
@@ -145,8 +164,10 @@ def compress(
             else:
                 attempt = attempts.run(config)
             attempt.writer.publish()
-    report = _report(attempt, source, original_bytes, clock)
-    return replace(report, left=weights.left, events=(*left, *report.events))
+    done = _report(attempt, source, original_bytes, clock)
+    done = replace(done, left=weights.left, events=(*left, *done.events))
+    leave(done, config)
+    return done
 
 
 def _events_of(weights: Weights, config: CompressionConfig) -> tuple[str, ...]:

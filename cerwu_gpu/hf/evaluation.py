@@ -1,18 +1,23 @@
-"""Perplexity by sliding windows, as in the transformers documentation."""
+"""How good a model is on a text, by sliding windows as in the transformers documentation: its
+perplexity, and how far it is from the model it was made of."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cerwu_gpu.errors import CalibrationError, ConfigError
+from cerwu_gpu.errors import CalibrationError, ConfigError, ModelError
 from cerwu_gpu.hf.models import check_tokens
 from cerwu_gpu.hf.text import tokenized
+from cerwu_gpu.progress import tracked
+
+POSITIONS = 128
+"""Tokens whose logits are compared at a time: their float64 copies are the largest tensors."""
 
 
 class Window(NamedTuple):
@@ -21,6 +26,21 @@ class Window(NamedTuple):
     begin: int
     end: int
     counted: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A compressed model beside its original, over the same predicted tokens of a text."""
+
+    perplexity: float
+    """exp of the mean negative log likelihood of the compressed model; inf where that overflows."""
+    original_perplexity: float
+    kl_divergence: float
+    """Mean of KL(original || compressed) per predicted token, in nats; 0 for equal models."""
+    top1_agreement: float
+    """Share of the tokens at which both hold the same next token for the likeliest."""
+    tokens: int
+    """Predicted tokens."""
 
 
 def perplexity(
@@ -48,10 +68,69 @@ def perplexity(
         batch_size=batch_size,
         progress=progress,
     )
-    try:
-        return math.exp(total / tokens)
-    except OverflowError:
-        return math.inf
+    return _exp(total / tokens)
+
+
+def compare(
+    model: PreTrainedModel,
+    original: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: str,
+    *,
+    context_length: int = 512,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> Comparison:
+    """What compression has changed, in one pass over the text with both models.
+
+    KL(p || q) = sum over the vocabulary of p (log p - log q), p the original's distribution of the
+    next token and q the compressed model's. Log probabilities are float32, sums float64; no more
+    logits are in memory than those of one batch.
+
+    Arguments and errors are those of `negative_log_likelihood`, for both models.
+
+    Raises:
+        ModelError: the models have vocabularies of different size.
+    """
+    ids, windows = _windows_of(
+        model, tokenizer, text, context_length, stride, max_windows, batch_size
+    )
+    check_tokens(original, ids, min(context_length, len(ids)))
+    original.train(False)
+    sums = torch.zeros(4, dtype=torch.float64)
+
+    def add(tokens: Tensor, counted: list[int]) -> None:
+        pair = (_logits(each, tokens) for each in (original, model))
+        for before, after, row, count in zip(*pair, tokens, counted, strict=True):
+            sums.add_(_compared(before, after, row, count))
+
+    _over(windows, ids, batch_size, add, "comparison", progress)
+    count = sum(window.counted for window in windows)
+    compressed, own, divergence, agreed = (sums / count).tolist()
+    return Comparison(
+        perplexity=_exp(compressed),
+        original_perplexity=_exp(own),
+        kl_divergence=divergence,
+        top1_agreement=agreed,
+        tokens=count,
+    )
+
+
+def check_same_tokens(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None, text: str
+) -> None:
+    """Refuse to compare models token by token whose tokens are not the same.
+
+    Raises:
+        ModelError: the tokenizers cut the text into different tokens.
+    """
+    if other is not None and not torch.equal(tokenized(text, tokenizer), tokenized(text, other)):
+        raise ModelError(
+            "the two models cut the text into different tokens: compare a model with the one "
+            "that it was made of."
+        )
 
 
 @torch.no_grad()
@@ -85,24 +164,16 @@ def negative_log_likelihood(
         ModelError: there is no tokenizer, or it does not belong to the model, or the context is
             longer than the model's.
     """
-    stride = context_length if stride is None else stride
-    _check(context_length, stride, max_windows, batch_size)
-    ids = tokenized(text, tokenizer)
-    if len(ids) < 2:
-        raise CalibrationError(
-            f"the evaluation text has {len(ids)} tokens and leaves nothing to predict: "
-            "give a longer one."
-        )
-    check_tokens(model, ids, min(context_length, len(ids)))
-    windows = list(sliding_windows(len(ids), context_length, stride))[:max_windows]
-    model.train(False)
-    total = 0.0
-    with tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress) as bar:
-        for group in _batches(windows, batch_size):
-            tokens = torch.stack([ids[window.begin : window.end] for window in group])
-            total += _batch_loss(model, tokens.to(model.device), [w.counted for w in group])
-            bar.update(len(group))
-    return total, sum(window.counted for window in windows)
+    ids, windows = _windows_of(
+        model, tokenizer, text, context_length, stride, max_windows, batch_size
+    )
+    totals: list[float] = []
+
+    def add(tokens: Tensor, counted: list[int]) -> None:
+        totals.append(_batch_loss(model, tokens.to(model.device), counted))
+
+    _over(windows, ids, batch_size, add, "perplexity", progress)
+    return sum(totals), sum(window.counted for window in windows)
 
 
 @torch.no_grad()
@@ -130,6 +201,46 @@ def sliding_windows(tokens: int, context_length: int, stride: int) -> Iterator[W
             return
 
 
+def _windows_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: str,
+    context_length: int,
+    stride: int | None,
+    max_windows: int | None,
+    batch_size: int,
+) -> tuple[Tensor, list[Window]]:
+    """The ids of the text, int64 [tokens], and its windows; the model is put into eval mode."""
+    stride = context_length if stride is None else stride
+    _check(context_length, stride, max_windows, batch_size)
+    ids = tokenized(text, tokenizer)
+    if len(ids) < 2:
+        raise CalibrationError(
+            f"the evaluation text has {len(ids)} tokens and leaves nothing to predict: "
+            "give a longer one."
+        )
+    check_tokens(model, ids, min(context_length, len(ids)))
+    model.train(False)
+    return ids, list(sliding_windows(len(ids), context_length, stride))[:max_windows]
+
+
+@torch.no_grad()
+def _over(
+    windows: list[Window],
+    ids: Tensor,
+    batch_size: int,
+    add: Callable[[Tensor, list[int]], None],
+    what: str,
+    shown: bool,
+) -> None:
+    """Call `add` with the tokens int64 [batch, sequence] of each group of windows, and how many
+    of the last ones in each row count."""
+    groups = list(_batches(windows, batch_size))
+    for group in tracked(groups, what=what, unit="batch", shown=shown):
+        tokens = torch.stack([ids[window.begin : window.end] for window in group])
+        add(tokens, [window.counted for window in group])
+
+
 def _check(context_length: int, stride: int, max_windows: int | None, batch_size: int) -> None:
     if context_length < 2:
         raise ConfigError(f"context_length is {context_length}: give at least 2.")
@@ -153,10 +264,52 @@ def _batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
 
 def _batch_loss(model: PreTrainedModel, tokens: Tensor, counted: list[int]) -> float:
     """Summed loss of the last `counted` tokens of each row of int64 [batch, sequence]."""
-    logits = model(input_ids=tokens, use_cache=False).logits
+    logits = _logits(model, tokens)
     total = 0.0
     for row, ids, count in zip(logits, tokens, counted, strict=True):
         # One row at a time: in float32 the logits are the largest tensor of all.
         predictions = row[-count - 1 : -1].float()
         total += float(functional.cross_entropy(predictions, ids[-count:], reduction="sum"))
     return total
+
+
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """[batch, sequence, vocabulary] in the model's dtype, where the model is."""
+    logits: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
+    return logits
+
+
+def _compared(before: Tensor, after: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Sums over the last `count` tokens of one row, [4] float64 on the CPU: the losses of the
+    compressed and the original model, KL(original || compressed), agreements.
+
+    Args:
+        before, after: logits [sequence, vocabulary] of the original and the compressed model.
+        ids: int64 [sequence], the tokens.
+    """
+    if before.shape != after.shape:
+        raise ModelError(
+            f"the original has {before.shape[-1]} logits and the model {after.shape[-1]}: "
+            "they do not belong together."
+        )
+    sums = torch.zeros(4, dtype=torch.float64)
+    places = slice(-count - 1, -1)
+    chunks = [torch.split(x, POSITIONS) for x in (before[places], after[places], ids[-count:])]
+    for old, new, targets in zip(*chunks, strict=True):
+        log_p = old.float().log_softmax(-1)
+        log_q = new.float().to(log_p.device).log_softmax(-1)
+        wanted = targets.to(log_p.device)[:, None]
+        p = log_p.exp()
+        # What the original rules out (log p = -inf) counts 0, whatever the other makes of it.
+        divergence = torch.where(p > 0, p * (log_p - log_q), 0.0)
+        agreed = log_p.argmax(-1) == log_q.argmax(-1)
+        terms = (-log_q.gather(-1, wanted), -log_p.gather(-1, wanted), divergence, agreed)
+        sums += torch.stack([term.sum(dtype=torch.float64) for term in terms]).cpu()
+    return sums
+
+
+def _exp(mean: float) -> float:
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.progress import counted
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def sampled_tokens(
     batches = []
     with (
         torch.random.fork_rng(cuda),
-        tqdm(total=samples, desc="sample text", unit="sample", disable=not progress) as bar,
+        counted(samples, what="sample text", unit="sample", shown=progress) as bar,
     ):
         torch.manual_seed(seed)
         for first in range(0, samples, batch_size):

@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from cerwu_gpu.errors import CalibrationError
@@ -27,6 +26,7 @@ from cerwu_gpu.hf.inputs import ExpertProducts, InputMoments, Label, not_finite,
 from cerwu_gpu.hf.models import check_tokens
 from cerwu_gpu.hf.structure import find_blocks
 from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.progress import tracked
 
 LOGITS = 2**25
 """About this many logits are in memory at a time, at least those of one sequence."""
@@ -77,7 +77,7 @@ def output_sensitivities(
     backward = _Backward(model.train(False), layouts, work)
     batches = torch.split(tokens, batch_size)
     with torch.inference_mode(False), ends_placed(model, find_blocks(model), work):
-        for batch in tqdm(batches, desc="sensitivities", unit="batch", disable=not progress):
+        for batch in tracked(batches, what="sensitivities", unit="batch", shown=progress):
             backward.add(batch)
     return backward.sensitivities(tokens)
 

@@ -152,7 +152,7 @@ class Source:
             device=self.device,
             batch_size=self.config.batch_size,
             sequential=self.config.sequential,
-            correct_drift=self.config.correct_drift and not sampling,
+            correct_drift=bool(self.config.correct_drift) and not sampling,
             progress=self.progress,
         )
 

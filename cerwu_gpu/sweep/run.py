@@ -7,10 +7,9 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cerwu_gpu import __version__
 from cerwu_gpu.errors import OutputError
+from cerwu_gpu.progress import counted
 from cerwu_gpu.sweep.points import Point
 from cerwu_gpu.sweep.subject import Subject
 from cerwu_gpu.sweep.table import Row, SweepTable, row_of, write_parquet
@@ -50,8 +49,9 @@ def run_sweep(
     _clear(folder / DIRECTORIES, done.keys() if keep else ())
     missing = [point for point in points if point.key not in done]
     original = table.rows[0].original_quality if table.rows else None
-    with tqdm(
-        total=len(points), initial=len(points) - len(missing), unit="point", disable=not progress
+    done_before = len(points) - len(missing)
+    with counted(
+        len(points), what="points", unit="point", shown=progress, every=0, initial=done_before
     ) as bar:
         for point in missing:
             bar.set_description(point.label)

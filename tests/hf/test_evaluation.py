@@ -1,5 +1,6 @@
-"""Perplexity: every token counted once, by the likelihood that a plain computation gives it."""
+"""Every token counted once, by the likelihood, or the divergence, that its definition gives it."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -9,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cerwu_gpu.errors import CalibrationError, ConfigError, ModelError
-from cerwu_gpu.hf.evaluation import negative_log_likelihood, perplexity, sliding_windows
+from cerwu_gpu.hf.evaluation import (
+    POSITIONS,
+    check_same_tokens,
+    compare,
+    negative_log_likelihood,
+    perplexity,
+    sliding_windows,
+)
 from cerwu_gpu.hf.models import load_model
 from tests.hf.toys import toy
 
@@ -143,3 +151,109 @@ def test_smollm2_has_the_perplexity_that_was_measured_elsewhere(data):
     total, count = negative_log_likelihood(loaded.model, loaded.tokenizer, text, max_windows=40)
     assert count == 20_440
     assert total / count == pytest.approx(3.356417, abs=2e-5)
+
+
+def plain_comparison(model, original, ids, context):
+    """Token by token, in float64, from the definition; windows do not overlap."""
+    divergence, agreed, count = 0.0, 0, 0
+    for begin in range(0, len(ids), context):
+        window = ids[None, begin : begin + context]
+        with torch.no_grad():
+            p, q = (m(input_ids=window).logits[0, :-1].double() for m in (original, model))
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        divergence += float((log_p.exp() * (log_p - log_q)).sum())
+        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+        count += len(p)
+    return divergence / count, agreed / count, count
+
+
+def disturbed(family, share):
+    """A toy whose weights are off by about this share of their spread."""
+    model = toy(family, max_position_embeddings=512)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(share * parameter.std() * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("context", [16, 400], ids=["short windows", "more than one chunk"])
+def test_a_comparison_is_that_of_the_definition(context, toy_tokenizer):
+    model, original = disturbed("llama", 0.1), toy("llama", max_position_embeddings=512)
+    text = TEXT * 3
+    ids = torch.tensor(toy_tokenizer(text)["input_ids"])
+    assert len(ids) > 2 * POSITIONS
+    got = compare(model, original, toy_tokenizer, text, context_length=context, batch_size=3)
+    divergence, agreement, count = plain_comparison(model, original, ids, context)
+    assert got.tokens == count
+    assert got.kl_divergence == pytest.approx(divergence, rel=1e-4)
+    assert got.top1_agreement == pytest.approx(agreement)
+    for value, each in ((got.perplexity, model), (got.original_perplexity, original)):
+        expected = perplexity(each, toy_tokenizer, text, context_length=context)
+        assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_does_not_differ_from_itself(toy_tokenizer):
+    model = toy("gpt2")
+    got = compare(model, model, toy_tokenizer, TEXT, context_length=16, stride=4, max_windows=3)
+    assert (got.kl_divergence, got.top1_agreement) == (0.0, 1.0)
+    assert got.perplexity == got.original_perplexity
+
+
+def test_more_disturbance_is_more_divergence(toy_tokenizer):
+    original = toy("llama", max_position_embeddings=512)
+    found = [
+        compare(disturbed("llama", share), original, toy_tokenizer, TEXT, context_length=32)
+        for share in (0.01, 0.1, 0.5)
+    ]
+    divergences = [each.kl_divergence for each in found]
+    agreements = [each.top1_agreement for each in found]
+    assert 0 < divergences[0] < divergences[1] < divergences[2]
+    assert 1 >= agreements[0] > agreements[1] > agreements[2]
+
+
+class Fixed(torch.nn.Module):
+    """Gives the same logits [vocabulary] at every position."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.model = toy("llama")
+        self.logits = logits
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, input_ids, **_):
+        expanded = self.logits.expand(*input_ids.shape, -1)
+        return type("Output", (), {"logits": expanded})
+
+
+def test_what_the_original_rules_out_counts_nothing(toy_tokenizer):
+    vocabulary = toy("llama").config.vocab_size
+    ruled_out = torch.zeros(vocabulary)
+    ruled_out[-5:] = -math.inf
+    got = compare(
+        Fixed(torch.zeros(vocabulary)), Fixed(ruled_out), toy_tokenizer, TEXT, context_length=16
+    )
+    assert got.kl_divergence == pytest.approx(math.log(vocabulary / (vocabulary - 5)), rel=1e-4)
+    both = compare(Fixed(ruled_out), Fixed(ruled_out), toy_tokenizer, TEXT, context_length=16)
+    assert both.kl_divergence == 0
+    other = compare(
+        Fixed(ruled_out), Fixed(torch.zeros(vocabulary)), toy_tokenizer, TEXT, context_length=16
+    )
+    assert other.kl_divergence == math.inf
+
+
+def test_models_that_do_not_belong_together_are_refused(toy_tokenizer):
+    small = toy("llama")
+    larger = toy("llama", vocab_size=small.config.vocab_size + 8)
+    with pytest.raises(ModelError, match="do not belong together"):
+        compare(small, larger, toy_tokenizer, TEXT, context_length=16)
+    other = copy.deepcopy(toy_tokenizer)
+    other.add_tokens(["harbour"])
+    check_same_tokens(toy_tokenizer, copy.deepcopy(toy_tokenizer), TEXT)
+    check_same_tokens(toy_tokenizer, None, TEXT)
+    with pytest.raises(ModelError, match="different tokens"):
+        check_same_tokens(toy_tokenizer, other, TEXT)

@@ -217,6 +217,27 @@ def test_relative_loss_of_a_matrix_without_effect():
     assert relative_loss(weight, weight, hessian) == 0.0
 
 
+def test_the_limit_is_that_of_the_weighted_loss_and_only_up_to_the_width_that_was_asked_for():
+    weight, hessian = layer(40, 24)
+    alpha = torch.rand(40, generator=torch.Generator().manual_seed(1)) + 0.1
+    stack = quantize_stack(
+        [weight[:16], weight[16:]], hessian, CompressionConfig(lmbda=1e-3), [alpha[:16], alpha[16:]]
+    )
+    first = 0
+    for matrix, limit in zip(stack.matrices, stack.limits, strict=True):
+        rows = slice(first, first + len(matrix.symbols))
+        first = rows.stop
+        error = weight[rows] - matrix.weight(torch.float32)
+        loss = float((alpha[rows] * quadratic_error(error, hessian)).sum())
+        scaled = alpha[rows].sqrt()[:, None] * weight[rows]
+        assert limit == pytest.approx(limit_bits(scaled, hessian, loss))
+        assert limit > 1
+        assert limit != pytest.approx(limit_bits(weight[rows], hessian, loss), rel=1e-3)
+    narrow = CompressionConfig(lmbda=1e-3, limit_columns=23)
+    assert quantize_stack([weight], hessian, narrow).limits == (None,)
+    assert quantize_stack([0 * weight], hessian, CompressionConfig(lmbda=1e-3)).limits == (0.0,)
+
+
 @pytest.mark.parametrize(("quantizer", "gap"), [("scalar", 0.32), ("trellis8", 0.20)])
 def test_a_real_layer_comes_close_to_the_limit(data: Path, quantizer: str, gap: float):
     arrays = np.load(data / "layers" / "model.layers.14.self_attn.q_proj.npz")

@@ -1,0 +1,59 @@
+"""What the bytes of a compressed directory are for."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from cerwu_gpu.coding import side
+from cerwu_gpu.container.files import Shard, open_shards
+
+PURPOSES = {
+    "table_codes": "tables",
+    "row_class": "classes",
+    "column_class": "classes",
+    "step_code": "steps and scales",
+    "row_scale_code": "steps and scales",
+    "lengths": "stream lengths",
+    "escapes": "escaped integers",
+    "grid": "grid values",
+}
+"""Array of the side data -> what it is for."""
+WORDS, PLAIN, HEADERS = "words", "plain tensors", "headers"
+
+
+def breakdown(path: Path) -> dict[str, int]:
+    """Purpose -> bytes, largest first, of everything in the directory `path`.
+
+    Purposes are WORDS (coded symbols), those of PURPOSES that occur, PLAIN (tensors stored as they
+    are), HEADERS (of the safetensors files, with their manifests), and each other file's name.
+
+    Raises:
+        FormatError: this is no compressed directory, or it is damaged.
+    """
+    taken: Counter[str] = Counter()
+    shards = open_shards(path)
+    for shard in shards:
+        taken.update(_of_shard(shard))
+    known = {shard.path for shard in shards}
+    for file in path.rglob("*"):
+        if file.is_file() and file not in known:
+            taken[file.relative_to(path).as_posix()] += file.stat().st_size
+    return dict(taken.most_common())
+
+
+def _of_shard(shard: Shard) -> Counter[str]:
+    taken: Counter[str] = Counter()
+    for name, entry in shard.manifest.compressed.items():
+        taken[WORDS] += sum(4 * part.words for part in entry.parts)
+        blob, first = np.asarray(shard.tensor(f"{name}.side")).tobytes(), 0
+        for part in entry.parts:
+            own = blob[first : first + part.side]
+            for array, size in side.sizes(own, part.rows, part.columns).items():
+                taken[PURPOSES[array]] += size
+            first += part.side
+    for name in shard.manifest.plain_sha256:
+        tensor = shard.tensor(name)
+        taken[PLAIN] += tensor.numel() * tensor.element_size()
+    taken[HEADERS] += shard.path.stat().st_size - taken.total()
+    return taken

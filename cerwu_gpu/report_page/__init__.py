@@ -1,0 +1,1 @@
+"""The page that every compression leaves: one HTML file, drawn from report.json alone."""
