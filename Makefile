@@ -6,18 +6,27 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --no-compile --prefer-binary --disable-pip-version-check
 INSTALLED := $(VENV)/.cerwu-gpu-installed
 
-.PHONY: demo test lint install clean
+DIST ?= dist
+# Test processes; each takes about 2 GB of memory.
+WORKERS ?= 2
+
+.PHONY: demo test lint dist install clean
 
 demo: install
 	$(BIN)/python scripts/demo.py
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+dist: install
+	rm -f $(DIST)/cerwu_gpu-*
+	$(BIN)/python -m build --no-isolation --outdir $(DIST)
+	$(BIN)/python scripts/smoke.py $(DIST)/cerwu_gpu-*.whl
 
 install: $(INSTALLED)
 

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on the network
 os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars; read when torch imports tqdm
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Read by torch; workers would wait for each other's threads.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy
 import pytest

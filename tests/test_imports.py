@@ -12,13 +12,14 @@ SOURCES = sorted((ROOT / "cerwu_gpu").rglob("*.py")) + sorted((ROOT / "kernels")
 ORDER = (
     {"cli"},
     {"hf"},
-    {"pipeline"},
-    {"container"},
+    {"vision"},
+    {"pipeline", "sweep"},
+    {"baselines", "container"},
     {"quantize"},
     {"coding"},
     {"backend"},
     {"kernels", "reference"},
-    {"config", "errors", "layout", "report", "spec"},
+    {"config", "errors", "layout", "patterns", "progress", "report", "report_page", "spec"},
 )
 """Each part may import from the parts below it and from itself, a leaf from the other leaves, too.
 

@@ -20,6 +20,7 @@ import cerwu_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE = "ANSWER = 42\n"
+FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE", "Makefile")
 
 
 def run(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
@@ -39,9 +40,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the build reads, with one more kernel: kernels/probe.py."""
     copy = tmp_path_factory.mktemp("packaging") / "checkout"
     copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, copy / name)
-    for name in ("cerwu_gpu", "kernels"):
+    for name in ("cerwu_gpu", "kernels", "docs", "scripts", "tests"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
     (copy / "kernels" / "probe.py").write_text(PROBE, encoding="utf-8")
@@ -116,12 +117,27 @@ def test_the_wheel_holds_every_module(wheel: Path) -> None:
     assert modules <= names
 
 
-def test_the_sdist_holds_the_kernels_where_the_build_reads_them(
-    checkout: Path, tmp_path: Path
-) -> None:
+def test_the_wheel_holds_modules_the_licence_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        others = {name for name in archive.namelist() if not name.endswith(".py")}
+    about = f"cerwu_gpu-{cerwu_gpu.__version__}.dist-info"
+    written = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt")
+    files = {f"{about}/{name}" for name in (*written, "licenses/LICENSE")}
+    assert others == {"cerwu_gpu/py.typed", *files}
+
+
+def test_the_sdist_holds_what_the_build_and_the_tests_read(checkout: Path, tmp_path: Path) -> None:
+    """The kernels where the build reads them, and every file of the tests, golden ones included."""
     with tarfile.open(build("sdist", checkout, tmp_path)) as archive:
-        names = archive.getnames()
-    assert f"cerwu_gpu-{cerwu_gpu.__version__}/kernels/probe.py" in names
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    golden = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests" / "golden").rglob("*.*")
+        if path.parent.name != "__pycache__"
+    }
+    assert len(golden) > 50
+    assert {*FILES, *golden, "kernels/probe.py", "docs/format.md", "scripts/demo.py"} <= names
+    assert not [name for name in names if "__pycache__" in name]
 
 
 def test_an_installation_has_the_kernels(python: Path, tmp_path: Path) -> None:

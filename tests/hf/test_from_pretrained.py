@@ -158,7 +158,7 @@ def test_weights_are_decoded_where_they_go(llama: Path) -> None:
 def test_several_files(
     tmp_path: Path, toy_tokenizer: Any, toy_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(DirectoryWriter.__init__.__kwdefaults__, "shard_bytes", 6000)
+    monkeypatch.setitem(DirectoryWriter.__init__.__kwdefaults__, "shard_bytes", 2500)
     path = small(toy("llama"), tmp_path / "small", toy_tokenizer, toy_text)
     assert len(list(path.glob("model-*.safetensors"))) > 1
     model = AutoModelForCausalLM.from_pretrained(path)

@@ -13,8 +13,16 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "scalar"
 CODE = """
 from pathlib import Path
 Path(__file__).with_name("ran").write_text("code of the repository ran")
-from transformers import LlamaConfig as Config, LlamaForCausalLM as Model
-from transformers import PreTrainedTokenizerFast as Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+class Config(LlamaConfig):  # classes of its own, as transformers marks those that it loads
+    pass
+
+class Model(LlamaForCausalLM):
+    pass
+
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
 """
 
 
