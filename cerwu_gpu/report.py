@@ -1,6 +1,8 @@
 """What a compression says about itself: layer by layer, and in all."""
 
+import math
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,3 +59,16 @@ class Report:
         ]
         fields["events"] = list(self.events)
         return fields
+
+
+def finite(value: Any) -> Any:
+    """The value as strict JSON can hold it: nan and inf become null, tuples lists."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [finite(item) for item in value]
+        case _:
+            return value

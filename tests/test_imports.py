@@ -13,7 +13,7 @@ ORDER = (
     {"cli"},
     {"hf"},
     {"vision"},
-    {"pipeline", "sweep"},
+    {"attempt", "pipeline", "sweep"},
     {"baselines", "container"},
     {"quantize"},
     {"coding"},

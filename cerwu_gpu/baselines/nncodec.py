@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cerwu_gpu.errors import ConfigError
 
@@ -28,6 +30,19 @@ UNARY_FLAGS = 10
 def nncodec_step(qp: int) -> float:
     """The step that `qp` stands for; under dependent quantization each quantizer has twice it."""
     return float((4 + qp % 4) * 2.0 ** (qp // 4 - 2))
+
+
+@torch.no_grad()
+def pass_through_nncodec(parameters: Mapping[str, Tensor], *, qp: int, dependent: bool) -> int:
+    """Replace parameters by what NNCodec makes of them; the bytes of its bitstream.
+
+    Arguments and errors are those of `nncodec_roundtrip`; any floating dtype will do.
+    """
+    weights = {name: p.detach().float().cpu().numpy() for name, p in parameters.items()}
+    decoded, coded_bytes = nncodec_roundtrip(weights, qp=qp, dependent=dependent)
+    for name, parameter in parameters.items():
+        parameter.copy_(torch.from_numpy(decoded[name]))
+    return coded_bytes
 
 
 def nncodec_roundtrip(

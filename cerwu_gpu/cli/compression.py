@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
+from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import listing, print_events, print_json, report_rows, set_verbosity
 from cerwu_gpu.cli.quantities import parse_share, parse_size
 from cerwu_gpu.config import (
     CompressionConfig,
-    DampingBy,
     Method,
     Quantizer,
     RateModel,
@@ -26,9 +26,7 @@ DEFAULT = CompressionConfig()
 
 
 def compress(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub name, model directory or .gguf file.")
-    ],
+    model: options.Model,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Directory to write; must be new or empty.")
     ],
@@ -67,34 +65,19 @@ def compress(
     sensitivity: Annotated[
         Sensitivity, typer.Option(help="What an output's error costs: by layer, by row, or alike.")
     ] = DEFAULT.sensitivity,
-    passes: Annotated[int, typer.Option(help="Passes over each matrix.")] = DEFAULT.passes,
-    damping: Annotated[
-        float, typer.Option(help="Multiple of a typical diagonal entry that is added to H.")
-    ] = DEFAULT.damping,
-    damping_by: Annotated[
-        DampingBy, typer.Option(help="What is typical; the paper takes the mean.")
-    ] = DEFAULT.damping_by,
+    passes: options.Passes = DEFAULT.passes,
+    damping: options.Damping = DEFAULT.damping,
+    damping_by: options.DampingBy = DEFAULT.damping_by,
     block_size: Annotated[int, typer.Option(help="Columns per lazy block.")] = DEFAULT.block_size,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Weight names to compress; repeatable.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Weight names to leave alone; repeatable."),
-    ] = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
     keep_head: Annotated[
         bool, typer.Option("--keep-head", help="Leave the embedding and the head as they are.")
     ] = DEFAULT.keep_head,
-    calibration: Annotated[
-        str, typer.Option(help="Hub dataset (or wikitext2), text file, or self.")
-    ] = DEFAULT.calibration,
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = DEFAULT.samples,
-    sequence_length: Annotated[
-        int, typer.Option(help="Tokens per calibration sequence.")
-    ] = DEFAULT.sequence_length,
-    batch_size: Annotated[
-        int, typer.Option(help="Calibration sequences in work at a time.")
-    ] = DEFAULT.batch_size,
+    calibration: options.Calibration = DEFAULT.calibration,
+    samples: options.Samples = DEFAULT.samples,
+    sequence_length: options.SequenceLength = DEFAULT.sequence_length,
+    batch_size: options.CalibrationBatch = DEFAULT.batch_size,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Calibrate on the already quantized blocks.")
     ] = DEFAULT.sequential,
@@ -106,16 +89,14 @@ def compress(
             "--sequential or --hessian-cache is given.",
         ),
     ] = DEFAULT.correct_drift,
-    seed: Annotated[int, typer.Option(help="Seed of what is sampled.")] = DEFAULT.seed,
+    seed: options.Seed = DEFAULT.seed,
     limit_columns: Annotated[
         int, typer.Option(help="Report the theoretical limit of matrices up to so wide; 0: none.")
     ] = DEFAULT.limit_columns,
     strict: Annotated[
         bool, typer.Option("--strict", help="Turn every event of the report into an error.")
     ] = DEFAULT.strict,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU where there is one.")
-    ] = None,
+    device: options.Device = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what the output directory holds.")
     ] = False,
@@ -139,13 +120,11 @@ def compress(
             "OUTPUT.report.html beside the output.",
         ),
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")
-    ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON and nothing else.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Compress MODEL into a directory that load_compressed, info and eval read."""
     config = CompressionConfig(

@@ -82,6 +82,7 @@ def decompress(
     """Write DIRECTORY as a plain safetensors model for tools that do not know cerwu_gpu."""
     import torch
 
+    from cerwu_gpu.attempt import directory_bytes
     from cerwu_gpu.hf.loading import decompress as run
 
     run(
@@ -90,5 +91,4 @@ def decompress(
         dtype=None if dtype is None else getattr(torch, dtype),
         overwrite=overwrite,
     )
-    count = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    typer.echo(f"{output}: {size(count)}")
+    typer.echo(f"{output}: {size(directory_bytes(output))}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import listing, print_json, set_verbosity, table
 
 if TYPE_CHECKING:
@@ -46,9 +47,7 @@ def evaluate(
         int | None,
         typer.Option(help="Tokens from window to window; default: the context length."),
     ] = None,
-    max_windows: Annotated[
-        int | None, typer.Option(help="Only so many windows; default: the whole text.")
-    ] = None,
+    max_windows: options.MaxWindows = None,
     batch_size: Annotated[int, typer.Option(help="Windows in work at a time.")] = 4,
     against: Annotated[
         str | None,
@@ -61,16 +60,12 @@ def evaluate(
     examples: Annotated[
         int | None, typer.Option(help="Only so many examples of each task; default: all.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU where there is one.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")
-    ] = False,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Measure MODEL's perplexity on a text in sliding windows, and run tasks of lm-eval.
 

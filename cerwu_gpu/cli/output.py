@@ -2,14 +2,13 @@
 
 import json
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 
 import typer
 
-from cerwu_gpu.report import Report
+from cerwu_gpu.report import Report, finite
 
 
 def set_verbosity(*, quiet: bool) -> None:
@@ -83,16 +82,4 @@ def print_events(events: Sequence[str]) -> None:
 
 def print_json(value: object) -> None:
     """One JSON document; numbers that JSON does not have (nan, inf) become null."""
-    typer.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
-
-
-def _finite(value: object) -> object:
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case dict():
-            return {key: _finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-        case _:
-            return value
+    typer.echo(json.dumps(finite(value), indent=2, allow_nan=False))

@@ -8,11 +8,11 @@ from typing import Annotated, TypeVar, cast, get_args
 
 import typer
 
+from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import print_json, set_verbosity
 from cerwu_gpu.cli.sweep_tables import minimum_table, points_table, summary, time_words
 from cerwu_gpu.config import (
     CompressionConfig,
-    DampingBy,
     Quantizer,
     RateModel,
     Scale,
@@ -33,9 +33,7 @@ def _joined(values: Sequence[object]) -> str:
 
 
 def sweep(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub name, model directory or .gguf file.")
-    ],
+    model: options.Model,
     output: Annotated[
         Path,
         typer.Option(
@@ -94,47 +92,26 @@ def sweep(
         str, typer.Option(help="Text file, or wikitext2 for the test part of WikiText-2.")
     ] = "wikitext2",
     context_length: Annotated[int, typer.Option(help="Tokens per window of the text.")] = 512,
-    max_windows: Annotated[
-        int | None, typer.Option(help="Only so many windows; default: the whole text.")
-    ] = None,
-    calibration: Annotated[
-        str, typer.Option(help="Hub dataset (or wikitext2), text file, or self.")
-    ] = DEFAULT.calibration,
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = DEFAULT.samples,
-    sequence_length: Annotated[
-        int, typer.Option(help="Tokens per calibration sequence.")
-    ] = DEFAULT.sequence_length,
-    batch_size: Annotated[
-        int, typer.Option(help="Calibration sequences in work at a time.")
-    ] = DEFAULT.batch_size,
-    passes: Annotated[int, typer.Option(help="Passes over each matrix.")] = DEFAULT.passes,
-    damping: Annotated[
-        float, typer.Option(help="Multiple of a typical diagonal entry that is added to H.")
-    ] = DEFAULT.damping,
-    damping_by: Annotated[
-        DampingBy, typer.Option(help="What is typical; the paper takes the mean.")
-    ] = DEFAULT.damping_by,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Weight names to compress; repeatable.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Weight names to leave alone; repeatable."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of what is sampled.")] = DEFAULT.seed,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU where there is one.")
-    ] = None,
+    max_windows: options.MaxWindows = None,
+    calibration: options.Calibration = DEFAULT.calibration,
+    samples: options.Samples = DEFAULT.samples,
+    sequence_length: options.SequenceLength = DEFAULT.sequence_length,
+    batch_size: options.CalibrationBatch = DEFAULT.batch_size,
+    passes: options.Passes = DEFAULT.passes,
+    damping: options.Damping = DEFAULT.damping,
+    damping_by: options.DampingBy = DEFAULT.damping_by,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    seed: options.Seed = DEFAULT.seed,
+    device: options.Device = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the compressed directory of every point.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")
-    ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the summary as JSON and nothing else.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Compress MODEL with every setting of a grid and measure the perplexity of each result.
 

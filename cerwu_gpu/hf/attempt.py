@@ -4,27 +4,23 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cerwu_gpu import __version__
+from cerwu_gpu.attempt import Attempt, check_stored, directory_bytes, plain_tensors
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.journal import Journal
-from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.container.writer import DirectoryWriter, written
-from cerwu_gpu.errors import CorruptionError, OutputError
+from cerwu_gpu.errors import OutputError
 from cerwu_gpu.hf.card import Card
 from cerwu_gpu.hf.models import TOKENIZER_FILES, LoadedModel
 from cerwu_gpu.hf.reason import reason
 from cerwu_gpu.hf.source import Source
-from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.pipeline import Clock, compress_blocks
-from cerwu_gpu.report import LayerReport
 from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
 
 COPIED_FILES = (
@@ -37,36 +33,6 @@ COPIED_FILES = (
 )
 """Files that go into the compressed directory as they came."""
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """A whole directory under its hidden name.
-
-    Attributes:
-        lmbda: what it was made with.
-        layers: what was stored of each matrix.
-        directory_bytes: of all its files.
-    """
-
-    lmbda: float
-    layers: tuple[LayerReport, ...]
-    directory_bytes: int
-    writer: DirectoryWriter
-
-    @property
-    def weights(self) -> int:
-        """Quantized weights."""
-        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-
-    @property
-    def coded_bytes(self) -> int:
-        """Everything stored for them."""
-        return sum(layer.words_bytes + layer.side_bytes for layer in self.layers)
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.coded_bytes / self.weights
 
 
 class Attempts:
@@ -150,7 +116,7 @@ class Attempts:
                     self._card.write(writer.folder)
         if self._verify:
             with self._clock.stage("verify"):
-                _check(writer.folder, parameters, self.source.progress)
+                check_stored(writer.folder, parameters, progress=self.source.progress)
         return Attempt(config.lmbda, tuple(layers), directory_bytes(writer.folder), writer)
 
     def _restore(self, parameters: Mapping[str, Tensor]) -> None:
@@ -160,23 +126,6 @@ class Attempts:
                 parameter.detach().copy_(self._originals[name])
             else:
                 self._originals[name] = parameter.detach().clone()
-
-
-def plain_tensors(model: PreTrainedModel, layouts: Mapping[str, WeightLayout]) -> dict[str, Tensor]:
-    """What is stored as it is: every other entry of the state dict, tied weights once."""
-    compressed = {id(model.get_parameter(name)) for name in layouts}
-    seen: set[int] = set()
-    plain = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen and id(tensor) not in compressed:
-            plain[name] = tensor
-        seen.add(id(tensor))
-    return plain
-
-
-def directory_bytes(path: Path) -> int:
-    """Bytes of all files below `path`."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def write_companions(loaded: LoadedModel, folder: Path) -> None:
@@ -224,19 +173,3 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             f"the tokenizer cannot be written to {folder} ({reason(error)}): "
             "free some space and start again."
         ) from error
-
-
-def _check(folder: Path, parameters: Mapping[str, Tensor], progress: bool) -> None:
-    """Every plain tensor has its checksum, and every compressed weight the bits in memory."""
-    directory = open_directory(folder)
-    for _ in directory.plain():
-        pass
-    missing = parameters.keys() - directory.compressed().keys()
-    if missing:
-        raise CorruptionError(f"{min(missing)} was not written: please report it.")
-    for name, weight in directory.weights(progress=progress):
-        if not torch.equal(weight, parameters[name].detach().cpu()):
-            raise CorruptionError(
-                f"{name} does not decode to the weight that was quantized: "
-                "this is a defect of cerwu_gpu; please report it."
-            )

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cerwu_gpu.attempt import Attempt, plain_bytes
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.work import work_directory
 from cerwu_gpu.container.writer import check_apart, check_output
 from cerwu_gpu.errors import ModelError, OutputError
-from cerwu_gpu.hf.attempt import Attempt, Attempts, plain_tensors
+from cerwu_gpu.hf.attempt import Attempts
 from cerwu_gpu.hf.card import card_of
 from cerwu_gpu.hf.classifiers import check_batches, compress_on_batches
 from cerwu_gpu.hf.device import find_device
@@ -199,11 +200,6 @@ def _check_places(
 
 
 def _report(attempt: Attempt, source: Source, original_bytes: int, clock: Clock) -> Report:
-    of_layers = (
-        f"{source.layouts[layer.name].key(layer.part)}: {event}"
-        for layer in attempt.layers
-        for event in layer.events
-    )
     return Report(
         layers=attempt.layers,
         lmbda=attempt.lmbda,
@@ -211,7 +207,7 @@ def _report(attempt: Attempt, source: Source, original_bytes: int, clock: Clock)
         directory_bytes=attempt.directory_bytes,
         original_bytes=original_bytes,
         seconds=clock.seconds,
-        events=(*source.events, *of_layers),
+        events=(*source.events, *attempt.events(source.layouts)),
     )
 
 
@@ -233,5 +229,4 @@ def bytes_of_original(source: str | Path | PreTrainedModel, model: PreTrainedMod
     """Bytes of a .gguf file, else of the dense weights as they were loaded, tied ones once."""
     if not isinstance(source, PreTrainedModel) and Path(source).suffix == ".gguf":
         return Path(source).expanduser().stat().st_size
-    tensors = plain_tensors(model, {}).values()
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return plain_bytes(model, {})

@@ -1,7 +1,6 @@
 """What every compression leaves beside its output: report.json, and report.html drawn from it."""
 
 import json
-import math
 import os
 import platform
 import shlex
@@ -19,7 +18,7 @@ from cerwu_gpu.container.breakdown import breakdown
 from cerwu_gpu.container.writer import TEMPORARY, written
 from cerwu_gpu.errors import OutputError
 from cerwu_gpu.hf.fingerprint import LIBRARIES
-from cerwu_gpu.report import Report
+from cerwu_gpu.report import Report, finite
 from cerwu_gpu.report_page.page import page
 
 JSON_FILE, HTML_FILE = "report.json", "report.html"
@@ -72,7 +71,7 @@ def write_report(
     Raises:
         OutputError: the disk refuses; the compressed directory is complete all the same.
     """
-    content = _finite(
+    content = finite(
         {
             "model": model,
             "output": str(given),
@@ -143,16 +142,3 @@ def _machine(device: torch.device) -> dict[str, str]:
         "system": platform.system(),
         "device": f"{device} ({kind})",
     }
-
-
-def _finite(value: Any) -> Any:
-    """Numbers that JSON does not have become null."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case dict():
-            return {key: _finite(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-        case _:
-            return value

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from cerwu_gpu.baselines.nncodec import nncodec_roundtrip
+from cerwu_gpu.attempt import directory_bytes, plain_bytes
+from cerwu_gpu.baselines.nncodec import pass_through_nncodec
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.errors import ConfigError
-from cerwu_gpu.hf.attempt import Attempts, directory_bytes, plain_tensors, write_companions
+from cerwu_gpu.hf.attempt import Attempts, write_companions
 from cerwu_gpu.hf.calibration import placed
 from cerwu_gpu.hf.compression import bytes_of_original
 from cerwu_gpu.hf.device import find_device
@@ -138,18 +139,13 @@ class LanguageModel:
             decoded = load_compressed(folder, device=self._device)
         with clock.stage("evaluate"):
             quality = self._perplexity(decoded)
-        of_layers = (
-            f"{layouts[layer.name].key(layer.part)}: {event}"
-            for layer in attempt.layers
-            for event in layer.events
-        )
         return Outcome(
             bits_per_weight=attempt.bits_per_weight,
             directory_bytes=attempt.directory_bytes,
             original_bytes=self._original_bytes,
             quality=quality,
             seconds=clock.seconds,
-            events=(*self._source.events, *of_layers),
+            events=(*self._source.events, *attempt.events(layouts)),
         )
 
     def _prepare(self, config: CompressionConfig, clock: Clock) -> None:
@@ -171,18 +167,13 @@ class LanguageModel:
         clock = Clock()
         parameters = {name: self._model.get_parameter(name) for name in layouts}
         with clock.stage("quantize"):
-            weights = {name: p.detach().float().cpu().numpy() for name, p in parameters.items()}
-            decoded, coded_bytes = nncodec_roundtrip(weights, qp=qp, dependent=dependent)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(torch.from_numpy(decoded[name]))
+            coded_bytes = pass_through_nncodec(parameters, qp=qp, dependent=dependent)
         with clock.stage("evaluate"), placed(self._model, self._device):
             quality = self._perplexity(self._model)
         with tempfile.TemporaryDirectory() as companions:
             write_companions(self._loaded, Path(companions))
             rest = directory_bytes(Path(companions))
-        plain = plain_tensors(self._model, layouts).values()
-        rest += sum(tensor.numel() * tensor.element_size() for tensor in plain)
+        rest += plain_bytes(self._model, layouts)
         return Outcome(
             bits_per_weight=8 * coded_bytes / sum(p.numel() for p in parameters.values()),
             directory_bytes=coded_bytes + rest,

@@ -11,15 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cerwu_gpu.attempt import Attempt, directory_bytes, plain_bytes, plain_tensors
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.errors import TargetError
-from cerwu_gpu.hf.attempt import (
-    Attempt,
-    Attempts,
-    directory_bytes,
-    plain_tensors,
-    write_companions,
-)
+from cerwu_gpu.hf.attempt import Attempts, write_companions
 from cerwu_gpu.hf.evaluation import token_loss
 from cerwu_gpu.hf.source import Source
 from cerwu_gpu.pipeline import Clock, estimate_model, sample_stacks
@@ -170,13 +165,13 @@ def _weights(source: Source) -> int:
 
 def _fixed_bytes(source: Source) -> int:
     """About what a directory takes besides coded weights: plain tensors, other files, headers."""
-    plain = plain_tensors(source.loaded.model, source.layouts).values()
-    parts = sum(layout.parts for layout in source.layouts.values())
+    model, layouts = source.loaded.model, source.layouts
+    parts = sum(layout.parts for layout in layouts.values())
     with tempfile.TemporaryDirectory() as folder:
         write_companions(source.loaded, Path(folder))
         files = directory_bytes(Path(folder))
-    tensors = sum(tensor.numel() * tensor.element_size() for tensor in plain)
-    return tensors + files + len(plain) * PLAIN_HEADER + parts * PART_HEADER
+    headers = len(plain_tensors(model, layouts)) * PLAIN_HEADER + parts * PART_HEADER
+    return plain_bytes(model, layouts) + files + headers
 
 
 def _quality_goal(source: Source, increase: float) -> Goal:

@@ -96,8 +96,7 @@ class Problem:
             importance=(importance / scale).to(torch.float32),
             curvature=(penalty * square).to(torch.float32),
         )
-        single = Classes.single(rows, columns, device=weight.device)
-        classes = single if config.bounded else _chosen_classes(x, bounds, config)
+        classes = _chosen_classes(x, bounds, config)
         return Problem(x, normalised_factor(factor, steps), grid, classes, weights, bounds, config)
 
     def solve(self) -> Tensor:
@@ -231,6 +230,9 @@ def _check_integers(x: Tensor, config: CompressionConfig) -> None:
 
 
 def _chosen_classes(x: Tensor, bounds: list[int], config: CompressionConfig) -> Classes:
+    """One class on a given grid, else the ones that suit x."""
+    if config.bounded:
+        return Classes.single(*x.shape, device=x.device)
     quantizers = 2 if TRELLIS_STATES[config.quantizer] else 1
     return choose_classes(x, matrices=len(bounds) - 1, quantizers=quantizers)
 

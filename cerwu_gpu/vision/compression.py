@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cerwu_gpu.attempt import plain_bytes
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.writer import check_output
 from cerwu_gpu.errors import ConfigError
@@ -16,7 +17,7 @@ from cerwu_gpu.vision.layers import find_weights, require_plain
 from cerwu_gpu.vision.running import Batch, held
 from cerwu_gpu.vision.sensitivity import Loss, output_sensitivities
 from cerwu_gpu.vision.targeting import to_target
-from cerwu_gpu.vision.writing import Writing, nothing_more, plain_tensors
+from cerwu_gpu.vision.writing import Writing, nothing_more
 
 LANGUAGE_FIELDS = {
     "keep_head": "exclude the last layer by its name",
@@ -83,7 +84,7 @@ def compress_module(
             seed=config.seed,
             progress=progress,
         )
-    original = sum(x.numel() * x.element_size() for x in plain_tensors(module, {}).values())
+    original = plain_bytes(module, {})
     with Writing(module, layouts, output, overwrite, verify, companions, clock) as writing:
         if config.targeted:
             attempt = to_target(writing, blocks, gradients, config)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cerwu_gpu.baselines.nncodec import nncodec_roundtrip
+from cerwu_gpu.attempt import plain_bytes
+from cerwu_gpu.baselines.nncodec import pass_through_nncodec
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.pipeline import Clock
@@ -19,7 +20,7 @@ from cerwu_gpu.vision.layers import find_weights
 from cerwu_gpu.vision.loading import fill
 from cerwu_gpu.vision.running import Batch, held
 from cerwu_gpu.vision.sensitivity import Loss, output_sensitivities
-from cerwu_gpu.vision.writing import Writing, nothing_more, plain_tensors
+from cerwu_gpu.vision.writing import Writing, nothing_more
 
 UNLIMITED = 1 << 62
 """All Hessians are kept for all points."""
@@ -115,7 +116,7 @@ class PlainModule:
         return Outcome(
             bits_per_weight=attempt.bits_per_weight,
             directory_bytes=attempt.directory_bytes,
-            original_bytes=self._bytes(()),
+            original_bytes=plain_bytes(self._module, {}),
             quality=quality,
             seconds=clock.seconds,
             events=attempt.events(self._layouts),
@@ -154,26 +155,16 @@ class PlainModule:
         clock = Clock()
         parameters = {name: self._module.get_parameter(name) for name in self._layouts}
         with clock.stage("quantize"):
-            weights = {name: p.detach().float().cpu().numpy() for name, p in parameters.items()}
-            decoded, coded_bytes = nncodec_roundtrip(weights, qp=qp, dependent=dependent)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(torch.from_numpy(decoded[name]))
+            coded_bytes = pass_through_nncodec(parameters, qp=qp, dependent=dependent)
         with clock.stage("evaluate"):
             quality = self._evaluate(self._module)
         return Outcome(
             bits_per_weight=8 * coded_bytes / sum(p.numel() for p in parameters.values()),
-            directory_bytes=coded_bytes + self._bytes(self._layouts),
-            original_bytes=self._bytes(()),
+            directory_bytes=coded_bytes + plain_bytes(self._module, self._layouts),
+            original_bytes=plain_bytes(self._module, {}),
             quality=quality,
             seconds=clock.seconds,
         )
-
-    def _bytes(self, without: Iterable[str]) -> int:
-        """Of all tensors but those, dense."""
-        left_out = {name: self._layouts[name] for name in without}
-        tensors = plain_tensors(self._module, left_out).values()
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:

@@ -7,11 +7,12 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from cerwu_gpu.attempt import Attempt, plain_bytes
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.errors import TargetError
 from cerwu_gpu.pipeline import Blocks, estimate_model, sample_stacks
 from cerwu_gpu.quantize.target import solve, with_lmbda
-from cerwu_gpu.vision.writing import Attempt, Writing, plain_tensors
+from cerwu_gpu.vision.writing import Writing
 
 FULL_PASSES = 6
 """Networks for images are small: a full pass takes seconds, single tables weigh in."""
@@ -37,8 +38,7 @@ def to_target(
     weights = sum(parameter.numel() for parameter in parameters.values())
     with clock.stage("target"):
         probes = sample_stacks(blocks, config, gradients)
-    plain = plain_tensors(writing.module, writing.layouts).values()
-    beside = float(sum(tensor.numel() * tensor.element_size() for tensor in plain))
+    beside = float(plain_bytes(writing.module, writing.layouts))
     request = f"bits {config.bits:g}" if config.bits else f"max_size {config.max_size}"
 
     @cache

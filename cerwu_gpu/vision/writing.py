@@ -5,53 +5,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from cerwu_gpu import __version__
+from cerwu_gpu.attempt import Attempt, check_stored, directory_bytes, plain_tensors
 from cerwu_gpu.config import CompressionConfig
-from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.container.writer import DirectoryWriter
-from cerwu_gpu.errors import ConfigError, CorruptionError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.pipeline import Blocks, Clock, compress_blocks
-from cerwu_gpu.report import LayerReport
 
 
 def nothing_more(_: Path) -> None:
     """A plain module has no files of its own."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """A whole directory under its hidden name."""
-
-    lmbda: float
-    layers: tuple[LayerReport, ...]
-    directory_bytes: int
-    writer: DirectoryWriter
-
-    @property
-    def weights(self) -> int:
-        """Quantized weights."""
-        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-
-    @property
-    def coded_bytes(self) -> int:
-        """Everything stored for them."""
-        return sum(layer.words_bytes + layer.side_bytes for layer in self.layers)
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.coded_bytes / self.weights
-
-    def events(self, layouts: Mapping[str, WeightLayout]) -> tuple[str, ...]:
-        """What did not go as planned, by matrix."""
-        return tuple(
-            f"{layouts[layer.name].key(layer.part)}: {event}"
-            for layer in self.layers
-            for event in layer.events
-        )
 
 
 @dataclass(frozen=True)
@@ -104,34 +69,5 @@ class Writing:
             writer.complete()
         if self.verify:
             with self.clock.stage("verify"):
-                _check(writer.folder, parameters)
-        size = sum(file.stat().st_size for file in writer.folder.rglob("*") if file.is_file())
-        return Attempt(config.lmbda, tuple(layers), size, writer)
-
-
-def plain_tensors(module: nn.Module, layouts: Mapping[str, WeightLayout]) -> dict[str, Tensor]:
-    """What is stored as it is: every other entry of the state dict, shared ones once.
-
-    Raises:
-        ConfigError: an entry of the state dict is no tensor.
-    """
-    compressed = {id(module.get_parameter(name)) for name in layouts}
-    seen: set[int] = set()
-    plain = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
-            raise ConfigError(f"{name} in the module's state is no tensor and cannot be stored.")
-        if id(tensor) not in seen and id(tensor) not in compressed:
-            plain[name] = tensor
-        seen.add(id(tensor))
-    return plain
-
-
-def _check(folder: Path, parameters: Mapping[str, Tensor]) -> None:
-    """Every compressed weight decodes to the bits in memory."""
-    for name, weight in open_directory(folder).weights():
-        if not torch.equal(weight, parameters[name].detach().cpu().reshape(weight.shape)):
-            raise CorruptionError(
-                f"{name} does not decode to the weight that was quantized: "
-                "this is a defect of cerwu_gpu; please report it."
-            )
+                check_stored(writer.folder, parameters)
+        return Attempt(config.lmbda, tuple(layers), directory_bytes(writer.folder), writer)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 import cerwu_gpu
 from cerwu_gpu import CompressionConfig, ConfigError
-from cerwu_gpu.hf import subject as module
+from cerwu_gpu.baselines import nncodec
 from cerwu_gpu.hf.subject import LanguageModel
 from cerwu_gpu.sweep.points import Axes, Point, grid_points
 from tests.hf.toys import toy
@@ -132,7 +132,7 @@ def test_nncodec_points_are_measured_with_the_weights_that_it_decodes(
         seen.update(names=set(weights), qp=qp, dependent=dependent)
         return {name: weight.round(1) for name, weight in weights.items()}, 1000
 
-    monkeypatch.setattr(module, "nncodec_roundtrip", rounded)
+    monkeypatch.setattr(nncodec, "nncodec_roundtrip", rounded)
     subject = make()
     original = subject.original()
     coarse = subject.run(one(base, "nncodec-dependent", qps=(-20,)), tmp_path / "point")
