@@ -50,6 +50,20 @@ def test_compress_ends_with_a_table(
         assert re.search(rf"^{line}", out, re.MULTILINE), line
 
 
+def test_quiet_leaves_stderr_empty_of_the_libraries_bars_too(
+    toy_directory: Path, toy_text: Path, tmp_path: Path
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if "PROGRESS" not in k and "TQDM" not in k}
+    arguments = (toy_directory, "-o", tmp_path / "small", "--calibration", toy_text, *FEW)
+    run = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "compress.py", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def test_info_accounts_for_every_byte(
     command: Command, compressed: tuple[Path, dict[str, Any]]
 ) -> None:

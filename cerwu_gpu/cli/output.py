@@ -14,7 +14,8 @@ from cerwu_gpu.report import Report, finite
 def set_verbosity(*, quiet: bool) -> None:
     """Messages and bars on stderr, or only errors. To be called before transformers is imported."""
     if quiet:
-        os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars; ours have an argument
+        # The libraries' bars; ours have an argument. transformers asks huggingface_hub.
+        os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         return
     logging.basicConfig(format="%(message)s")
     logging.getLogger("cerwu_gpu").setLevel(logging.INFO)
