@@ -68,7 +68,7 @@ def perplexity(
         batch_size=batch_size,
         progress=progress,
     )
-    return _exp(total / tokens)
+    return perplexity_of(total / tokens)
 
 
 def compare(
@@ -110,8 +110,8 @@ def compare(
     count = sum(window.counted for window in windows)
     compressed, own, divergence, agreed = (sums / count).tolist()
     return Comparison(
-        perplexity=_exp(compressed),
-        original_perplexity=_exp(own),
+        perplexity=perplexity_of(compressed),
+        original_perplexity=perplexity_of(own),
         kl_divergence=divergence,
         top1_agreement=agreed,
         tokens=count,
@@ -177,14 +177,14 @@ def negative_log_likelihood(
 
 
 @torch.no_grad()
-def token_loss(model: PreTrainedModel, tokens: Tensor, batch_size: int = 4) -> tuple[float, int]:
-    """(total negative log likelihood in nats, predicted tokens) of int64 [samples, sequence]."""
+def mean_loss(model: PreTrainedModel, tokens: Tensor, batch_size: int = 4) -> float:
+    """Mean negative log likelihood in nats per predicted token of int64 [samples, sequence]."""
     model.train(False)
     count = tokens.shape[1] - 1
     total = 0.0
     for batch in torch.split(tokens, batch_size):
         total += _batch_loss(model, batch.to(model.device), [count] * len(batch))
-    return total, count * len(tokens)
+    return total / (count * len(tokens))
 
 
 def sliding_windows(tokens: int, context_length: int, stride: int) -> Iterator[Window]:
@@ -308,7 +308,8 @@ def _compared(before: Tensor, after: Tensor, ids: Tensor, count: int) -> Tensor:
     return sums
 
 
-def _exp(mean: float) -> float:
+def perplexity_of(mean: float) -> float:
+    """exp of a mean negative log likelihood in nats; infinite where that overflows."""
     try:
         return math.exp(mean)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Reach a wanted rate, size or quality: a search on a sample, then at most two full passes."""
+"""Reach a wanted rate, size or quality: a search on a sample, then one to three full passes."""
 
 import math
 import tempfile
@@ -7,20 +7,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from cerwu_gpu.attempt import Attempt, directory_bytes, plain_bytes, plain_tensors
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.errors import TargetError
 from cerwu_gpu.hf.attempt import Attempts, write_companions
-from cerwu_gpu.hf.evaluation import token_loss
+from cerwu_gpu.hf.evaluation import mean_loss
 from cerwu_gpu.hf.source import Source
 from cerwu_gpu.pipeline import Clock, estimate_model, sample_stacks
-from cerwu_gpu.quantize.target import Estimate, solve, with_lmbda
+from cerwu_gpu.quantize.target import Correction, Estimate, first_lmbda, solve, with_lmbda
 
-FULL_PASSES = 2
+FULL_PASSES = 3
 SMALL_MODEL, SMALL_PASSES = 4_000_000, 8
 """Of so few weights single tables weigh in, an estimate is rough, and a full pass takes seconds."""
 BITS_TOLERANCE = 0.02
@@ -38,9 +34,8 @@ class Goal:
 
     Attributes:
         on_sample: what an estimate predicts, in units of `aim`.
-        corrected: a prediction set right by another prediction and what a full pass measured
-            instead of it (in this order).
         on_attempt: the same quantity of a full pass.
+        falls: whether it falls with lmbda.
         aim: value to steer for.
         accepts: whether a measured value meets the request.
         within: whether it does not overshoot, should this be the last pass.
@@ -49,7 +44,7 @@ class Goal:
 
     on_sample: Callable[[Estimate], float]
     on_attempt: Callable[[Attempt], float]
-    corrected: Callable[[float, float, float], float]
+    falls: bool
     aim: float
     accepts: Callable[[float], bool]
     within: Callable[[float], bool]
@@ -60,7 +55,7 @@ def to_target(attempts: Attempts, config: CompressionConfig, clock: Clock) -> At
     """The attempt that meets config.bits, max_size or max_perplexity_increase.
 
     Raises:
-        TargetError: it cannot be met, or two full passes do not meet it.
+        TargetError: it cannot be met, or FULL_PASSES (of a small model SMALL_PASSES) do not meet it.
     """
     source = attempts.source
     with clock.stage("calibrate"):
@@ -74,17 +69,19 @@ def to_target(attempts: Attempts, config: CompressionConfig, clock: Clock) -> At
     def predicted(lmbda: float) -> float:
         return goal.on_sample(estimate_model(probes, with_lmbda(config, lmbda)))
 
-    before = measured = 1.0  # no correction yet
-    lmbda, step = config.lmbda, math.log(4.0)
+    correction, measured = Correction(relative=not goal.falls), 0.0
+    lmbda, step = first_lmbda(probes), math.log(4.0)
     passes = FULL_PASSES if _weights(source) > SMALL_MODEL else SMALL_PASSES
     for number in range(1, passes + 1):
         with clock.stage("target"):
-            lmbda = _solve(goal, predicted, before, measured, lmbda, step)
+            lmbda = _solved(goal, predicted, correction, lmbda, step)
         attempt = attempts.run(with_lmbda(config, lmbda))
         with clock.stage("target"):
-            measured, before = goal.on_attempt(attempt), predicted(lmbda)
+            measured = goal.on_attempt(attempt)
         if goal.accepts(measured) or (number == passes and goal.within(measured)):
             return attempt
+        with clock.stage("target"):
+            correction.learn(lmbda, predicted(lmbda), measured)
         step = 0.2
     raise TargetError(
         f"{goal.request} was missed after {passes} full passes (reached {measured:.4g}): "
@@ -92,19 +89,18 @@ def to_target(attempts: Attempts, config: CompressionConfig, clock: Clock) -> At
     )
 
 
-def _solve(
+def _solved(
     goal: Goal,
     predicted: Callable[[float], float],
-    before: float,
-    measured: float,
+    correction: Correction,
     start: float,
     step: float,
 ) -> float:
     def measure(lmbda: float) -> float:
-        return goal.corrected(predicted(lmbda), before, measured)
+        return correction.apply(lmbda, predicted(lmbda))
 
     try:
-        return solve(measure, goal.aim, start, step)
+        return solve(measure, goal.aim, start, step, falls=goal.falls)
     except TargetError:
         raise TargetError(f"{goal.request} is out of reach: ask for another value.") from None
 
@@ -119,7 +115,7 @@ def _goal(source: Source, config: CompressionConfig) -> Goal:
         return Goal(
             on_sample=lambda found: found.bits,
             on_attempt=lambda attempt: attempt.bits_per_weight,
-            corrected=_shifted,
+            falls=True,
             aim=bits,
             accepts=near,
             within=near,
@@ -129,15 +125,6 @@ def _goal(source: Source, config: CompressionConfig) -> Goal:
         return _size_goal(source, config.max_size)
     assert config.max_perplexity_increase is not None
     return _quality_goal(source, config.max_perplexity_increase)
-
-
-def _shifted(value: float, before: float, measured: float) -> float:
-    """What is stored beside the words hardly depends on lmbda."""
-    return value + measured - before
-
-
-def _scaled(value: float, before: float, measured: float) -> float:
-    return value * measured / before
 
 
 def _size_goal(source: Source, limit: int) -> Goal:
@@ -151,7 +138,7 @@ def _size_goal(source: Source, limit: int) -> Goal:
     return Goal(
         on_sample=lambda found: fixed + found.bits * weights / 8,
         on_attempt=lambda attempt: float(attempt.directory_bytes),
-        corrected=_shifted,
+        falls=True,
         aim=limit * SIZE_MARGIN,
         accepts=lambda value: SIZE_LEAST * limit <= value <= limit,
         within=lambda value: value <= limit,
@@ -177,24 +164,18 @@ def _fixed_bytes(source: Source) -> int:
 def _quality_goal(source: Source, increase: float) -> Goal:
     """Growth of the log perplexity on held-out text, which the weighted loss predicts."""
     model, tokens = source.loaded.model, source.held_out
-    before = _mean_loss(model, tokens)
+    before = mean_loss(model, tokens)
     limit = math.log1p(increase)
 
     def on_attempt(attempt: Attempt) -> float:
-        return max(_mean_loss(model, tokens) - before, 1e-6)
+        return max(mean_loss(model, tokens) - before, 1e-6)
 
     return Goal(
         on_sample=lambda found: found.loss,
         on_attempt=on_attempt,
-        corrected=_scaled,
+        falls=False,
         aim=limit * QUALITY_MARGIN,
         accepts=lambda value: limit * 0.6 <= value <= limit,
         within=lambda value: value <= limit,
         request=f"max_perplexity_increase {increase:g}",
     )
-
-
-@torch.no_grad()
-def _mean_loss(model: PreTrainedModel, tokens: Tensor) -> float:
-    total, count = token_loss(model, tokens)
-    return total / count

@@ -1,8 +1,8 @@
 """Find the lmbda that gives a wanted rate or quality, from a sample of the model's rows.
 
 Bits fall and losses grow with lmbda, smoothly: at high rate half a bit per factor 4. A sample of
-stacks, each reduced to some of its rows, gives both as functions of lmbda in seconds; what a full
-pass then measures corrects the sample's bias.
+stacks, each reduced to some of its rows, gives both as functions of lmbda in seconds; what full
+passes then measure corrects the sample's bias.
 """
 
 import math
@@ -98,49 +98,102 @@ def estimate(probes: Iterable[Probe], config: CompressionConfig, stored: StoredB
     return Estimate(bits / total, loss)
 
 
+class Correction:
+    """What full passes say about predictions: an offset that is linear in log lmbda.
+
+    One pass gives a constant. From the second on the offset is the line through the last two,
+    followed no further than their distance on either side.
+    """
+
+    def __init__(self, *, relative: bool) -> None:
+        """`relative`: predictions are off by a factor, as losses are, instead of by a sum."""
+        self._relative = relative
+        self._seen: list[tuple[float, float]] = []
+
+    def learn(self, lmbda: float, predicted: float, measured: float) -> None:
+        """A full pass at lmbda measured this where that had been predicted."""
+        place = math.log(lmbda)
+        self._seen = [seen for seen in self._seen[-1:] if seen[0] != place]
+        offset = math.log(measured / predicted) if self._relative else measured - predicted
+        self._seen.append((place, offset))
+
+    def apply(self, lmbda: float, predicted: float) -> float:
+        """The prediction set right."""
+        offset = self._offset(math.log(lmbda))
+        return predicted * math.exp(offset) if self._relative else predicted + offset
+
+    def _offset(self, place: float) -> float:
+        if len(self._seen) < 2:
+            return sum(offset for _, offset in self._seen)
+        (before, offset), (last, last_offset) = self._seen
+        share = min(max((place - before) / (last - before), -1.0), 2.0)
+        return offset + (last_offset - offset) * share
+
+
+def first_lmbda(probes: Iterable[Probe]) -> float:
+    """Where a search may begin: about two bits for the mean of the sampled weights.
+
+    A rate R of independent weights costs theta = E 2^(-2R) each of their weighted output energy E,
+    and theta = lmbda / ln 2 (quantize/limit.py); E is a geometric mean over the probes.
+    """
+    total = weights = 0.0
+    for each in probes:
+        energy = float((each.sensitivity * quadratic_error(each.weight, each.hessian)).mean())
+        if energy > 0:
+            total += each.weights * math.log(energy / each.weight.shape[1])
+            weights += each.weights
+    mean = math.exp(total / weights) if weights else 1.0
+    return min(max(math.log(2) * mean / 16, LMBDA_RANGE[0]), LMBDA_RANGE[1])
+
+
 def solve(
-    measure: Callable[[float], float], goal: float, start: float, step: float = math.log(4.0)
+    measure: Callable[[float], float],
+    goal: float,
+    start: float,
+    step: float = math.log(4.0),
+    *,
+    falls: bool,
 ) -> float:
-    """lmbda with measure(lmbda) = goal, for a measure that falls or grows with lmbda throughout.
+    """lmbda with measure(lmbda) = goal.
 
     Args:
-        measure: positive; of a power of lmbda's kind, so that the search runs on logarithms.
+        measure: positive; of a power of lmbda's kind, so that the search runs on logarithms. It
+            may be flat where lmbda is far too small or too large.
         goal: positive.
         start: first lmbda to try.
         step: in log lmbda, to the second one.
+        falls: whether the measure falls with lmbda, as bits do, or grows, as losses do.
 
     Raises:
         TargetError: the goal lies outside of what any lmbda gives.
     """
     tried: dict[float, float] = {}
+    least, most = (math.log(edge) for edge in LMBDA_RANGE)
 
     def gap(log_lmbda: float) -> float:
-        lmbda = math.exp(log_lmbda)
-        if not LMBDA_RANGE[0] <= lmbda <= LMBDA_RANGE[1]:
-            raise TargetError(f"no lmbda reaches {goal:.4g}: ask for a value within reach.")
-        tried[log_lmbda] = math.log(max(measure(lmbda), 1e-9 * goal) / goal)
+        if log_lmbda not in tried:
+            tried[log_lmbda] = math.log(max(measure(math.exp(log_lmbda)), 1e-9 * goal) / goal)
         return tried[log_lmbda]
 
-    here = math.log(start)
-    first = gap(here)
-    if abs(first) < TOLERANCE:
+    low = high = math.log(start)
+    if abs(gap(low)) < TOLERANCE:
         return start
-    beyond = gap(here + step)
-    falling = beyond < first
     # Walk until the goal lies between two tried values, then halve or interpolate.
-    low, high = (here, here + step)
-    while (tried[low] > 0) == (tried[high] > 0):
-        outward = (tried[high] > 0) == falling
+    upwards = (gap(low) > 0) == falls
+    while (gap(low) > 0) == (gap(high) > 0):
+        if upwards:
+            low, high = high, min(high + step, most)
+        else:
+            low, high = max(low - step, least), low
+        if low == high:
+            raise TargetError(f"no lmbda reaches {goal:.4g}: ask for a value within reach.")
         step *= 1.5
-        edge = high + step if outward else low - step
-        gap(edge)
-        low, high = (high, edge) if outward else (edge, low)
     while high - low > 1e-3:
-        share = tried[low] / (tried[low] - tried[high])
+        share = gap(low) / (gap(low) - gap(high))
         middle = low + (high - low) * min(max(share, 0.1), 0.9)
         if abs(gap(middle)) < TOLERANCE:
             return math.exp(middle)
-        if (tried[middle] > 0) == (tried[low] > 0):
+        if (gap(middle) > 0) == (gap(low) > 0):
             low = middle
         else:
             high = middle

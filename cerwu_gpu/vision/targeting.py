@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from cerwu_gpu.attempt import Attempt, plain_bytes
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.errors import TargetError
 from cerwu_gpu.pipeline import Blocks, estimate_model, sample_stacks
-from cerwu_gpu.quantize.target import solve, with_lmbda
+from cerwu_gpu.quantize.target import Correction, first_lmbda, solve, with_lmbda
 from cerwu_gpu.vision.writing import Writing
 
 FULL_PASSES = 6
@@ -45,14 +45,19 @@ def to_target(
     def predicted(lmbda: float) -> float:
         return estimate_model(probes, with_lmbda(config, lmbda)).bits
 
-    lmbda, step, shift, reached = config.lmbda, math.log(4.0), 0.0, 0.0
+    correction = Correction(relative=False)
+
+    def bits(lmbda: float) -> float:
+        return correction.apply(lmbda, predicted(lmbda))
+
+    lmbda, step, reached = first_lmbda(probes), math.log(4.0), 0.0
     for number in range(1, FULL_PASSES + 1):
         with clock.stage("target"):
             aim = _aim(config, beside, weights, request)
-            lmbda = _solved(partial(_shifted, predicted, shift), aim, lmbda, step, request)
+            lmbda = _solved(bits, aim, lmbda, step, request)
         _put_back(parameters, originals)
         attempt = writing.attempt(blocks, gradients, with_lmbda(config, lmbda))
-        shift = attempt.bits_per_weight - predicted(lmbda)
+        correction.learn(lmbda, predicted(lmbda), attempt.bits_per_weight)
         beside = float(attempt.directory_bytes - attempt.coded_bytes)
         reached = attempt.bits_per_weight if config.bits else float(attempt.directory_bytes)
         if _accepted(config, reached, last=number == FULL_PASSES):
@@ -77,16 +82,11 @@ def _aim(config: CompressionConfig, beside: float, weights: int, request: str) -
     return 8 * room / weights
 
 
-def _shifted(predicted: Callable[[float], float], shift: float, lmbda: float) -> float:
-    """A prediction set right by what a full pass measured."""
-    return predicted(lmbda) + shift
-
-
 def _solved(
     bits: Callable[[float], float], aim: float, start: float, step: float, request: str
 ) -> float:
     try:
-        return solve(bits, aim, start, step)
+        return solve(bits, aim, start, step, falls=True)
     except TargetError:
         raise TargetError(f"{request} is out of reach: ask for another value.") from None
 
