@@ -16,7 +16,8 @@ from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.journal import Journal
 from cerwu_gpu.container.writer import DirectoryWriter, written
 from cerwu_gpu.errors import OutputError
-from cerwu_gpu.hf.card import Card
+from cerwu_gpu.hf.card import Card, Quality
+from cerwu_gpu.hf.evaluation import mean_loss, perplexity_of
 from cerwu_gpu.hf.models import TOKENIZER_FILES, LoadedModel
 from cerwu_gpu.hf.reason import reason
 from cerwu_gpu.hf.source import Source
@@ -60,6 +61,7 @@ class Attempts:
         self._card = card
         self._stack = ExitStack()
         self._originals: dict[str, Tensor] = {}
+        self._original_loss: float | None = None
         self._gradients: Mapping[tuple[str, int], Tensor] | None = None
 
     def __enter__(self) -> "Attempts":
@@ -82,6 +84,8 @@ class Attempts:
             CerwuError: a subclass that says what is wrong.
         """
         gradients = self.gradients()
+        if self._original_loss is None:
+            self._original_loss = self._loss()
         self._stack.close()  # what an earlier attempt wrote
         model, layouts = self.source.loaded.model, self.source.layouts
         parameters = {name: model.get_parameter(name) for name in layouts}
@@ -106,6 +110,7 @@ class Attempts:
             gradients,
             Journal(self._work / f"lmbda-{config.lmbda!r}") if self._work is not None else None,
         )
+        quality = self._quality()
         with self._clock.stage("write"):
             for name, tensor in plain_tensors(model, layouts).items():
                 writer.add_plain(name, tensor)
@@ -113,11 +118,27 @@ class Attempts:
             writer.complete()
             if self._card is not None:
                 with written(writer.folder):
-                    self._card.write(writer.folder)
+                    self._card.write(writer.folder, quality)
         if self._verify:
             with self._clock.stage("verify"):
                 check_stored(writer.folder, parameters, progress=self.source.progress)
         return Attempt(config.lmbda, tuple(layers), directory_bytes(writer.folder), writer)
+
+    def _loss(self) -> float | None:
+        """Of the model as it is, where a card will tell of it and the text has more to judge by."""
+        if self._card is None or not len(self.source.held_out):
+            return None
+        with self._clock.stage("evaluate"):
+            return mean_loss(self.source.loaded.model, self.source.held_out)
+
+    def _quality(self) -> Quality | None:
+        compressed = self._loss()
+        if self._original_loss is None or compressed is None:
+            return None
+        samples, length = self.source.held_out.shape
+        return Quality(
+            perplexity_of(self._original_loss), perplexity_of(compressed), samples * (length - 1)
+        )
 
     def _restore(self, parameters: Mapping[str, Tensor]) -> None:
         """Keep the original weights the first time, put them back every other time."""

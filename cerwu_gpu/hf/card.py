@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from cerwu_gpu import __version__
 from cerwu_gpu.container.reader import inventory
+from cerwu_gpu.hf.text import SELF, SHORT_NAMES
 
 CARD_FILE = "README.md"
 CARRIED_OVER = ("license", "license_name", "license_link", "language")
@@ -32,7 +33,7 @@ Hessian-aware, rate-constrained search and entropy coded.
 |---|---|---|
 | bytes of the weights | {original_bytes:,} | {compressed_bytes:,} |
 | bits per quantized weight | | {bits_per_weight:.4f} |
-
+{perplexity}
 {weights:,} weights in {matrices} tensors are quantized; the bits count everything that is stored
 for them.
 
@@ -61,6 +62,20 @@ The model is an ordinary dense one once it is loaded, and `save_pretrained` writ
 
 
 @dataclass(frozen=True)
+class Quality:
+    """The model before and after, on text that did not calibrate it.
+
+    Attributes:
+        original, compressed: perplexity of either.
+        tokens: so many were predicted.
+    """
+
+    original: float
+    compressed: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Card:
     """What a directory's files do not tell about where the model comes from.
 
@@ -69,13 +84,15 @@ class Card:
         source: what the original's own card or licence file says, by the names of the hub's
             metadata; see CARRIED_OVER.
         original_bytes: of the original's weights.
+        text: by which name its readers know the calibration text; None: by none.
     """
 
     base_model: str | None
     source: dict[str, Any]
     original_bytes: int
+    text: str | None = None
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, quality: Quality | None = None) -> None:
         """Write README.md into the complete compressed directory `folder`."""
         related: dict[str, Any] = {"base_model_relation": "quantized"} if self.base_model else {}
         data = ModelCardData(
@@ -86,10 +103,10 @@ class Card:
             **related,
             **self.source,
         )
-        text = f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{self._body(folder)}"
+        text = f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{self._body(folder, quality)}"
         (folder / CARD_FILE).write_text(text, encoding="utf-8", newline="\n")
 
-    def _body(self, folder: Path) -> str:
+    def _body(self, folder: Path, quality: Quality | None) -> str:
         tensors = inventory(folder).tensors
         quantized = [tensor for tensor in tensors if tensor.quantizer is not None]
         weights = sum(tensor.weights for tensor in quantized)
@@ -106,10 +123,16 @@ class Card:
             original_bytes=self.original_bytes,
             compressed_bytes=sum(tensor.bytes for tensor in tensors),
             bits_per_weight=8 * sum(tensor.bytes for tensor in quantized) / weights,
+            perplexity="" if quality is None else self._perplexity(quality),
             weights=weights,
             matrices=len(quantized),
             licence=self._licence(),
         )
+
+    def _perplexity(self, quality: Quality) -> str:
+        text = "the calibration text" if self.text is None else self.text
+        what = f"perplexity on {quality.tokens:,} tokens of {text} that did not calibrate it"
+        return f"| {what} | {quality.original:.2f} | {quality.compressed:.2f} |\n"
 
     def _licence(self) -> str:
         licence = self.source.get("license_name", self.source.get("license"))
@@ -118,15 +141,31 @@ class Card:
         return f"The weights are under the licence of the original: {licence}."
 
 
-def card_of(model: str | Path | PreTrainedModel, files: Path | None, original_bytes: int) -> Card:
+def card_of(
+    model: str | Path | PreTrainedModel,
+    files: Path | None,
+    original_bytes: int,
+    calibration: str | None = None,
+) -> Card:
     """The card of what is made from `model`.
 
     Args:
         model: as `compress` takes it.
         files: local directory of the original, None where there is none.
         original_bytes: of the original's weights.
+        calibration: what the calibration text was asked for by; None: it was given as a string.
     """
-    return Card(_base_model(model), {} if files is None else _carried_over(files), original_bytes)
+    source = {} if files is None else _carried_over(files)
+    return Card(_base_model(model), source, original_bytes, _public_name(calibration))
+
+
+def _public_name(calibration: str | None) -> str | None:
+    """A dataset's name as the hub has it; files and given strings have none to their readers."""
+    if calibration is None or Path(calibration).expanduser().exists():
+        return None
+    if calibration == SELF:
+        return "text sampled from the original"
+    return SHORT_NAMES.get(calibration, calibration)
 
 
 def _base_model(model: str | Path | PreTrainedModel) -> str | None:

@@ -149,6 +149,7 @@ def compress(
                 or (work.path / "hessians" if config.targeted else None),
                 progress=progress,
                 work=work.path,
+                judged=card,
             )
         work.begin({**settings_fingerprint(config, target), **source_fingerprint(source)})
         with Attempts(
@@ -158,7 +159,16 @@ def compress(
             verify=verify,
             clock=clock,
             work=work.path,
-            card=card_of(model, loaded.files, original_bytes) if card else None,
+            card=(
+                card_of(
+                    model,
+                    loaded.files,
+                    original_bytes,
+                    config.calibration if text is None else None,
+                )
+                if card
+                else None
+            ),
         ) as attempts:
             if config.targeted:
                 attempt = to_target(attempts, config, clock)

@@ -26,6 +26,8 @@ SENSITIVITY_TOKENS = 4096
 """So many tokens tell the sensitivities: they are means over outputs that differ by decades."""
 HELD_OUT = 8
 """One calibration sample in so many is kept to judge a max_perplexity_increase by."""
+JUDGING_TOKENS = 8192
+"""So many tokens that did not calibrate tell the perplexity for a model card."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Source:
         loaded: the model and its tokenizer.
         layouts: of the weights to compress, by name.
         tokens: int64 [samples, sequence], what calibrates.
-        held_out: int64 [some, sequence], disjoint from `tokens`; empty where nothing is judged.
+        held_out: int64 [some, sequence], disjoint from `tokens`, to judge the outcome by; empty
+            where nobody asks or the text has no more.
         events: what did not go as planned.
         cache: Hessians and sensitivities, for later runs too.
         kept: sensitivities where there is no cache, for this run only.
@@ -64,9 +67,11 @@ class Source:
         hessian_cache: str | Path | None,
         progress: bool,
         work: Path | None = None,
+        judged: bool = False,
     ) -> "Source":
         """Tokenize the calibration text and find the place of its Hessians.
 
+        `judged` says that some text is held out to judge the outcome by, beside what calibrates.
         `work` is a directory that belongs to this run alone (container/work.py): what a run that
         dies would have to find out again goes there.
 
@@ -75,7 +80,7 @@ class Source:
             ModelError: a weight to compress is NaN or infinite.
         """
         check_weights(loaded.model, [layout.name for layout in layouts])
-        tokens, events = calibration_tokens(
+        tokens, held_out, events = calibration_tokens(
             config.calibration,
             loaded.model,
             loaded.tokenizer,
@@ -83,12 +88,17 @@ class Source:
             sequence_length=config.sequence_length,
             seed=config.seed,
             batch_size=config.batch_size,
+            unseen=-(-JUDGING_TOKENS // config.sequence_length) if judged else 0,
             text=text,
             progress=progress,
         )
+        if judged and not len(held_out):
+            events = (
+                *events,
+                "no calibration text is left to judge by: the card has no perplexity.",
+            )
         if config.strict and events:
             raise CalibrationError(f"{events[0]} (strict)")
-        held_out = tokens[:0]
         if config.max_perplexity_increase is not None:
             tokens, held_out = _split(tokens)
         cache = None

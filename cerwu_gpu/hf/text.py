@@ -1,8 +1,9 @@
 """Text for calibration and evaluation, and its way into tokens."""
 
 import re
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,17 @@ EVALUATION_SHARE = 4
 """One of Python's help topics in so many is kept for evaluation."""
 
 
+class CalibrationTokens(NamedTuple):
+    """What a model is calibrated with."""
+
+    tokens: Tensor
+    """int64 [samples, sequence_length]."""
+    unseen: Tensor
+    """int64 [some, sequence_length], of the same text and disjoint from `tokens`: to judge by."""
+    events: tuple[str, ...]
+    """What did not go as planned."""
+
+
 def calibration_tokens(
     name: str,
     model: PreTrainedModel,
@@ -30,10 +42,11 @@ def calibration_tokens(
     sequence_length: int,
     seed: int,
     batch_size: int,
+    unseen: int = 0,
     text: str | None = None,
     progress: bool = False,
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Calibration tokens, int64 [at most samples, sequence_length], and the events on the way.
+) -> CalibrationTokens:
+    """At most `samples` windows to calibrate with, and at most `unseen` others of the same text.
 
     They are windows of `text` where it is given, else of what `name` stands for (`load_text`);
     for the name self they are sampled from the model as they are.
@@ -44,18 +57,19 @@ def calibration_tokens(
     """
     if text is None and name == SELF:
         bos = None if tokenizer is None else tokenizer.bos_token_id
-        tokens = sampled_tokens(
+        draw = partial(
+            sampled_tokens,
             model,
             bos,
-            samples=samples,
             sequence_length=sequence_length,
             batch_size=batch_size,
-            seed=seed,
             progress=progress,
         )
-        return tokens, ()
+        tokens = draw(samples=samples, seed=seed)
+        others = draw(samples=unseen, seed=seed + 1) if unseen else tokens[:0]
+        return CalibrationTokens(tokens, others, ())
     text = load_text(name) if text is None else text
-    return token_windows(text, tokenizer, samples, sequence_length, seed)
+    return token_windows(text, tokenizer, samples, sequence_length, seed, unseen)
 
 
 def load_text(name: str, *, part: Part = "calibration") -> str:
@@ -128,11 +142,12 @@ def token_windows(
     samples: int,
     sequence_length: int,
     seed: int,
-) -> tuple[Tensor, tuple[str, ...]]:
+    unseen: int = 0,
+) -> CalibrationTokens:
     """Disjoint windows of a text at seeded random places, in the text's order.
 
-    Returns:
-        int64 [at most samples, sequence_length], and an event when they are fewer than asked.
+    `samples` of them calibrate, the next `unseen` ones do not; there is an event when the first
+    are fewer than asked.
 
     Raises:
         CalibrationError: the text is empty or shorter than one window.
@@ -152,9 +167,10 @@ def token_windows(
             f"the calibration text has {len(ids)} tokens: {available} samples of "
             f"{sequence_length} tokens are used instead of {samples}."
         )
-        return windows.clone(), (event,)
+        return CalibrationTokens(windows.clone(), windows[:0], (event,))
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    return windows[order[:samples].sort().values], ()
+    chosen, others = order[:samples], order[samples : samples + unseen]
+    return CalibrationTokens(windows[chosen.sort().values], windows[others.sort().values], ())
 
 
 def demo_text() -> tuple[str, str]:

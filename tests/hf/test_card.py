@@ -10,7 +10,10 @@ from huggingface_hub import ModelCard
 import cerwu_gpu
 from cerwu_gpu import CompressionConfig, ConfigError
 from cerwu_gpu.container.reader import inventory
-from cerwu_gpu.hf.card import card_of
+from cerwu_gpu.hf.card import Quality, card_of
+from cerwu_gpu.hf.evaluation import mean_loss, perplexity_of
+from cerwu_gpu.hf.models import load_model
+from cerwu_gpu.hf.text import token_windows
 from tests.conftest import TEXT
 from tests.hf.toys import toy
 
@@ -65,6 +68,67 @@ def test_what_the_card_tells_to_do_works(toy_directory: Path, tmp_path: Path) ->
     exec(code.replace('"..."', repr(str(tmp_path / "small"))), names)
     assert names["model"].num_parameters() > 0
     assert names["tokenizer"]("The day")["input_ids"]
+
+
+def test_the_perplexities_are_those_of_text_that_did_not_calibrate(
+    toy_directory: Path, tmp_path: Path, toy_text: Path
+) -> None:
+    sizes: dict[str, Any] = {"samples": 2, "sequence_length": 16}
+    config = CompressionConfig(**CHEAP, calibration=str(toy_text), bits=3.0)
+    output = tmp_path / "small"
+    plain = cerwu_gpu.compress(toy_directory, tmp_path / "plain", config=config, progress=False)
+    report = cerwu_gpu.compress(toy_directory, output, config=config, card=True, progress=False)
+    assert report.bits_per_weight == plain.bits_per_weight  # a card changes no weight
+    loaded = load_model(toy_directory)
+    text = toy_text.read_text(encoding="utf-8")
+    held_out = token_windows(text, loaded.tokenizer, seed=0, unseen=512, **sizes).unseen
+    expected = [
+        perplexity_of(mean_loss(model, held_out))
+        for model in (loaded.model, cerwu_gpu.load_compressed(output))
+    ]
+    row = next(line for line in card_lines(output) if line.startswith("| perplexity"))
+    what, *values = (cell.strip() for cell in row.strip("| \n").split("|"))
+    assert what == (
+        f"perplexity on {held_out[:, 1:].numel():,} tokens of the calibration text "
+        "that did not calibrate it"
+    )
+    assert [float(value) for value in values] == pytest.approx(expected, abs=0.011)
+    assert expected[0] != pytest.approx(expected[1], abs=0.05)
+
+
+def test_without_text_left_it_tells_no_perplexity_and_the_report_says_so(
+    toy_directory: Path, tmp_path: Path
+) -> None:
+    config = CompressionConfig(**{**CHEAP, "samples": 10_000})
+    report = cerwu_gpu.compress(
+        toy_directory, tmp_path / "small", config=config, text=TEXT, card=True, progress=False
+    )
+    assert any("the card has no perplexity" in event for event in report.events)
+    assert not any("perplexity" in line for line in card_lines(tmp_path / "small"))
+
+
+def card_lines(folder: Path) -> list[str]:
+    return (folder / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("calibration", "name"),
+    [
+        ("wikitext2", "of Salesforce/wikitext:wikitext-2-raw-v1 that"),
+        ("owner/texts", "of owner/texts that"),
+        ("self", "of text sampled from the original that"),
+        (__file__, "of the calibration text that"),
+        (None, "of the calibration text that"),
+    ],
+)
+def test_a_text_is_named_as_its_readers_know_it(
+    calibration: str | None, name: str, compressed: tuple[Path, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(compressed[0], tmp_path / "small")
+    card = card_of("someone/model", None, 1, calibration)
+    card.write(tmp_path / "small", Quality(35.2094, float("inf"), 8176))
+    text = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
+    assert f"| perplexity on 8,176 tokens {name} did not calibrate it | 35.21 | inf |" in text
 
 
 def test_without_being_asked_there_is_none(compressed: tuple[Path, Any]) -> None:

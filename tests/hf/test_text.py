@@ -1,7 +1,7 @@
 """Text for calibration, its windows, and text that the model writes itself."""
 
 import re
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def ids_of(tokenizer):
 
 def test_windows_are_disjoint_pieces_of_the_text_in_its_order(toy_tokenizer):
     ids = ids_of(toy_tokenizer)
-    windows, events = token_windows(WORDS, toy_tokenizer, 7, 20, seed=3)
+    windows, _, events = token_windows(WORDS, toy_tokenizer, 7, 20, seed=3)
     assert events == ()
     assert windows.shape == (7, 20)
     assert windows.dtype == torch.int64
@@ -36,16 +36,28 @@ def test_the_seed_decides_the_windows(toy_tokenizer):
 
 def test_fewer_windows_than_asked_are_used_and_said(toy_tokenizer):
     ids = ids_of(toy_tokenizer)
-    windows, events = token_windows(WORDS, toy_tokenizer, 10**6, 50, seed=0)
+    windows, _, events = token_windows(WORDS, toy_tokenizer, 10**6, 50, seed=0)
     assert torch.equal(windows.flatten(), ids[: len(ids) // 50 * 50])
     assert len(events) == 1
     assert f"{len(ids)} tokens: {len(windows)} samples of 50 tokens" in events[0]
     assert "instead of 1000000" in events[0]
 
 
+def test_unseen_windows_change_nothing_and_overlap_nothing(toy_tokenizer):
+    alone = token_windows(WORDS, toy_tokenizer, 7, 20, seed=3)
+    chosen = token_windows(WORDS, toy_tokenizer, 7, 20, seed=3, unseen=5)
+    assert torch.equal(chosen.tokens, alone.tokens)
+    assert chosen.unseen.shape == (5, 20)
+    ids = ids_of(toy_tokenizer)
+    windows = [*chosen.tokens, *chosen.unseen]
+    places = [int((ids.unfold(0, 20, 1) == window).all(dim=1).nonzero()[0]) for window in windows]
+    assert all(abs(a - b) >= 20 for a, b in combinations(places, 2))
+    assert len(token_windows(WORDS, toy_tokenizer, len(ids) // 20 - 1, 20, 3, 5).unseen) == 1
+
+
 def test_exactly_enough_windows_need_no_event(toy_tokenizer):
     available = len(ids_of(toy_tokenizer)) // 50
-    windows, events = token_windows(WORDS, toy_tokenizer, available, 50, seed=0)
+    windows, _, events = token_windows(WORDS, toy_tokenizer, available, 50, seed=0)
     assert (len(windows), events) == (available, ())
 
 
@@ -135,8 +147,8 @@ def sample(model, tokenizer, **changes):
 
 def test_text_sampled_from_the_model_begins_with_bos_and_depends_on_the_seed(toy_tokenizer):
     model = toy("llama")
-    tokens, events = sample(model, toy_tokenizer)
-    assert events == ()
+    tokens, unseen, events = sample(model, toy_tokenizer)
+    assert (len(unseen), events) == (0, ())
     assert tokens.shape == (5, 12)
     assert tokens.dtype == torch.int64
     assert tokens[:, 0].tolist() == [toy_tokenizer.bos_token_id] * 5
@@ -144,6 +156,12 @@ def test_text_sampled_from_the_model_begins_with_bos_and_depends_on_the_seed(toy
     assert len({tuple(row) for row in tokens.tolist()}) == 5
     assert torch.equal(sample(model, toy_tokenizer)[0], tokens)
     assert not torch.equal(sample(model, toy_tokenizer, seed=4)[0], tokens)
+    judged = sample(model, toy_tokenizer, unseen=3)
+    assert torch.equal(judged.tokens, tokens)
+    assert judged.unseen.shape == (3, 12)
+    assert not {tuple(row) for row in judged.unseen.tolist()} & {
+        tuple(row) for row in tokens.tolist()
+    }
 
 
 def test_sampling_needs_no_tokenizer_and_leaves_the_random_state_alone():
@@ -169,7 +187,7 @@ def test_a_model_that_names_no_first_token_cannot_be_sampled():
 
 def test_a_given_text_wins_over_the_name(toy_tokenizer):
     settings = {"samples": 3, "sequence_length": 16, "seed": 1, "batch_size": 2}
-    tokens, _ = calibration_tokens("self", toy("llama"), toy_tokenizer, text=WORDS, **settings)
+    tokens, _, _ = calibration_tokens("self", toy("llama"), toy_tokenizer, text=WORDS, **settings)
     assert torch.equal(tokens, token_windows(WORDS, toy_tokenizer, 3, 16, 1)[0])
 
 
