@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -18,6 +19,7 @@ from cerwu_gpu.sweep.fronts import TARGETS, by_label, front_rows, standings, tar
 from cerwu_gpu.sweep.table import Row
 
 Networks = Mapping[str, Sequence[Row]]
+Colour = tuple[float, float, float]
 
 COLOURS = {
     "ours scalar": "tab:orange",
@@ -30,8 +32,9 @@ COLOURS = {
     "nncodec": "tab:red",
     "nncodec dependent": "tab:pink",
 }
-"""By the beginning of a label; what follows a comma there is told by the line's style."""
+"""By the beginning of a label; what follows a comma makes it paler and is told by the style."""
 STYLES = ("-", "--", ":", "-.")
+PALER = 0.7
 COLUMNS = 2
 WORST = 4.0
 """Perplexities beyond so many times the original's are off the picture."""
@@ -155,7 +158,7 @@ def first_seconds(rows: Sequence[Row], label: str) -> float:
     return prepared + later_seconds(rows, label)
 
 
-def styles_of(networks: Networks) -> dict[str, tuple[str, str]]:
+def styles_of(networks: Networks) -> dict[str, tuple[Colour, str]]:
     """Label -> colour and line style, in the order of COLOURS."""
     labels = dict.fromkeys(row.label for rows in networks.values() for row in rows)
     order = list(COLOURS)
@@ -165,13 +168,20 @@ def styles_of(networks: Networks) -> dict[str, tuple[str, str]]:
         return (order.index(kind) if kind in COLOURS else len(order), label)
 
     variants = list(dict.fromkeys(label.partition(",")[2] for label in labels))
-    return {
-        label: (
-            COLOURS.get(label.partition(",")[0], "tab:cyan"),
-            STYLES[variants.index(label.partition(",")[2]) % len(STYLES)],
-        )
-        for label in sorted(labels, key=place)
-    }
+    variants.sort()  # no variant first
+    styles = {}
+    for label in sorted(labels, key=place):
+        kind, _, variant = label.partition(",")
+        number = variants.index(variant)
+        colour = paler(COLOURS.get(kind, "tab:cyan"), PALER * number / len(variants))
+        styles[label] = (colour, STYLES[number % len(STYLES)])
+    return styles
+
+
+def paler(colour: str, share: float) -> Colour:
+    """A colour mixed with so much white."""
+    red, green, blue = (share + (1 - share) * part for part in to_rgb(colour))
+    return red, green, blue
 
 
 def _figure(
@@ -200,7 +210,7 @@ def _save(figure: Figure, path: Path) -> None:
 def _fronts(
     axes: Axes,
     rows: Sequence[Row],
-    styles: Mapping[str, tuple[str, str]],
+    styles: Mapping[str, tuple[Colour, str]],
     cost: Callable[[Row], float],
 ) -> None:
     """The front of every kind as a line, and its other points faintly."""
@@ -259,7 +269,7 @@ def _scale(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
     axes.set_ylim(low, high)
 
 
-def _inset(axes: Axes, rows: Sequence[Row], styles: Mapping[str, tuple[str, str]]) -> None:
+def _inset(axes: Axes, rows: Sequence[Row], styles: Mapping[str, tuple[Colour, str]]) -> None:
     """The part where the best kinds leave the original's quality."""
     measure, original = rows[0].measure, rows[0].original_quality
     low, high = (share * original for share in ENLARGED[measure])
@@ -281,7 +291,7 @@ def _inset(axes: Axes, rows: Sequence[Row], styles: Mapping[str, tuple[str, str]
     axes.indicate_inset_zoom(inset, edgecolor="0.6")
 
 
-def _key(axes: Axes, rows: Sequence[Row], styles: Mapping[str, tuple[str, str]]) -> None:
+def _key(axes: Axes, rows: Sequence[Row], styles: Mapping[str, tuple[Colour, str]]) -> None:
     """Names in their line's colour beside the panel, the one with the fewest bits on top."""
     target = TARGETS[rows[0].measure][1]
     bits_of = {each.label: each.bits for each in standings(rows) if each.target == target}
@@ -308,7 +318,7 @@ def _key(axes: Axes, rows: Sequence[Row], styles: Mapping[str, tuple[str, str]])
 def _label_ends(
     axes: Axes,
     ends: Sequence[tuple[str, float, float]],
-    styles: Mapping[str, tuple[str, str]],
+    styles: Mapping[str, tuple[Colour, str]],
 ) -> None:
     """Names in the right margin, as near to the height of their line's end as they find room."""
     to_share = axes.transData.transform, axes.transAxes.inverted().transform

@@ -55,7 +55,7 @@ def to_target(attempts: Attempts, config: CompressionConfig, clock: Clock) -> At
     """The attempt that meets config.bits, max_size or max_perplexity_increase.
 
     Raises:
-        TargetError: it cannot be met, or FULL_PASSES (of a small model SMALL_PASSES) do not meet it.
+        TargetError: it cannot be met, or FULL_PASSES (SMALL_PASSES) do not meet it.
     """
     source = attempts.source
     with clock.stage("calibrate"):
