@@ -99,15 +99,16 @@ def estimate(probes: Iterable[Probe], config: CompressionConfig, stored: StoredB
 
 
 class Correction:
-    """What full passes say about predictions: an offset that is linear in log lmbda.
+    """What full passes say about predictions: an offset that depends on lmbda.
 
-    One pass gives a constant. From the second on the offset is the line through the last two,
-    followed no further than their distance on either side.
+    After one pass it is a constant, or with `drift`, of which a sample knows nothing, in proportion
+    to lmbda, as errors of earlier layers are. After two it is the line in log lmbda through the
+    last ones, followed no further than their distance on either side.
     """
 
-    def __init__(self, *, relative: bool) -> None:
+    def __init__(self, *, relative: bool, drift: bool) -> None:
         """`relative`: predictions are off by a factor, as losses are, instead of by a sum."""
-        self._relative = relative
+        self._relative, self._drift = relative, drift
         self._seen: list[tuple[float, float]] = []
 
     def learn(self, lmbda: float, predicted: float, measured: float) -> None:
@@ -123,8 +124,11 @@ class Correction:
         return predicted * math.exp(offset) if self._relative else predicted + offset
 
     def _offset(self, place: float) -> float:
-        if len(self._seen) < 2:
-            return sum(offset for _, offset in self._seen)
+        if not self._seen:
+            return 0.0
+        if len(self._seen) == 1:
+            (before, offset), *_ = self._seen
+            return offset * math.exp(min(place - before, 1.0)) if self._drift else offset
         (before, offset), (last, last_offset) = self._seen
         share = min(max((place - before) / (last - before), -1.0), 2.0)
         return offset + (last_offset - offset) * share

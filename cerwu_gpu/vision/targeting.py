@@ -45,7 +45,7 @@ def to_target(
     def predicted(lmbda: float) -> float:
         return estimate_model(probes, with_lmbda(config, lmbda)).bits
 
-    correction = Correction(relative=False)
+    correction = Correction(relative=False, drift=False)
 
     def bits(lmbda: float) -> float:
         return correction.apply(lmbda, predicted(lmbda))

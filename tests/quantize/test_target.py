@@ -72,7 +72,7 @@ def off_by_a_power(lmbda: float) -> float:
 def test_two_passes_tell_an_offset_that_is_linear(
     truth: Callable[[float], float], relative: bool
 ) -> None:
-    correction = Correction(relative=relative)
+    correction = Correction(relative=relative, drift=True)
     assert correction.apply(1e-4, 6.5) == 6.5
     for lmbda in (1e-3, 1e-4, 2e-4):  # the first one is forgotten
         correction.learn(lmbda, bits(lmbda), truth(lmbda))
@@ -83,8 +83,16 @@ def test_two_passes_tell_an_offset_that_is_linear(
     assert far == pytest.approx(correction.apply(0.9, 0.5))  # not followed that far
 
 
+def test_after_one_pass_an_offset_is_constant_or_for_drift_in_proportion() -> None:
+    for drift, expected in ((False, -0.5), (True, -0.25)):
+        correction = Correction(relative=False, drift=drift)
+        correction.learn(1e-3, 2.5, 2.0)
+        assert correction.apply(1e-3, 2.5) == pytest.approx(2.0)
+        assert correction.apply(5e-4, 3.0) == pytest.approx(3.0 + expected)
+
+
 def test_the_same_place_twice_counts_once() -> None:
-    correction = Correction(relative=False)
+    correction = Correction(relative=False, drift=False)
     correction.learn(1e-3, 2.0, 2.5)
     correction.learn(1e-3, 2.0, 2.25)
     assert correction.apply(1e-2, 1.0) == 1.25
