@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
 
 import cerwu_gpu
 from cerwu_gpu import CompressionConfig, ConfigError, FormatError, ModelError
@@ -175,6 +176,8 @@ def test_image_classifiers_come_back(family: str, tmp_path: Path) -> None:
         assert torch.equal(ours, theirs), name
     pixels = images()[0]
     assert torch.equal(model(pixels).logits, loaded(pixels).logits)
+    transformers_own = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(transformers_own(pixels).logits, loaded(pixels).logits)
     quantized = {layer.name for layer in report.layers}
     left = {event.partition(":")[0] for event in report.events}
     matrices = {
