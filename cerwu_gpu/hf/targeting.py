@@ -69,10 +69,8 @@ def to_target(attempts: Attempts, config: CompressionConfig, clock: Clock) -> At
     def predicted(lmbda: float) -> float:
         return goal.on_sample(estimate_model(probes, with_lmbda(config, lmbda)))
 
-    correction, measured = (
-        Correction(relative=not goal.falls, drift=bool(config.correct_drift)),
-        0.0,
-    )
+    drift = bool(config.correct_drift) and goal.falls
+    correction, measured = Correction(relative=not goal.falls, drift=drift), 0.0
     lmbda, step = first_lmbda(probes), math.log(4.0)
     passes = FULL_PASSES if _weights(source) > SMALL_MODEL else SMALL_PASSES
     for number in range(1, passes + 1):
