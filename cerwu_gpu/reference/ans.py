@@ -19,6 +19,8 @@ from torch import Tensor
 from cerwu_gpu.errors import CorruptionError
 from cerwu_gpu.spec import PRECISION, STATE_BITS, TRELLIS_NEXT, TRELLIS_QUANTIZER, WORD_BITS
 
+SECOND = 1 << 30
+"""Marks a symbol of the second quantizer; no alphabet is that large."""
 _LANES_MAX = 32768
 """Most lanes of one loop: more fall out of the cache."""
 _LANES_MIN = 12288
@@ -86,13 +88,23 @@ def decode(batch: Sequence[CodedMatrix], threads: int | None = None) -> list[Ten
         CorruptionError: a matrix (named) has fields that contradict each other, or a stream that
             does not end in state 0 with all its words used.
     """
+    return _decode(batch, threads, marked=False)
+
+
+def decode_marked(batch: Sequence[CodedMatrix], threads: int | None = None) -> list[Tensor]:
+    """`decode`, with SECOND added to the symbols of the second quantizer of a trellis: its table
+    tells, and nobody needs to walk through the trellis once more."""
+    return _decode(batch, threads, marked=True)
+
+
+def _decode(batch: Sequence[CodedMatrix], threads: int | None, *, marked: bool) -> list[Tensor]:
     if not batch:
         return []
     batch = [_checked(matrix) for matrix in batch]
     device = batch[0].words.device
     if threads is None:
         threads = torch.get_num_threads() if device.type == "cpu" else 1
-    model, streams = _Model(batch), _Streams(batch)
+    model, streams = _Model(batch, marked=marked), _Streams(batch)
     decoded = [torch.empty(m.shape[::-1], dtype=torch.int32, device=device) for m in batch]
     loops = _loops([group for i, m in enumerate(batch) for group in _groups(i, m)], threads)
     if threads == 1 or len(loops) == 1:
@@ -151,36 +163,38 @@ class _Model:
     """The tables of all matrices, one after the other, as the loop wants them.
 
     A slot is one symbol of one table; slots are numbered through all tables, and the number after
-    the last (`unsure`) stands for "search". A node is a state of a trellis (scalar: of one state).
-    Its number is even, so that node + parity numbers its two ways out, and has the bit
-    1 << _BUCKET_BITS for the second quantizer, which is what that adds to an index into `lookup`.
+    the last (`unsure`) stands for "search". A node is a state of a trellis (scalar: of one state);
+    nodes are numbered 0, 2, 4, ... so that node + parity numbers their two ways out.
 
     Attributes:
         lookup: [tables << _BUCKET_BITS] int32: the slot of the bucket's first v, or `unsure` where
             more than two slots share the bucket.
-        low, high: [slots + 1] int64: the interval of v that is the slot's.
-        width_parity: [slots + 1] int64: 2 * (high - low) + what the symbol tells the trellis.
+        low, high, width: [slots + 1] int64: the interval of v that is the slot's.
         key: [slots] int64, increasing: table << PRECISION | low.
-        symbol: [slots + 1] int32.
-        next_node: int64: the node that node + parity leads to.
+        symbol: [slots + 1] int32, marked or not;  parity: [slots + 1] int64.
+        next_node: [2 * nodes] int64: the node that node + parity leads to.
+        node_table: [2 * nodes] int64: what a node's quantizer adds to an index into `lookup`.
         row_table, column_table: per matrix, [m] and [n] int64: their sum is the index into `lookup`
             of the first bucket of an element's table (its first quantizer's).
         first_node, streams: per matrix, the node at the start of a row, and S.
     """
 
-    def __init__(self, batch: Sequence[CodedMatrix]) -> None:
+    def __init__(self, batch: Sequence[CodedMatrix], *, marked: bool) -> None:
         shapes = [matrix.tables.shape for matrix in batch]
         device = batch[0].tables.device
         size = torch.tensor([k for t, k in shapes for _ in range(t)], device=device)
         table = torch.arange(len(size), device=device).repeat_interleave(size)
         self.unsure = len(table)
-        width = _per_slot([m.tables.reshape(-1) for m in batch], 1)
+        self.width = _per_slot([m.tables.reshape(-1) for m in batch], 1)
         self.high = _per_slot([m.tables.cumsum(1).reshape(-1) for m in batch], 1 << PRECISION)
-        self.low = self.high - width
+        self.low = self.high - self.width
         self.key = (table << PRECISION) + self.low[:-1]
-        parity = _per_slot([m.parity.repeat(len(m.tables)) for m in batch], 0)
-        self.width_parity = 2 * width + parity
+        self.parity = _per_slot([m.parity.repeat(len(m.tables)) for m in batch], 0)
         symbols = [torch.arange(k, device=device).repeat(t) for t, k in shapes]
+        if marked:
+            for own, (t, k), matrix in zip(symbols, shapes, batch, strict=True):
+                if matrix.states:
+                    own.view(t, k)[1::2] += SECOND
         self.symbol = _per_slot(symbols, 0).to(torch.int32)
         self.lookup = self._lookup(table, len(size))
         self._make_nodes([matrix.states for matrix in batch])
@@ -207,17 +221,16 @@ class _Model:
         return torch.where(last - first <= 1, first, self.unsure).to(torch.int32).reshape(-1)
 
     def _make_nodes(self, states: list[int]) -> None:
-        self.next_node = torch.zeros(2 << _BUCKET_BITS, dtype=torch.int64, device=self.key.device)
-        first_node, free = {0: 0}, 2
+        ways, quantizers, first_node = [(0, 0)], [0], {0: 0}
         for number, transitions in TRELLIS_NEXT.items():
-            quantizers = enumerate(TRELLIS_QUANTIZER[number])
-            nodes = [free + 2 * state + (q << _BUCKET_BITS) for state, q in quantizers]
-            for node, ways in zip(nodes, transitions, strict=True):
-                for parity, state in enumerate(ways):
-                    self.next_node[node + parity] = nodes[state]
-            first_node[number] = nodes[0]
-            free += 2 * number
+            first = first_node[number] = 2 * len(ways)
+            ways += [(first + 2 * even, first + 2 * odd) for even, odd in transitions]
+            quantizers += TRELLIS_QUANTIZER[number]
+        device = self.key.device
         self.first_node = [first_node[number] for number in states]
+        self.next_node = torch.tensor(ways, device=device).reshape(-1)
+        self.node_table = torch.tensor(quantizers, device=device).repeat_interleave(2)
+        self.node_table <<= _BUCKET_BITS
 
 
 def _per_slot(values: list[Tensor], unsure: int) -> Tensor:
@@ -358,13 +371,13 @@ class _Lanes:
         state, node = self.state[:live], self.node[:live]
         row_table, group = self.row_table[:live], self.group[:live]
         # Memory that every step uses again: allocating it anew doubles the time.
-        v, table, bucket, gathered, width = (torch.empty_like(state) for _ in range(5))
+        v, table, bucket, gathered = (torch.empty_like(state) for _ in range(4))
         flag = torch.empty_like(state, dtype=torch.bool)
         for column, slot in zip(columns.unbind(), slots.unbind(), strict=True):
             torch.index_select(column, 0, group, out=table)
             table += row_table
             if self.trellis:
-                table += torch.bitwise_and(node, 1 << _BUCKET_BITS, out=gathered)
+                table += torch.index_select(model.node_table, 0, node, out=gathered)
 
             torch.bitwise_and(state, (1 << PRECISION) - 1, out=v)
             torch.bitwise_right_shift(v, PRECISION - _BUCKET_BITS, out=bucket)
@@ -382,17 +395,16 @@ class _Lanes:
             state >>= PRECISION
             # The shift was a signed one.
             state &= (1 << (STATE_BITS - PRECISION)) - 1
-            torch.index_select(model.width_parity, 0, slot, out=gathered)
-            torch.bitwise_right_shift(gathered, 1, out=width)
-            torch.addcmul(v, state, width, out=state)
-            if self.trellis:
-                node += gathered.bitwise_and_(1)
-                torch.index_select(model.next_node, 0, node, out=gathered)
-                node.copy_(gathered)
+            torch.index_select(model.width, 0, slot, out=gathered)
+            torch.addcmul(v, state, gathered, out=state)
             torch.bitwise_right_shift(state, WORD_BITS, out=gathered)
             short = torch.eq(gathered, 0, out=flag).nonzero().squeeze(1)
             if len(short):
                 self._take_word(short)
+
+            if self.trellis:
+                node += torch.index_select(model.parity, 0, slot, out=gathered)
+                node.copy_(torch.index_select(model.next_node, 0, node, out=gathered))
         return slots
 
     def wrong(self) -> list[int]:

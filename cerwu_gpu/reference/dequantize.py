@@ -65,8 +65,12 @@ def trellis_quantizers(symbols: Tensor, states: int) -> Tensor:
 
 def trellis_levels(symbols: Tensor, states: int) -> Tensor:
     """Integer levels [m, n] of trellis symbols [m, n]: 2q, or 2q - sgn(q) in quantizer 1."""
-    second = trellis_quantizers(symbols, states)
-    return 2 * symbols - (second * torch.sign(symbols)).to(symbols.dtype)
+    return second_levels(symbols, trellis_quantizers(symbols, states).bool())
+
+
+def second_levels(symbols: Tensor, second: Tensor) -> Tensor:
+    """Integer levels of trellis symbols, where the bool `second` says which are of quantizer 1."""
+    return 2 * symbols - symbols.sign() * second
 
 
 def dequantize(
@@ -94,5 +98,12 @@ def dequantize(
         level = trellis_levels(symbols, states).to(torch.float32)
     else:
         level = symbols.to(torch.float32)
+    return weight_of_levels(level, column_step, row_scale, dtype)
+
+
+def weight_of_levels(
+    level: Tensor, column_step: Tensor, row_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """level [m, n] float32, which is used up, times its step and scale (codes as above)."""
     level = level.mul_(step_values(column_step)[None, :]).mul_(step_values(row_scale)[:, None])
     return level.to(dtype)

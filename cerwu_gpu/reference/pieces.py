@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cerwu_gpu.reference.ans import CodedMatrix, decode
+from cerwu_gpu.reference.ans import SECOND, CodedMatrix, decode_marked
 from cerwu_gpu.reference.weights import Reconstruction, weight_of_symbols
 
 PIECE = 1 << 21
@@ -35,14 +35,16 @@ def decode_in_pieces(
     else:
         indices = torch.empty(m, n, dtype=torch.int32, device=coded.words.device)
     for rows, part in _parts(coded, piece):
-        indices[rows] = decode([part])[0]
+        indices[rows] = decode_marked([part])[0]
     used = 0
     step = max(1, piece // n)
     for first in range(0, m, step):
         end = min(first + step, m)
         some = indices[first:end]
         # The last rows get all escapes that are left, so that too many are seen.
-        last = used + int((some >= rule.size).sum()) if end < m else len(rule.escapes)
+        last = (
+            used + int(((some & (SECOND - 1)) >= rule.size).sum()) if end < m else len(rule.escapes)
+        )
         scale = rule.row_scale if len(rule.row_scale) == 1 else rule.row_scale[first:end]
         own = replace(rule, escapes=rule.escapes[used:last], row_scale=scale)
         weight[first:end] = weight_of_symbols(coded, own, some, dtype)

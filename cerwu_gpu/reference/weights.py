@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.errors import CorruptionError
-from cerwu_gpu.reference.ans import CodedMatrix, decode
-from cerwu_gpu.reference.dequantize import dequantize
+from cerwu_gpu.reference.ans import SECOND, CodedMatrix, decode_marked
+from cerwu_gpu.reference.dequantize import second_levels, weight_of_levels
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,23 @@ def decode_weights(
     """
     return [
         weight_of_symbols(coded, rule, indices, dtype)
-        for coded, rule, indices in zip(batch, rules, decode(batch), strict=True)
+        for coded, rule, indices in zip(batch, rules, decode_marked(batch), strict=True)
     ]
 
 
 def weight_of_symbols(
     coded: CodedMatrix, rule: Reconstruction, indices: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The weights [m, n] of decoded `indices` [m, n] int32 into the alphabet; rows of a matrix may
-    come alone, with their own escapes and row scales.
+    """The weights [m, n] of `indices` [m, n] int32 into the alphabet as `decode_marked` gives them;
+    rows of a matrix may come alone, with their own escapes and row scales.
 
     Raises:
         CorruptionError: there are not as many escapes as values for them, or of another parity.
     """
+    second = None
+    if coded.states:
+        second = indices >= SECOND
+        indices = indices & (SECOND - 1)
     symbols = indices + rule.lowest
     if rule.size < coded.tables.shape[1]:
         escaped = indices >= rule.size
@@ -71,11 +75,10 @@ def weight_of_symbols(
         if coded.states and not torch.equal(parity, rule.escapes & 1):
             raise CorruptionError(f"{coded.name}: an escape has the wrong parity; get it again.")
         symbols[escaped] = rule.escapes
-    return dequantize(
-        symbols,
-        rule.column_step,
-        rule.row_scale,
-        grid=rule.grid,
-        states=coded.states,
-        dtype=dtype,
-    )
+    if rule.grid is not None:
+        levels = rule.grid[symbols]
+    elif second is not None:
+        levels = second_levels(symbols, second).to(torch.float32)
+    else:
+        levels = symbols.to(torch.float32)
+    return weight_of_levels(levels, rule.column_step, rule.row_scale, dtype)

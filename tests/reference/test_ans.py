@@ -12,7 +12,8 @@ from cerwu_gpu.coding.streams import decode_constriction, encode
 from cerwu_gpu.coding.tables import codes_from_counts, table_from_codes
 from cerwu_gpu.errors import CorruptionError
 from cerwu_gpu.reference import ans
-from cerwu_gpu.reference.ans import CodedMatrix, decode
+from cerwu_gpu.reference.ans import SECOND, CodedMatrix, decode, decode_marked
+from cerwu_gpu.reference.dequantize import trellis_quantizers
 from cerwu_gpu.spec import CODE_MAX
 
 
@@ -94,6 +95,16 @@ def test_any_batch_comes_back(data):
         batch.append(matrix)
     decoded = decode(batch)
     assert all(map(torch.equal, decoded, symbols))
+
+
+@pytest.mark.parametrize("states", [0, 4, 8])
+def test_marks_are_the_quantizers_of_the_trellis(states):
+    generator = np.random.default_rng(4)
+    batch = [random_matrix(generator, 33, 70, 9, 5, s)[1] for s in (states, 4, 0)]
+    for matrix, plain, marked in zip(batch, decode(batch), decode_marked(batch), strict=True):
+        quantizer = trellis_quantizers(plain, matrix.states) if matrix.states else 0 * plain
+        assert torch.equal(marked, plain + SECOND * quantizer.to(torch.int32))
+    assert int(quantizer.sum()) == 0 < int(trellis_quantizers(decode(batch)[1], 4).sum())
 
 
 def test_no_matrix_decodes_to_nothing():
