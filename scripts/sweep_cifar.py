@@ -143,6 +143,9 @@ def main(
     lmbda: Annotated[str, typer.Option(help="Of ours: nats per image for one bit.")] = (
         "1e-6,3e-6,6e-6,1e-5,1.5e-5,2e-5,3e-5,6e-5"
     ),
+    sensitivity: Annotated[
+        str, typer.Option(help="Of ours; each has its own range of --lmbda.")
+    ] = "row",
     levels: Annotated[str, typer.Option(help="Of uniform grids: |G|.")] = "8,16,32",
     uniform_lmbda: Annotated[
         str, typer.Option(help="Of cerwu and cerwu-gamma0: output error of an image for one bit.")
@@ -154,6 +157,7 @@ def main(
         systems=tuple(methods.split(",")),  # type: ignore[arg-type]  # Axes refuses others
         quantizers=tuple(quantizer.split(",")),  # type: ignore[arg-type]
         lmbdas=numbers(lmbda),
+        sensitivities=tuple(sensitivity.split(",")),  # type: ignore[arg-type]  # the same
         levels=tuple(int(value) for value in numbers(levels)),
         uniform_lmbdas=numbers(uniform_lmbda),
         qps=tuple(int(value) for value in numbers(qp)),
