@@ -28,6 +28,7 @@ STAGES = {
     "calibrate": "calibrate: inputs and their Hessians",
     "sensitivity": "sensitivities: one backward pass",
     "target": "search for the target",
+    "evaluate": "perplexity for the model card",
     "quantize": "quantize",
     "code": "wait for the entropy coder",
     "write": "write the files",
