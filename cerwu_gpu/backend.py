@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.reference import ans, hessian, obs, trellis, weights
-from cerwu_gpu.reference.ans import CodedMatrix
+from cerwu_gpu.reference.coded import CodedMatrix
 from cerwu_gpu.reference.dequantize import step_values
 from cerwu_gpu.reference.weights import Reconstruction
 

@@ -190,7 +190,7 @@ def decode(batch: Sequence[Matrix]) -> list[Tensor]:
     """Decode all matrices in one launch.
 
     Args:
-        batch: matrices of any shapes, on one device (reference.ans.CodedMatrix).
+        batch: matrices of any shapes, on one device (reference.coded.CodedMatrix).
 
     Returns:
         One int32 [m, n] tensor of symbols per matrix, a transposed view; all of them share memory.

@@ -26,7 +26,7 @@ _SYMBOLS_MAX = 1 << 16
 
 
 class Matrix(Protocol):
-    """What reference.ans.CodedMatrix has (kernels import nothing from the reference)."""
+    """What reference.coded.CodedMatrix has (kernels import nothing from the reference)."""
 
     @property
     def name(self) -> str: ...

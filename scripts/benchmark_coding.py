@@ -10,7 +10,7 @@ from cerwu_gpu import backend
 from cerwu_gpu.coding import streams
 from cerwu_gpu.coding.tables import codes_from_counts, table_from_codes
 from cerwu_gpu.reference import ans, hessian, weights
-from cerwu_gpu.reference.ans import CodedMatrix
+from cerwu_gpu.reference.coded import CodedMatrix
 from cerwu_gpu.reference.dequantize import step_values
 from cerwu_gpu.reference.weights import Reconstruction
 from scripts.benchmark_timing import Mismatch, Row, Sizes, form, placed, timed

@@ -14,7 +14,7 @@ from cerwu_gpu.coding.tables import table_from_codes
 from cerwu_gpu.container.header import Part
 from cerwu_gpu.errors import FormatError
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
-from cerwu_gpu.reference.ans import CodedMatrix
+from cerwu_gpu.reference.coded import CodedMatrix
 from cerwu_gpu.reference.weights import Reconstruction
 from cerwu_gpu.spec import STREAM_SYMBOLS_LIMIT
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cerwu_gpu.reference.ans import SECOND, CodedMatrix, decode_marked
+from cerwu_gpu.reference.ans import SECOND, decode_marked
+from cerwu_gpu.reference.coded import CodedMatrix
 from cerwu_gpu.reference.weights import Reconstruction, weight_of_symbols
 
 PIECE = 1 << 21

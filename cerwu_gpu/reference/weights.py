@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.errors import CorruptionError
-from cerwu_gpu.reference.ans import SECOND, CodedMatrix, decode_marked
+from cerwu_gpu.reference.ans import SECOND, decode_marked
+from cerwu_gpu.reference.coded import CodedMatrix
 from cerwu_gpu.reference.dequantize import second_levels, weight_of_levels
 
 

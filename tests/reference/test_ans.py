@@ -12,7 +12,8 @@ from cerwu_gpu.coding.streams import decode_constriction, encode
 from cerwu_gpu.coding.tables import codes_from_counts, table_from_codes
 from cerwu_gpu.errors import CorruptionError
 from cerwu_gpu.reference import ans
-from cerwu_gpu.reference.ans import SECOND, CodedMatrix, decode, decode_marked
+from cerwu_gpu.reference.ans import SECOND, decode, decode_marked
+from cerwu_gpu.reference.coded import CodedMatrix
 from cerwu_gpu.reference.dequantize import trellis_quantizers
 from cerwu_gpu.spec import CODE_MAX
 
