@@ -134,7 +134,9 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Folder with the weights and images.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the table.")],
     network: Annotated[Network, typer.Option()] = Network.resnet20,
-    images: Annotated[int | None, typer.Option(help="Test images; default: all.")] = None,
+    images: Annotated[
+        int | None, typer.Option("--images", help="Test images; default: all.")
+    ] = None,
     calibration_images: Annotated[int, typer.Option(help="Images that calibrate.")] = 2000,
     methods: Annotated[
         str, typer.Option(help="See cerwu-gpu sweep --help.")
