@@ -167,8 +167,7 @@ def styles_of(networks: Networks) -> dict[str, tuple[Colour, str]]:
         kind = label.partition(",")[0]
         return (order.index(kind) if kind in COLOURS else len(order), label)
 
-    variants = list(dict.fromkeys(label.partition(",")[2] for label in labels))
-    variants.sort()  # no variant first
+    variants = sorted({label.partition(",")[2] for label in labels})  # no variant first
     styles = {}
     for label in sorted(labels, key=place):
         kind, _, variant = label.partition(",")

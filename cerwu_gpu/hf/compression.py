@@ -151,6 +151,7 @@ def compress(
                 work=work.path,
                 judged=card,
             )
+        named = config.calibration if text is None else None
         work.begin({**settings_fingerprint(config, target), **source_fingerprint(source)})
         with Attempts(
             source,
@@ -159,16 +160,7 @@ def compress(
             verify=verify,
             clock=clock,
             work=work.path,
-            card=(
-                card_of(
-                    model,
-                    loaded.files,
-                    original_bytes,
-                    config.calibration if text is None else None,
-                )
-                if card
-                else None
-            ),
+            card=card_of(model, loaded.files, original_bytes, named) if card else None,
         ) as attempts:
             if config.targeted:
                 attempt = to_target(attempts, config, clock)

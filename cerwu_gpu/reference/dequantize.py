@@ -63,13 +63,13 @@ def trellis_quantizers(symbols: Tensor, states: int) -> Tensor:
     return quantizer[trellis_states(symbols & 1, states)]
 
 
-def trellis_levels(symbols: Tensor, states: int) -> Tensor:
-    """Integer levels [m, n] of trellis symbols [m, n]: 2q, or 2q - sgn(q) in quantizer 1."""
-    return second_levels(symbols, trellis_quantizers(symbols, states).bool())
+def trellis_levels(symbols: Tensor, states: int, second: Tensor | None = None) -> Tensor:
+    """Integer levels [m, n] of trellis symbols [m, n]: 2q, or 2q - sgn(q) in quantizer 1.
 
-
-def second_levels(symbols: Tensor, second: Tensor) -> Tensor:
-    """Integer levels of trellis symbols, where the bool `second` says which are of quantizer 1."""
+    `second` [m, n] bool says which are of quantizer 1, where that is known already.
+    """
+    if second is None:
+        second = trellis_quantizers(symbols, states).bool()
     return 2 * symbols - symbols.sign() * second
 
 
@@ -80,6 +80,7 @@ def dequantize(
     *,
     grid: Tensor | None = None,
     states: int = 0,
+    second: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The stored weight [m, n] in `dtype`.
@@ -90,20 +91,14 @@ def dequantize(
         row_scale: [m] or [1] int16 codes.
         grid: [K] float32, or None for integers.
         states: 0, 4 or 8 states of the trellis.
+        second: see trellis_levels.
         dtype: what the product is rounded to, once.
     """
     if grid is not None:
         level = grid[symbols]
     elif states:
-        level = trellis_levels(symbols, states).to(torch.float32)
+        level = trellis_levels(symbols, states, second).to(torch.float32)
     else:
         level = symbols.to(torch.float32)
-    return weight_of_levels(level, column_step, row_scale, dtype)
-
-
-def weight_of_levels(
-    level: Tensor, column_step: Tensor, row_scale: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """level [m, n] float32, which is used up, times its step and scale (codes as above)."""
     level = level.mul_(step_values(column_step)[None, :]).mul_(step_values(row_scale)[:, None])
     return level.to(dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 from cerwu_gpu.errors import CorruptionError
 from cerwu_gpu.reference.ans import SECOND, decode_marked
 from cerwu_gpu.reference.coded import CodedMatrix
-from cerwu_gpu.reference.dequantize import second_levels, weight_of_levels
+from cerwu_gpu.reference.dequantize import dequantize
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,12 @@ def weight_of_symbols(
         if coded.states and not torch.equal(parity, rule.escapes & 1):
             raise CorruptionError(f"{coded.name}: an escape has the wrong parity; get it again.")
         symbols[escaped] = rule.escapes
-    if rule.grid is not None:
-        levels = rule.grid[symbols]
-    elif second is not None:
-        levels = second_levels(symbols, second).to(torch.float32)
-    else:
-        levels = symbols.to(torch.float32)
-    return weight_of_levels(levels, rule.column_step, rule.row_scale, dtype)
+    return dequantize(
+        symbols,
+        rule.column_step,
+        rule.row_scale,
+        grid=rule.grid,
+        states=coded.states,
+        second=second,
+        dtype=dtype,
+    )
