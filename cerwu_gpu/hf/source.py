@@ -80,6 +80,8 @@ class Source:
             ModelError: a weight to compress is NaN or infinite.
         """
         check_weights(loaded.model, [layout.name for layout in layouts])
+        # Where an increase is asked for, some of what calibrates is held out anyway.
+        apart = judged and config.max_perplexity_increase is None
         tokens, held_out, events = calibration_tokens(
             config.calibration,
             loaded.model,
@@ -88,11 +90,11 @@ class Source:
             sequence_length=config.sequence_length,
             seed=config.seed,
             batch_size=config.batch_size,
-            unseen=-(-JUDGING_TOKENS // config.sequence_length) if judged else 0,
+            unseen=-(-JUDGING_TOKENS // config.sequence_length) if apart else 0,
             text=text,
             progress=progress,
         )
-        if judged and not len(held_out):
+        if apart and not len(held_out):
             events = (
                 *events,
                 "no calibration text is left to judge by: the card has no perplexity.",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 import cerwu_gpu
@@ -13,6 +14,7 @@ from cerwu_gpu.container.reader import inventory
 from cerwu_gpu.hf.card import Quality, card_of
 from cerwu_gpu.hf.evaluation import mean_loss, perplexity_of
 from cerwu_gpu.hf.models import load_model
+from cerwu_gpu.hf.source import Source
 from cerwu_gpu.hf.text import token_windows
 from tests.conftest import TEXT
 from tests.hf.toys import toy
@@ -105,6 +107,24 @@ def test_without_text_left_it_tells_no_perplexity_and_the_report_says_so(
     )
     assert any("the card has no perplexity" in event for event in report.events)
     assert not any("perplexity" in line for line in card_lines(tmp_path / "small"))
+
+
+def test_an_increase_that_was_asked_for_is_judged_by_the_text_that_it_holds_out(
+    toy_directory: Path, tmp_path: Path
+) -> None:
+    config = CompressionConfig(**{**CHEAP, "samples": 10_000}, max_perplexity_increase=0.5)
+    source = Source.prepare(
+        load_model(toy_directory),
+        (),
+        config,
+        text=TEXT,
+        device=torch.device("cpu"),
+        hessian_cache=None,
+        progress=False,
+        judged=True,
+    )
+    assert len(source.held_out) > 0
+    assert not any("the card has no perplexity" in event for event in source.events)
 
 
 def card_lines(folder: Path) -> list[str]:
