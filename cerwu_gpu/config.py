@@ -76,8 +76,9 @@ class CompressionConfig:
     sequential: bool = False
     """Take each block's inputs from the already quantized blocks instead of the original ones."""
     correct_drift: bool | None = None
-    """Quantize for the inputs that the compressed model has, toward the original's outputs. None:
-    where steps follow from lmbda, except with `sequential` and with Hessians kept for other runs.
+    """Quantize for the inputs that the compressed model has, toward the original's outputs; of
+    classifiers, have batch norms follow the weights (vision/norms.py). None: where steps follow
+    from lmbda, except with `sequential` and with Hessians kept for other runs.
     """
     seed: int = 0
 

@@ -148,6 +148,10 @@ def main(
     sensitivity: Annotated[
         str, typer.Option(help="Of ours; each has its own range of --lmbda.")
     ] = "row",
+    drift: Annotated[
+        str,
+        typer.Option(help="Of ours: correct (batch norms follow the weights), ignore, or both."),
+    ] = "correct",
     levels: Annotated[str, typer.Option(help="Of uniform grids: |G|.")] = "8,16,32",
     uniform_lmbda: Annotated[
         str, typer.Option(help="Of cerwu and cerwu-gamma0: output error of an image for one bit.")
@@ -160,6 +164,7 @@ def main(
         quantizers=tuple(quantizer.split(",")),  # type: ignore[arg-type]
         lmbdas=numbers(lmbda),
         sensitivities=tuple(sensitivity.split(",")),  # type: ignore[arg-type]  # the same
+        drifts=tuple(word == "correct" for word in drift.split(",")),
         levels=tuple(int(value) for value in numbers(levels)),
         uniform_lmbdas=numbers(uniform_lmbda),
         qps=tuple(int(value) for value in numbers(qp)),

@@ -14,6 +14,7 @@ from cerwu_gpu.pipeline import Clock
 from cerwu_gpu.report import Report
 from cerwu_gpu.vision.calibration import HESSIAN_BYTES, CalibratedLayers
 from cerwu_gpu.vision.layers import find_weights, require_plain
+from cerwu_gpu.vision.norms import following_norms
 from cerwu_gpu.vision.running import Batch, held
 from cerwu_gpu.vision.sensitivity import Loss, output_sensitivities
 from cerwu_gpu.vision.targeting import to_target
@@ -21,7 +22,6 @@ from cerwu_gpu.vision.writing import Writing, nothing_more
 
 LANGUAGE_FIELDS = {
     "keep_head": "exclude the last layer by its name",
-    "correct_drift": "take sequential",
     "max_perplexity_increase": "give lmbda",
 }
 """Settings that only language models know -> what to do instead."""
@@ -43,6 +43,8 @@ def compress_module(
     clock: Clock | None = None,
 ) -> Report:
     """Compress a module's linear layers and 2-D convolutions; it gets the quantized weights.
+
+    Batch norms follow them (norms.py) where `config.correct_drift` says so.
 
     Args:
         output: directory to write; it appears when it is complete.
@@ -84,8 +86,9 @@ def compress_module(
             seed=config.seed,
             progress=progress,
         )
+        norms = following_norms(module, kept, config, device=target, progress=progress)
     original = plain_bytes(module, {})
-    with Writing(module, layouts, output, overwrite, verify, companions, clock) as writing:
+    with Writing(module, layouts, output, overwrite, verify, companions, clock, norms) as writing:
         if config.targeted:
             attempt = to_target(writing, blocks, gradients, config)
         else:

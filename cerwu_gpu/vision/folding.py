@@ -40,7 +40,7 @@ def fold_batch_norm(module: nn.Module, batch: Batch) -> list[str]:
     with evaluating(module, device):
         flow = _Flow(module)
         with torch.no_grad(), flow:
-            output = Runner(module, {}, device).run(batch, _ignore)
+            output = Runner(module, {}, device).run(batch)
         pairs = list(flow.pairs(output))
         for layer, norm in pairs:
             fused = (
@@ -53,10 +53,6 @@ def fold_batch_norm(module: nn.Module, batch: Batch) -> list[str]:
     for layer, _ in pairs:
         module.get_submodule(names[layer]).train(module.training)
     return [names[norm] for _, norm in pairs]
-
-
-def _ignore(_: object) -> None:
-    """Nothing is watched."""
 
 
 def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -44,6 +44,10 @@ def samples(batch: Batch) -> int:
     raise CalibrationError("a calibration batch holds no tensor with samples along its first axis.")
 
 
+def _ignore(_: Product) -> None:
+    """No product is watched."""
+
+
 class Runner:
     """A module in eval mode on its device, with the weights to be watched."""
 
@@ -54,7 +58,7 @@ class Runner:
         self._weights = weights
         self.device = device
 
-    def run(self, batch: Batch, note: Callable[[Product], None]) -> Any:
+    def run(self, batch: Batch, note: Callable[[Product], None] = _ignore) -> Any:
         """The module's output; `note` sees every product with the weights.
 
         Raises:

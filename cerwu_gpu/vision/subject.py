@@ -18,6 +18,7 @@ from cerwu_gpu.sweep.subject import Outcome, Quality
 from cerwu_gpu.vision.calibration import CalibratedLayers
 from cerwu_gpu.vision.layers import find_weights
 from cerwu_gpu.vision.loading import fill
+from cerwu_gpu.vision.norms import FollowingNorms, following_norms
 from cerwu_gpu.vision.running import Batch, held
 from cerwu_gpu.vision.sensitivity import Loss, output_sensitivities
 from cerwu_gpu.vision.writing import Writing, nothing_more
@@ -75,6 +76,7 @@ class PlainModule:
         self._originals = copy.deepcopy(module.state_dict())
         self._blocks: CalibratedLayers | None = None
         self._gradients: Mapping[tuple[str, int], Tensor] | None = None
+        self._norms: FollowingNorms | None = None
 
     def identity(self) -> Mapping[str, str]:
         """Digests of the weights and calibration inputs, and what is evaluated."""
@@ -103,8 +105,9 @@ class PlainModule:
             return self._run_nncodec(point.qp, point.dependent)
         clock = Clock()
         gradients, blocks = self._prepared(point.config, clock)
+        norms = self._norms if point.config.correct_drift else None
         with Writing(
-            self._module, self._layouts, folder, False, False, nothing_more, clock
+            self._module, self._layouts, folder, False, False, nothing_more, clock, norms
         ) as writing:
             attempt = writing.attempt(blocks, gradients, point.config)
             attempt.writer.publish()
@@ -125,7 +128,7 @@ class PlainModule:
     def _prepared(
         self, config: CompressionConfig, clock: Clock
     ) -> tuple[Mapping[tuple[str, int], Tensor], CalibratedLayers]:
-        """Sensitivities where `config` needs them, and the layers, both made once."""
+        """Sensitivities and batch norms where `config` needs them, and the layers, made once."""
         layouts = tuple(self._layouts.values())
         if config.needs_gradients and self._gradients is None:
             with clock.stage("sensitivity"):
@@ -147,6 +150,15 @@ class PlainModule:
                     device=self._device,
                     hessian_bytes=UNLIMITED,
                     seed=self._base.seed,
+                    progress=self._progress,
+                )
+        if config.correct_drift and self._norms is None:
+            with clock.stage("calibrate"):
+                self._norms = following_norms(
+                    self._module,
+                    self._batches,
+                    config,
+                    device=self._device,
                     progress=self._progress,
                 )
         return (self._gradients or {}) if config.needs_gradients else {}, self._blocks

@@ -13,6 +13,7 @@ from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.pipeline import Blocks, Clock, compress_blocks
+from cerwu_gpu.vision.norms import FollowingNorms
 
 
 def nothing_more(_: Path) -> None:
@@ -33,6 +34,8 @@ class Writing:
     verify: bool
     companions: Callable[[Path], None]
     clock: Clock
+    norms: FollowingNorms | None = None
+    """Batch norms that are to follow the quantized weights."""
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> "Writing":
@@ -54,6 +57,8 @@ class Writing:
         """
         generator = f"cerwu_gpu {__version__}"
         self._stack.close()
+        if self.norms is not None:
+            self.norms.put_back()
         writer = self._stack.enter_context(
             DirectoryWriter(self.output, generator=generator, overwrite=self.overwrite)
         )
@@ -62,6 +67,9 @@ class Writing:
         layers = compress_blocks(
             blocks, self.layouts, dtypes, writer, config, self.clock, gradients
         )
+        if self.norms is not None:
+            with self.clock.stage("quantize"):
+                self.norms.follow()
         with self.clock.stage("write"):
             for name, tensor in plain_tensors(self.module, self.layouts).items():
                 writer.add_plain(name, tensor)

@@ -13,6 +13,7 @@ import cerwu_gpu
 from cerwu_gpu import CompressionConfig, ModelError
 from cerwu_gpu.sweep.points import Axes, grid_points
 from cerwu_gpu.sweep.run import run_sweep
+from cerwu_gpu.vision.norms import FollowingNorms
 from cerwu_gpu.vision.subject import PlainModule
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "sweep_cifar.py"
@@ -91,3 +92,19 @@ def test_a_sweep_of_a_module_puts_the_originals_back(tmp_path: Path) -> None:
     assert sum(row.seconds["calibrate"] > 0.0 for row in rows) >= 1
     assert subject.original() == 1.0
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_norms_that_follow_keep_more_of_the_accuracy(script: ModuleType, data: Path) -> None:
+    folder = data / "cifar"
+    module = script.load_network(folder, script.Network.resnet20)
+    images, labels = script.load_images(folder / "test.npz", 1000)
+    calibration, _ = script.load_images(folder / "train2k.npz", 500)
+    norms = FollowingNorms(module, [calibration])
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d):
+                step = layer.weight.abs().amax() / 5
+                layer.weight.copy_((layer.weight / step).trunc() * step)
+    alone = script.accuracy(module, images, labels)
+    norms.follow()
+    assert script.accuracy(module, images, labels) > alone + 0.2
