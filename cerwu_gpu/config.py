@@ -12,9 +12,11 @@ Method = Literal["cerwu", "cerwu-gamma0", "optq", "rtn"]
 Quantizer = Literal["scalar", "trellis4", "trellis8"]
 Scale = Literal["per-tensor", "per-row"]
 DampingBy = Literal["median", "mean"]
-Sensitivity = Literal["none", "relative", "layer", "row"]
+Sensitivity = Literal["none", "relative", "layer", "row", "balanced"]
 RateModel = Literal["histogram", "gaussian", "uniform"]
 
+GRADUAL: tuple[Sensitivity, ...] = ("layer", "row", "balanced")
+"""Sensitivities that come from gradients."""
 LEVELS_LIMIT = 4096
 LEAST_LMBDA = 1e-14
 LEAST_REACH = 1e-20
@@ -174,7 +176,7 @@ class CompressionConfig:
     def needs_gradients(self) -> bool:
         """Whether the sensitivities play a part and come from a backward pass."""
         rated = self.method in ("cerwu", "cerwu-gamma0") and (self.lmbda > 0 or self.targeted)
-        return rated and self.sensitivity in ("layer", "row")
+        return rated and self.sensitivity in GRADUAL
 
     @property
     def bounded(self) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import GRADUAL, CompressionConfig
 from cerwu_gpu.container.journal import CodedWeight, Journal
 from cerwu_gpu.container.matrix import EncodedMatrix, encode_matrix
 from cerwu_gpu.container.writer import DirectoryWriter
@@ -131,7 +131,7 @@ def compress_blocks(
         config: how to quantize.
         clock: gets the stages calibrate, quantize and code.
         gradients: (name, part) -> mean squared gradient [m] at the outputs of each matrix, for
-            config.sensitivity layer and row.
+            config.sensitivity layer, row and balanced.
         journal: keeps finished blocks; those that it holds already are taken from it.
 
     Raises:
@@ -284,7 +284,7 @@ def stack_sensitivities(
     An expert that sees a share of the tokens counts by that share: J is a mean over all tokens.
     """
     own = statistics[stack[0].input]
-    gradual = config.sensitivity in ("layer", "row") and not config.needs_gradients
+    gradual = config.sensitivity in GRADUAL and not config.needs_gradients
     kind = "none" if gradual else config.sensitivity
     seen = [other.tokens for other in statistics.values() if other.tokens]
     share = (own.tokens or min(seen, default=1)) / max(seen, default=1)

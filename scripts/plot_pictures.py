@@ -15,6 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from cerwu_gpu.config import GRADUAL
 from cerwu_gpu.sweep.fronts import TARGETS, by_label, front_rows, standings, target_words
 from cerwu_gpu.sweep.table import Row
 
@@ -151,7 +152,7 @@ def first_seconds(rows: Sequence[Row], label: str) -> float:
     """The same with the calibration and the sensitivities that this kind makes use of."""
     own = by_label(rows)[label][0]
     stages = [] if own.qp is not None else ["calibrate"]
-    if own.sensitivity in ("layer", "row"):
+    if own.sensitivity in GRADUAL:
         stages.append("sensitivity")
     # What was prepared once is in the row of whichever point came first.
     prepared = sum(max(row.seconds[stage] for row in rows) for stage in stages)

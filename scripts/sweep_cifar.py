@@ -142,12 +142,12 @@ def main(
         str, typer.Option(help="See cerwu-gpu sweep --help.")
     ] = "ours,cerwu,cerwu-gamma0,optq,rtn,nncodec,nncodec-dependent",
     quantizer: Annotated[str, typer.Option(help="Of ours.")] = "scalar,trellis8",
-    lmbda: Annotated[str, typer.Option(help="Of ours: nats per image for one bit.")] = (
-        "1e-6,3e-6,6e-6,1e-5,1.5e-5,2e-5,3e-5,6e-5"
+    lmbda: Annotated[str, typer.Option(help="Of ours: error worth paying for one bit.")] = (
+        "2e-6,5e-6,1e-5,1.5e-5,2e-5,3e-5,5e-5"
     ),
     sensitivity: Annotated[
         str, typer.Option(help="Of ours; each has its own range of --lmbda.")
-    ] = "row",
+    ] = "balanced",
     drift: Annotated[
         str,
         typer.Option(help="Of ours: correct (batch norms follow the weights), ignore, or both."),

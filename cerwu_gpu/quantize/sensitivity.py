@@ -5,9 +5,12 @@ r"""What a unit of squared output error costs, row by row: the alpha of the obje
 - none: 1 everywhere, the paper's objective;
 - relative: one over the layer's own mean output energy, so that relative errors count alike;
 - layer: the mean of the model's squared gradients over the outputs of the layer;
-- row: the squared gradients themselves, damped toward that mean.
+- row: the squared gradients themselves, damped toward that mean;
+- balanced: row, with the layer's mean replaced by its geometric mean with that of relative.
 
-With layer and row, J approximates the loss of the model, and lmbda is nats per token for a bit.
+With layer and row, J approximates the loss of the model, and lmbda is nats per token for a bit. The
+approximation is quadratic around the trained weights; where one lmbda would leave a layer with
+errors far beyond its reach, as in small networks for images, balanced holds them back.
 """
 
 from collections.abc import Mapping
@@ -47,14 +50,14 @@ def row_sensitivity(
         kind: see above.
         weight: W [m, n] float32.
         hessian: H [n, n], undamped.
-        squared_gradient: mean over tokens of (dL/dy_i)^2, [m]; needed for layer and row.
+        squared_gradient: mean over tokens of (dL/dy_i)^2, [m]; needed for layer, row and
+            balanced.
     """
     ones = torch.ones(len(weight), device=weight.device)
     if kind == "none":
         return ones
     if kind == "relative":
-        energy = float(quadratic_error(weight, hessian).mean())
-        return ones / energy if energy > 0 else ones
+        return ones * _relative(weight, hessian)
     if squared_gradient is None:
         raise ValueError(f"sensitivity {kind} needs squared gradients")
     gradient = squared_gradient.to(weight.device, torch.float32)
@@ -63,4 +66,13 @@ def row_sensitivity(
         return ones
     if kind == "layer":
         return ones * mean
-    return gradient.clamp_min(FLOOR * mean)
+    row = gradient.clamp_min(FLOOR * mean)
+    if kind == "row":
+        return row
+    return row * (_relative(weight, hessian) / float(mean)) ** 0.5
+
+
+def _relative(weight: Tensor, hessian: Tensor) -> float:
+    """One over the mean of a row's output energy; 1 where there is none."""
+    energy = float(quadratic_error(weight, hessian).mean())
+    return 1 / energy if energy > 0 else 1.0
