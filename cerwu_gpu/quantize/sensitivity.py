@@ -69,7 +69,8 @@ def row_sensitivity(
     row = gradient.clamp_min(FLOOR * mean)
     if kind == "row":
         return row
-    return row * (_relative(weight, hessian) / float(mean)) ** 0.5
+    level: float = (_relative(weight, hessian) / float(mean)) ** 0.5
+    return row * level
 
 
 def _relative(weight: Tensor, hessian: Tensor) -> float:
