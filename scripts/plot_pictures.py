@@ -76,7 +76,7 @@ def draw_minimum(networks: Networks, path: Path) -> None:
         for axes, target in zip(own, TARGETS[rows[0].measure], strict=False):
             axes.set_visible(True)
             _bars(axes, rows, target)
-            axes.set_title(f"{name}: {target_words(target, rows[0].measure)}", fontsize=10)
+            axes.set_title(f"{name}\n{target_words(target, rows[0].measure)}", fontsize=10)
             axes.set_xlabel("fewest bits per weight")
     _save(figure, path)
 
