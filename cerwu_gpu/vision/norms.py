@@ -35,7 +35,8 @@ GAIN_LIMIT = 16.0
 
 @dataclass(frozen=True)
 class _Moments:
-    """Of each channel, over `count` values: mean [c] and (biased) variance [c], float64."""
+    """Of each channel, over `count` values: mean [c] and (biased) variance [c], float64 on
+    the CPU."""
 
     count: int
     mean: Tensor
@@ -46,7 +47,7 @@ class _Moments:
         """Of a norm's input [samples, c, ...]."""
         flat = x.detach().to(torch.float32).transpose(0, 1).flatten(1)
         variance, mean = torch.var_mean(flat, dim=1, correction=0)
-        return _Moments(flat.shape[1], mean.double(), variance.double())
+        return _Moments(flat.shape[1], mean.cpu().double(), variance.cpu().double())
 
     @staticmethod
     def joined(parts: Sequence["_Moments"]) -> "_Moments":
@@ -112,7 +113,7 @@ class FollowingNorms:
         self._device = torch.device(device)
         self._progress = progress
         norms = [
-            _Norm(child, child.running_mean.clone(), child.running_var.clone(), [])
+            _Norm(child, child.running_mean.cpu().clone(), child.running_var.cpu().clone(), [])
             for child in module.modules()
             if isinstance(child, _BatchNorm)
             and child.running_mean is not None

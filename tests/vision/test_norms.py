@@ -49,11 +49,11 @@ def statistics(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def test_other_scales_of_channels_are_undone() -> None:
+def test_other_scales_of_channels_are_undone(device: torch.device) -> None:
     module, batches = Deep(), inputs(12, 12)
     with torch.no_grad():
         wanted = [module(batch) for batch in batches]
-    norms = FollowingNorms(module, batches)
+    norms = FollowingNorms(module, batches, device=device)
     assert len(norms) == 3
     for layer in (*module.convs, module.head):
         layer.weight *= torch.linspace(0.4, 2.5, len(layer.weight)).view(
