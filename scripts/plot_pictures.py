@@ -77,7 +77,7 @@ def draw_minimum(networks: Networks, path: Path) -> None:
             axes.set_visible(True)
             _bars(axes, rows, target)
             axes.set_title(f"{name}\n{target_words(target, rows[0].measure)}", fontsize=10)
-            axes.set_xlabel("fewest bits per weight")
+            axes.set_xlabel("bits per weight")
     _save(figure, path)
 
 
