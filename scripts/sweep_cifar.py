@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cerwu_gpu import CerwuError, CompressionConfig, ModelError
+from cerwu_gpu.cli.sweep import corrections, numbers
 from cerwu_gpu.cli.sweep_tables import minimum_table, points_table, time_words
 from cerwu_gpu.sweep.points import Axes, check_available, grid_points
 from cerwu_gpu.sweep.run import TABLE, check_folder, run_sweep
@@ -126,10 +127,6 @@ def accuracy(module: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float((torch.cat(found) == labels).double().mean())
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(value) for value in text.split(","))
-
-
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder with the weights and images.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the table.")],
@@ -162,12 +159,12 @@ def main(
     axes = Axes(
         systems=tuple(methods.split(",")),  # type: ignore[arg-type]  # Axes refuses others
         quantizers=tuple(quantizer.split(",")),  # type: ignore[arg-type]
-        lmbdas=numbers(lmbda),
+        lmbdas=numbers("lmbda", lmbda, float),
         sensitivities=tuple(sensitivity.split(",")),  # type: ignore[arg-type]  # the same
-        drifts=tuple(word == "correct" for word in drift.split(",")),
-        levels=tuple(int(value) for value in numbers(levels)),
-        uniform_lmbdas=numbers(uniform_lmbda),
-        qps=tuple(int(value) for value in numbers(qp)),
+        drifts=corrections(drift),
+        levels=numbers("levels", levels, int),
+        uniform_lmbdas=numbers("uniform_lmbda", uniform_lmbda, float),
+        qps=numbers("qp", qp, int),
     )
     base = CompressionConfig()
     points = grid_points(axes, base)

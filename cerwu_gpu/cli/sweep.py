@@ -131,25 +131,23 @@ def sweep(
         limit_columns=0,  # a table has no place for it
     )
     axes = Axes(
-        systems=cast(tuple[System, ...], _words("methods", methods, get_args(System))),
-        quantizers=cast(tuple[Quantizer, ...], _words("quantizer", quantizer, get_args(Quantizer))),
-        lmbdas=_numbers("lmbda", lmbda, float),
+        systems=cast(tuple[System, ...], words("methods", methods, get_args(System))),
+        quantizers=cast(tuple[Quantizer, ...], words("quantizer", quantizer, get_args(Quantizer))),
+        lmbdas=numbers("lmbda", lmbda, float),
         sensitivities=cast(
-            tuple[Sensitivity, ...], _words("sensitivity", sensitivity, get_args(Sensitivity))
+            tuple[Sensitivity, ...], words("sensitivity", sensitivity, get_args(Sensitivity))
         ),
-        levels=_numbers("levels", levels, int),
-        uniform_lmbdas=_numbers("uniform_lmbda", uniform_lmbda, float),
+        levels=numbers("levels", levels, int),
+        uniform_lmbdas=numbers("uniform_lmbda", uniform_lmbda, float),
         rate_models=cast(
-            tuple[RateModel, ...], _words("rate_model", rate_model, get_args(RateModel))
+            tuple[RateModel, ...], words("rate_model", rate_model, get_args(RateModel))
         ),
         scales=(
-            ()
-            if scale is None
-            else cast(tuple[Scale, ...], _words("scale", scale, get_args(Scale)))
+            () if scale is None else cast(tuple[Scale, ...], words("scale", scale, get_args(Scale)))
         ),
-        qps=_numbers("qp", qp, int),
-        drifts=tuple(choice == "correct" for choice in _words("drift", drift, DRIFTS)),
-        keep_heads=tuple(choice == "keep" for choice in _words("head", head, HEADS)),
+        qps=numbers("qp", qp, int),
+        drifts=corrections(drift),
+        keep_heads=tuple(choice == "keep" for choice in words("head", head, HEADS)),
     )
     points = grid_points(axes, base)
     check_available(points)
@@ -180,6 +178,15 @@ def sweep(
     typer.echo(f"\ntable: {output / TABLE}")
 
 
+def corrections(drift: str) -> tuple[bool, ...]:
+    """Whether drift is corrected, for each word of a LIST.
+
+    Raises:
+        ConfigError: a word is not of DRIFTS.
+    """
+    return tuple(choice == "correct" for choice in words("drift", drift, DRIFTS))
+
+
 def _values(name: str, text: str) -> list[str]:
     values = [part.strip() for part in text.split(",")]
     if "" in values:
@@ -187,15 +194,25 @@ def _values(name: str, text: str) -> list[str]:
     return values
 
 
-def _words(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
-    words = _values(name, text)
-    for word in words:
+def words(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
+    """The words of a LIST.
+
+    Raises:
+        ConfigError: one of them is not `allowed`.
+    """
+    found = _values(name, text)
+    for word in found:
         if word not in allowed:
             raise ConfigError(f"{name} is {word!r}: choose from {', '.join(allowed)}.")
-    return tuple(words)
+    return tuple(found)
 
 
-def _numbers(name: str, text: str, parse: Callable[[str], Value]) -> tuple[Value, ...]:
+def numbers(name: str, text: str, parse: Callable[[str], Value]) -> tuple[Value, ...]:
+    """The numbers of a LIST.
+
+    Raises:
+        ConfigError: one of them is none, or refused by `parse`.
+    """
     try:
         return tuple(parse(value) for value in _values(name, text))
     except ConfigError:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import cerwu_gpu
-from cerwu_gpu import CompressionConfig, ModelError
+from cerwu_gpu import CompressionConfig, ConfigError, ModelError
 from cerwu_gpu.sweep.points import Axes, grid_points
 from cerwu_gpu.sweep.run import run_sweep
 from cerwu_gpu.vision.norms import FollowingNorms
@@ -108,3 +108,19 @@ def test_norms_that_follow_keep_more_of_the_accuracy(script: ModuleType, data: P
     alone = script.accuracy(module, images, labels)
     norms.follow()
     assert script.accuracy(module, images, labels) > alone + 0.2
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"drift": "follow"}, "drift is 'follow': choose from ignore, correct"),
+        ({"lmbda": "1e-6,small"}, "lmbda is '1e-6,small': give numbers"),
+        ({"levels": "8.5"}, "levels is '8.5': give numbers"),
+    ],
+)
+def test_lists_of_something_else_are_refused(
+    setting: dict[str, str], words: str, script: ModuleType, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        script.main(tmp_path, tmp_path / "out", methods="ours", **setting)
+    assert not (tmp_path / "out").exists()
