@@ -22,12 +22,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.progress import tracked
 from cerwu_gpu.vision.running import Batch, Runner, evaluating
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 GAIN_LIMIT = 16.0
 """Largest change of a variance either way: what is left of a channel may be all but nothing."""
@@ -62,7 +63,7 @@ class _Moments:
 class _Norm:
     """A batch norm, its own statistics, and its input's moments in the original, batch by batch."""
 
-    module: _BatchNorm
+    module: BatchNorm
     mean: Tensor
     variance: Tensor
     seen: list[_Moments]
@@ -115,7 +116,7 @@ class FollowingNorms:
         norms = [
             _Norm(child, child.running_mean.cpu().clone(), child.running_var.cpu().clone(), [])
             for child in module.modules()
-            if isinstance(child, _BatchNorm)
+            if isinstance(child, BatchNorm)
             and child.running_mean is not None
             and child.running_var is not None
         ]

@@ -104,8 +104,7 @@ class PlainModule:
         if point.qp is not None:
             return self._run_nncodec(point.qp, point.dependent)
         clock = Clock()
-        gradients, blocks = self._prepared(point.config, clock)
-        norms = self._norms if point.config.correct_drift else None
+        gradients, blocks, norms = self._prepared(point.config, clock)
         with Writing(
             self._module, self._layouts, folder, False, False, nothing_more, clock, norms
         ) as writing:
@@ -127,7 +126,7 @@ class PlainModule:
 
     def _prepared(
         self, config: CompressionConfig, clock: Clock
-    ) -> tuple[Mapping[tuple[str, int], Tensor], CalibratedLayers]:
+    ) -> tuple[Mapping[tuple[str, int], Tensor], CalibratedLayers, FollowingNorms | None]:
         """Sensitivities and batch norms where `config` needs them, and the layers, made once."""
         layouts = tuple(self._layouts.values())
         if config.needs_gradients and self._gradients is None:
@@ -161,7 +160,9 @@ class PlainModule:
                     device=self._device,
                     progress=self._progress,
                 )
-        return (self._gradients or {}) if config.needs_gradients else {}, self._blocks
+        gradients = self._gradients if config.needs_gradients else None
+        norms = self._norms if config.correct_drift else None
+        return gradients or {}, self._blocks, norms
 
     def _run_nncodec(self, qp: int, dependent: bool) -> Outcome:
         clock = Clock()

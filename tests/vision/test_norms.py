@@ -18,7 +18,7 @@ from tests.vision.toys import toy
 
 
 class Deep(nn.Module):
-    """Three convolutions with a batch norm behind each, and a classifier."""
+    """Two convolutions and a linear layer, with a batch norm behind each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,8 +51,7 @@ def statistics(module: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def test_other_scales_of_channels_are_undone(device: torch.device) -> None:
     module, batches = Deep(), inputs(12, 12)
-    with torch.no_grad():
-        wanted = [module(batch) for batch in batches]
+    wanted = [module(batch) for batch in batches]
     norms = FollowingNorms(module, batches, device=device)
     assert len(norms) == 3
     for layer in (*module.convs, module.head):
