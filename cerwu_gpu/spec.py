@@ -4,6 +4,9 @@ from typing import Final
 
 FORMAT_VERSION: Final = 1
 QUANT_METHOD: Final = "cerwu"
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+"""Name of the file that holds all tensors, or of the index of several such files."""
 METADATA_KEY: Final = "cerwu"
 """Key of the JSON manifest in the metadata of each safetensors file."""
 HEADER_KEY: Final = "cerwu_sha256"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -144,15 +145,20 @@ def test_decompress_writes_the_weights_that_load_compressed_gives(
     assert all(torch.equal(plain[name], loaded[name]) for name in plain)
 
 
-def test_overwrite_replaces_what_was_there(
-    command: Command, toy_directory: Path, toy_text: Path, tmp_path: Path
+def test_overwrite_replaces_a_compressed_model(
+    command: Command,
+    compressed: tuple[Path, dict[str, Any]],
+    toy_directory: Path,
+    toy_text: Path,
+    tmp_path: Path,
 ) -> None:
     output = tmp_path / "small"
-    output.mkdir()
-    (output / "notes.txt").write_text("old", encoding="utf-8")
+    shutil.copytree(compressed[0], output)
+    (output / "LICENSE").write_text("old", encoding="utf-8")
     options = ("-o", output, "--calibration", toy_text, *FEW, "--overwrite")
     assert command("compress", toy_directory, *options)[0] == 0
     assert (output / "config.json").is_file()
+    assert not (output / "LICENSE").exists()
 
 
 def test_every_setting_is_an_option(command: Command) -> None:

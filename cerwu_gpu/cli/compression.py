@@ -20,6 +20,8 @@ from cerwu_gpu.config import (
     Scale,
     Sensitivity,
 )
+from cerwu_gpu.container.output import check_apart
+from cerwu_gpu.container.work import output_places
 from cerwu_gpu.errors import ConfigError
 
 DEFAULT = CompressionConfig()
@@ -98,7 +100,7 @@ def compress(
     ] = DEFAULT.strict,
     device: options.Device = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what the output directory holds.")
+        bool, typer.Option("--overwrite", help="Replace a compressed model; nothing else ever is.")
     ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew, not where an unfinished run stopped.")
@@ -158,6 +160,8 @@ def compress(
         limit_columns=limit_columns,
         strict=strict,
     )
+    if grid is not None and isfile(grid):
+        check_apart(output_places(output.expanduser().resolve()), {"the grid": Path(grid)})
     set_verbosity(quiet=quiet)
     from cerwu_gpu.hf.compression import compress as run  # after the settings: torch takes seconds
     from cerwu_gpu.hf.report_files import report_paths

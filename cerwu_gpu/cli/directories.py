@@ -76,7 +76,8 @@ def decompress(
         typer.Option(help="Type of the weights; default: the one they had."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what the output directory holds.")
+        bool,
+        typer.Option("--overwrite", help="Replace a compressed model; not a plain one."),
     ] = False,
 ) -> None:
     """Write DIRECTORY as a plain safetensors model for tools that do not know cerwu_gpu."""

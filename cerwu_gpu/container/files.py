@@ -7,20 +7,22 @@ anything is allocated by it (docs/format.md, "Checks before allocation").
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cerwu_gpu.container.header import Manifest, strict_json
+from cerwu_gpu.container.header import HEADER_LIMIT, Manifest, read_header, strict_json
 from cerwu_gpu.container.shard import header_digest
 from cerwu_gpu.errors import CorruptionError, FormatError
-from cerwu_gpu.spec import HEADER_KEY, METADATA_KEY, SLOTS_FREE, SLOTS_PER_BYTE, WEIGHTS_PER_BYTE
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-HEADER_LIMIT = 100_000_000
-"""Most bytes of JSON: the limit of safetensors' own library for its header."""
+from cerwu_gpu.spec import (
+    HEADER_KEY,
+    INDEX_FILE,
+    METADATA_KEY,
+    SINGLE_FILE,
+    SLOTS_FREE,
+    SLOTS_PER_BYTE,
+    WEIGHTS_PER_BYTE,
+)
 
 _OF_TORCH = (RuntimeError, TypeError, ValueError, LookupError)
 """What torch raises for dtypes and offsets that it cannot have, and safetensors lets through."""
@@ -115,7 +117,7 @@ def _open_shard(path: Path) -> Shard:
             names = frozenset(file.keys())
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path.name} is no readable safetensors file ({error}).") from None
-    header = _header(path)
+    header = read_header(path)
     metadata = header.get("__metadata__")
     if not isinstance(metadata, Mapping) or METADATA_KEY not in metadata:
         raise FormatError(f"{path.name} has no cerwu manifest: it is no compressed model.")
@@ -134,20 +136,6 @@ def _open_shard(path: Path) -> Shard:
     if metadata.get(HEADER_KEY) != header_digest(metadata[METADATA_KEY], told):
         raise CorruptionError(f"{path.name}: its header has changed since it was written.")
     return Shard(path, manifest, names)
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """The JSON that a safetensors file begins with; the library does not tell repeated names."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(min(length, HEADER_LIMIT))
-    try:
-        header = strict_json(text.decode("utf-8"), path.name)
-    except UnicodeDecodeError:
-        raise FormatError(f"{path.name}: its header is not UTF-8; the file is broken.") from None
-    if not isinstance(header, dict):
-        raise FormatError(f"{path.name}: its header is malformed; the file is broken.")
-    return header
 
 
 def _check_proportion(shards: list[Shard]) -> None:

@@ -7,13 +7,16 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from cerwu_gpu.errors import FormatError, VersionError
-from cerwu_gpu.spec import FORMAT_VERSION
+from cerwu_gpu.spec import FORMAT_VERSION, METADATA_KEY
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZERS = {"scalar": 0, "grid": 0, "trellis4": 4, "trellis8": 8}
+HEADER_LIMIT = 100_000_000
+"""Most bytes of JSON: the limit of safetensors' own library for its header."""
 DIMENSION_LIMIT = 1 << 31
 LEVEL_LIMIT = 1 << 30
 """Under a trellis integers stay below this magnitude, so that twice of one fits 32 bits."""
@@ -217,6 +220,34 @@ def strict_json(text: str, what: str) -> Any:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refused)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{what} is not JSON ({error}).") from None
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the JSON that a safetensors file begins with; the library hides repeated names.
+
+    Raises:
+        FormatError: it is malformed.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, HEADER_LIMIT))
+    try:
+        header = strict_json(text.decode("utf-8"), path.name)
+    except UnicodeDecodeError:
+        raise FormatError(f"{path.name}: its header is not UTF-8; the file is broken.") from None
+    if not isinstance(header, dict):
+        raise FormatError(f"{path.name}: its header is malformed; the file is broken.")
+    return header
+
+
+def holds_manifest(path: Path) -> bool | None:
+    """Return whether a safetensors file has a cerwu manifest; None where its header is broken."""
+    try:
+        metadata = read_header(path).get("__metadata__")
+    except (FormatError, OSError):
+        return None
+    return isinstance(metadata, Mapping) and METADATA_KEY in metadata
 
 
 def _entry(content: dict[str, Any]) -> Entry:

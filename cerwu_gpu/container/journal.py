@@ -11,12 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cerwu_gpu.container.files import SINGLE_FILE
 from cerwu_gpu.container.header import Part
+from cerwu_gpu.container.output import written
 from cerwu_gpu.container.reader import open_directory
-from cerwu_gpu.container.writer import DirectoryWriter, written
+from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import FormatError, OutputError
 from cerwu_gpu.report import LayerReport
+from cerwu_gpu.spec import SINGLE_FILE
 
 REPORTS_FILE = "reports.json"
 

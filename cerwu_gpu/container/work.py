@@ -1,26 +1,35 @@
 """The work directory beside an output: what an unfinished run keeps, and whose run it is.
 
-`.OUTPUT.work` holds a lock, the fingerprint of the run, and whatever the run wants to find again.
-It is removed when the output is in its place.
+`.OUTPUT.work` holds a marker, a lock, the fingerprint of the run, and whatever the run wants to
+find again. It is removed when the output is in its place. A directory of that name without the
+marker is somebody else's and is never touched.
 """
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 
-from cerwu_gpu.container.writer import PARTIAL, REPLACED, TEMPORARY, refused
+from cerwu_gpu.container.output import PARTIAL, TEMPORARY, flush_to_disk, refused, write_text
 from cerwu_gpu.errors import CerwuError, OutputError
 
-LOCK_FILE = "lock"
-FINGERPRINT_FILE = "fingerprint.json"
+MARKER_FILE, LOCK_FILE, FINGERPRINT_FILE = "cerwu_gpu-work", "lock", "fingerprint.json"
+MARKER = "cerwu_gpu keeps the work of an unfinished run in this directory (docs/resume.md).\n"
+"""Content of the marker file: only a directory with it is ever cleared or removed."""
 
 Fingerprint = Mapping[str, str]
 """What a run's bytes depend on: "lmbda" -> "1e-09", "the weights" -> a checksum."""
+OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+"""Error numbers of a rename onto something that is there."""
+ATTEMPTS = 20
+"""Number of tries to make a work directory while other processes make and remove it."""
 READABLE = 80
 """A value longer than that is not printed."""
 
@@ -65,33 +74,34 @@ class WorkDirectory:
             found = sum(1 for _ in self.path.glob("*/block-*"))
             log.warning("%s is continued; finished blocks: %d.", self.path, found)
             return
-        path = self.path / FINGERPRINT_FILE
-        temporary = path.with_suffix(TEMPORARY)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(fingerprint, file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            raise refused(path, error) from None
+        write_text(self.path / FINGERPRINT_FILE, json.dumps(dict(fingerprint), indent=2))
 
     def clear(self) -> None:
         """Drop what is kept, its fingerprint first, so that nothing half is ever believed."""
         (self.path / FINGERPRINT_FILE).unlink(missing_ok=True)
         for path in self.path.iterdir():
-            if path.name != LOCK_FILE:
+            if path.name not in (MARKER_FILE, LOCK_FILE):
                 _remove(path)
 
     def tidy(self) -> None:
-        """Undo what a killed run was amid: a replacement, files in the making."""
+        """Delete the temporary files and directories of a killed run."""
         for path in list(self.path.rglob("*")):
-            if path.suffix == REPLACED and not self.output.exists():
-                path.rename(self.output)
-            elif path.suffix in (PARTIAL, REPLACED, TEMPORARY):
+            if path.suffix in (PARTIAL, TEMPORARY):
                 _remove(path)
         if not self.kept:
             self.clear()
+
+    def remove(self) -> None:
+        """Drop everything; the directory goes by one rename, so that its marker is never missing.
+
+        Where the system refuses that, a work directory without work stays, which the next run
+        takes.
+        """
+        self.clear()
+        removed = self.path.with_name(f"{self.path.name}.{token_hex(4)}{PARTIAL}")
+        with suppress(OSError):
+            self.path.rename(removed)
+            shutil.rmtree(removed)
 
     @property
     def kept(self) -> bool:
@@ -110,8 +120,13 @@ class WorkDirectory:
 
 
 def work_path(output: Path) -> Path:
-    """Where an unfinished run for `output` keeps its work."""
+    """Return where an unfinished run for `output` keeps its work."""
     return output.parent / f".{output.name}.work"
+
+
+def output_places(output: Path) -> dict[str, Path]:
+    """Return what a run for `output` writes and clears, by name (output.check_apart)."""
+    return {"the output": output, "the work directory": work_path(output)}
 
 
 @contextmanager
@@ -122,58 +137,121 @@ def work_directory(output: Path, *, restart: bool = False) -> Iterator[WorkDirec
     would only meet again removes it. `restart` drops what is there.
 
     Raises:
-        OutputError: it cannot be written, or another process is at work in it.
+        OutputError: it cannot be written, another process is at work in it, or what has its name
+            is not ours.
         KeyboardInterrupt: with the sentence that says how to go on.
     """
     work = WorkDirectory(output)
-    with _locked(work.path):
+    with locked(work.path, _make):
         if restart:
             work.clear()
         work.tidy()
         try:
             yield work
-        except KeyboardInterrupt:
+        except BaseException as error:
+            if isinstance(error, CerwuError) and not isinstance(error, OutputError):
+                work.remove()
+                raise
             work.tidy()
-            how = f"{work.path} keeps what is finished: start it again to continue."
-            raise KeyboardInterrupt(how if work.kept else "nothing is kept.") from None
-        except OutputError:
-            work.tidy()
+            kept = work.kept
+            if not kept:
+                work.remove()
+            if isinstance(error, KeyboardInterrupt):
+                how = f"{work.path} keeps what is finished: start it again to continue."
+                raise KeyboardInterrupt(how if kept else "nothing is kept.") from error
             raise
-        except CerwuError:
-            work.clear()
-            raise
-        else:
-            work.clear()
-        finally:
-            if not work.kept:
-                shutil.rmtree(work.path, ignore_errors=True)
+        work.remove()
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Make the directory `path` and be the only one in it; the system frees a dead one's lock."""
-    while True:
+def locked(folder: Path, make: Callable[[Path], None]) -> Iterator[None]:
+    """Make a directory and be the only process in it; the system frees a dead one's lock.
+
+    Args:
+        folder: the directory; it gets a file with the name LOCK_FILE.
+        make: makes it; does nothing where it is.
+
+    Raises:
+        OutputError: another process is at work there, or the system refuses it.
+    """
+    descriptor = None
+    while descriptor is None:  # None: the process before has just removed its directory
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+            make(folder)
+            descriptor = _acquire(folder)
         except FileNotFoundError:
-            continue  # the one before has just removed its directory
+            continue
         except OSError as error:
-            raise refused(path, error) from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _same(descriptor, path / LOCK_FILE):
-                break
-            os.close(descriptor)
-        except OSError:
-            os.close(descriptor)
-            raise OutputError(
-                f"another process is writing {path}: wait for it, or choose another output."
-            ) from None
+            raise refused(folder, error) from error
     try:
         yield
     finally:
         os.close(descriptor)
+
+
+def _acquire(folder: Path) -> int | None:
+    """Lock a directory; return the lock's descriptor, or None if the directory is gone by now.
+
+    Raises:
+        OutputError: another process has the lock.
+        OSError: the system refuses the lock's file.
+    """
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise OutputError(
+            f"another process is writing {folder}: wait for it, or choose another output."
+        ) from error
+    if _same(descriptor, folder / LOCK_FILE):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _make(path: Path) -> None:
+    """Make the directory `path` with its marker, by one rename; one that has the marker will do.
+
+    Raises:
+        OutputError: there is a file, a link, or a directory without the marker.
+        OSError: the system refuses.
+    """
+    for _ in range(ATTEMPTS):
+        if _is_ours(path):
+            return
+        if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
+            continue  # look again: another process may have made it meanwhile
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=PARTIAL, dir=path.parent))
+        try:
+            made.chmod(0o755)
+            (made / MARKER_FILE).write_bytes(MARKER.encode())
+            flush_to_disk(made / MARKER_FILE)
+            flush_to_disk(made)
+            made.rename(path)  # refused where anything but an empty directory is
+            return
+        except OSError as error:
+            if error.errno not in OCCUPIED:
+                raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    raise OutputError(
+        f"{path}, where this run would keep its work, holds something else (it is a link, or has "
+        f"no {MARKER_FILE} of ours in it): move it away, or choose another output."
+    )
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether `path` is a directory, no link, with our marker in it."""
+    marker = path / MARKER_FILE
+    try:
+        if path.is_symlink() or marker.is_symlink() or not marker.is_file():
+            return False
+        with marker.open(encoding="utf-8") as file:
+            return file.read(len(MARKER)) == MARKER
+    except (OSError, ValueError):
+        return False
 
 
 def _same(descriptor: int, path: Path) -> bool:

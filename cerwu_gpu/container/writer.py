@@ -1,13 +1,8 @@
 """Collects coded and plain tensors and turns them into a finished directory, or into nothing."""
 
-import errno
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -15,14 +10,12 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.container.header import Entry, Manifest, Part
+from cerwu_gpu.container.output import TEMPORARY, new_directory, put_in_place, written
 from cerwu_gpu.container.shard import tensor_bytes, write_shard
-from cerwu_gpu.errors import OutputError
+from cerwu_gpu.spec import INDEX_FILE, SINGLE_FILE
 
 SHARD_BYTES = 5_000_000_000
 """Files are cut at this size, as on the Hub."""
-PARTIAL, REPLACED, TEMPORARY = ".partial", ".old", ".tmp"
-"""Suffixes: of a directory in the making, of the one it replaces, of a file in the making."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -36,8 +29,8 @@ class DirectoryWriter:
     Used as a context manager; leaving it by an exception removes everything written so far.
 
     Raises:
-        OutputError: the output exists and is not empty (without `overwrite`), or its parent cannot
-            be written.
+        OutputError: the output must not be replaced (output.check_output), or its parent cannot be
+            written.
     """
 
     def __init__(
@@ -106,8 +99,7 @@ class DirectoryWriter:
         count = len(self._shards)
         weight_map = {}
         for number, (path, names, _) in enumerate(self._shards, start=1):
-            single = "model.safetensors"
-            name = single if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            name = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             path.rename(self.folder / name)
             weight_map.update(dict.fromkeys(names, name))
         if count > 1:
@@ -116,7 +108,7 @@ class DirectoryWriter:
                 "weight_map": dict(sorted(weight_map.items())),
             }
             text = json.dumps(index, indent=2) + "\n"
-            path = self.folder / "model.safetensors.index.json"
+            path = self.folder / INDEX_FILE
             with written(path):
                 path.write_text(text, encoding="utf-8")
 
@@ -141,104 +133,3 @@ class DirectoryWriter:
             write_shard(path, self._tensors, manifest.to_json())
         self._shards.append((path, list(self._tensors), self._bytes))
         self._tensors, self._bytes = {}, 0
-
-
-def refused(path: Path, error: OSError) -> OutputError:
-    """What to tell the user when the disk does not take `path`."""
-    remedy = (
-        "free some space and start again" if error.errno in FULL else "choose another place for it"
-    )
-    return OutputError(f"cannot write {path} ({error.strerror}): {remedy}.")
-
-
-@contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Say in one sentence that `path` could not be written.
-
-    Raises:
-        OutputError: the system refused it.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise refused(path, error) from None
-
-
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse an output that would destroy something.
-
-    Raises:
-        OutputError: `output` is a file, holds the current directory, or is a non-empty directory
-            and `overwrite` is not given.
-    """
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file: choose a directory for the output.")
-    if output.is_dir() and Path.cwd().is_relative_to(output.resolve()):
-        raise OutputError(f"{output} is or holds the current directory: choose another output.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise OutputError(f"{output} exists and is not empty: choose another or pass --overwrite.")
-
-
-def check_apart(output: Path, source: Path, what: str) -> None:
-    """Refuse an output that is, holds or lies in what it is made from (`what`, in words).
-
-    Raises:
-        OutputError: it is so.
-    """
-    output, source = output.resolve(), source.resolve()
-    if output.is_relative_to(source) or source.is_relative_to(output):
-        raise OutputError(f"{output} is, holds or lies in {what} {source}: choose another output.")
-
-
-@contextmanager
-def new_directory(output: Path, *, overwrite: bool, inside: Path | None = None) -> Iterator[Path]:
-    """A hidden directory to be filled, beside `output` or `inside` a directory of the same disk;
-    what is still there at the end is removed.
-
-    Raises:
-        OutputError: `output` must not be replaced, or the place cannot be written.
-    """
-    check_output(output, overwrite=overwrite)
-    place = inside or output.parent
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(prefix=f".{output.name}.", suffix=PARTIAL, dir=place)
-    except OSError as error:
-        raise OutputError(f"cannot write beside {output}: {error.strerror}.") from None
-    try:
-        Path(made).chmod(0o755)
-        yield Path(made)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def put_in_place(made: Path, output: Path, *, overwrite: bool) -> None:
-    """Flush a filled directory to the disk and give it its name, by one rename.
-
-    Raises:
-        OutputError: `output` must not be replaced, or the disk refuses.
-    """
-    with written(output):
-        for file in made.rglob("*"):
-            _flush_to_disk(file)
-        _flush_to_disk(made)
-        old = made.with_suffix(REPLACED)
-        if output.exists():
-            check_output(output, overwrite=overwrite)
-            output.rename(old)
-        try:
-            os.replace(made, output)
-        except OSError:
-            if old.exists():
-                old.rename(output)
-            raise
-        _flush_to_disk(output.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

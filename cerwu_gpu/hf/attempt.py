@@ -14,7 +14,8 @@ from cerwu_gpu import __version__
 from cerwu_gpu.attempt import Attempt, check_stored, directory_bytes, plain_tensors
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.journal import Journal
-from cerwu_gpu.container.writer import DirectoryWriter, written
+from cerwu_gpu.container.output import written
+from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import OutputError
 from cerwu_gpu.hf.card import Card, Quality
 from cerwu_gpu.hf.evaluation import mean_loss, perplexity_of

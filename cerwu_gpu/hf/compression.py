@@ -11,19 +11,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cerwu_gpu.attempt import Attempt, plain_bytes
 from cerwu_gpu.config import CompressionConfig
-from cerwu_gpu.container.work import work_directory
-from cerwu_gpu.container.writer import check_apart, check_output
-from cerwu_gpu.errors import ModelError, OutputError
+from cerwu_gpu.container.output import check_apart, check_output
+from cerwu_gpu.container.work import output_places, work_directory
+from cerwu_gpu.errors import ModelError
 from cerwu_gpu.hf.attempt import Attempts
 from cerwu_gpu.hf.card import card_of
 from cerwu_gpu.hf.classifiers import check_batches, compress_on_batches
 from cerwu_gpu.hf.device import find_device
 from cerwu_gpu.hf.fingerprint import settings_fingerprint, source_fingerprint
 from cerwu_gpu.hf.models import LoadedModel, load_model
-from cerwu_gpu.hf.report_files import report_paths, write_report
+from cerwu_gpu.hf.report_files import check_reports, report_paths, write_report
 from cerwu_gpu.hf.source import Source
 from cerwu_gpu.hf.structure import Weights, find_weights
 from cerwu_gpu.hf.targeting import to_target
+from cerwu_gpu.hf.text import text_file
 from cerwu_gpu.pipeline import Clock
 from cerwu_gpu.report import Report
 from cerwu_gpu.vision.running import Batch
@@ -68,7 +69,7 @@ def compress(
             the sensitivities; default: the output is taken for logits [samples, classes]
             (vision/sensitivity.py).
         device: where blocks are worked on; default: the GPU where there is one, else the CPU.
-        overwrite: replace a non-empty output.
+        overwrite: replace a compressed directory at `output`; nothing else is ever replaced.
         restart: drop what an unfinished run has kept instead of continuing it.
         hessian_cache: directory that keeps the Hessians for the next run.
         verify: decode what was written and compare it with the weights in memory.
@@ -90,9 +91,17 @@ def compress(
     config, target = config or CompressionConfig(), find_device(device)
     given, clock = Path(output), Clock()
     output = given.expanduser().resolve()
-    check_output(output, overwrite=overwrite)
-    _check_places(output, model, hessian_cache)
     paths = report_paths(output, None if report is None else Path(report))
+    places = output_places(output)
+    read = {
+        "the model": None if isinstance(model, nn.Module) else model,
+        "the calibration text": text_file(config.calibration),
+        "the Hessian cache": None if hessian_cache is None else Path(hessian_cache),
+        "the report": None if report is None else paths[0],
+    }
+    check_apart(places, read)
+    check_reports(paths)
+    check_output(output, overwrite=overwrite)
     leave = partial(
         write_report,
         paths,
@@ -133,6 +142,7 @@ def compress(
         work.expect(settings_fingerprint(config, target))
         with clock.stage("load"):
             loaded = _loaded(model, tokenizer, trust_remote_code)
+            check_apart(places, {"the model": loaded.files})
             weights = find_weights(
                 loaded.model, config.include, config.exclude, head=not config.keep_head
             )
@@ -183,22 +193,6 @@ def _events_of(weights: Weights, config: CompressionConfig) -> tuple[str, ...]:
     if events and config.strict:
         raise ModelError(f"{events[0]} (strict): exclude it.")
     return events
-
-
-def _check_places(
-    output: Path, model: str | Path | nn.Module, hessian_cache: str | Path | None
-) -> None:
-    """Refuse an output whose place belongs to something that is read.
-
-    Raises:
-        OutputError: it is so.
-    """
-    if not isinstance(model, nn.Module) and Path(model).expanduser().exists():
-        check_apart(output, Path(model).expanduser(), "the model")
-    if hessian_cache is not None:
-        cache = Path(hessian_cache).expanduser().resolve()
-        if cache.is_relative_to(output):
-            raise OutputError(f"the Hessian cache {cache} lies in the output: choose another.")
 
 
 def _report(attempt: Attempt, source: Source, original_bytes: int, clock: Clock) -> Report:

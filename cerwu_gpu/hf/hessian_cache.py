@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cerwu_gpu.container.output import atomic
 from cerwu_gpu.errors import CalibrationError, OutputError
 from cerwu_gpu.hf.calibration import (
     BlockWeights,
@@ -104,16 +104,10 @@ class HessianCache:
         self._write(self.file(index), hessians, contents)
 
     def _write(self, target: Path, tensors: dict[str, Tensor], contents: object) -> None:
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            try:
+            with atomic(target) as temporary:
                 save_file(tensors, temporary, {METADATA_KEY: json.dumps(contents)})
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise OutputError(
                 f"{self.path} cannot be written ({error}): "

@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from cerwu_gpu.container.output import check_apart, check_output, new_directory, put_in_place
 from cerwu_gpu.container.reader import CompressedDirectory, open_directory
-from cerwu_gpu.container.writer import check_output, new_directory, put_in_place
 from cerwu_gpu.errors import ConfigError, FormatError, ModelError
 from cerwu_gpu.hf.classifiers import in_shapes_of, model_class
 from cerwu_gpu.hf.device import find_device
@@ -108,12 +108,22 @@ def decompress(
 ) -> None:
     """Write the model as a plain safetensors directory that any tool reads.
 
+    Args:
+        path: compressed directory, or the hub name of one.
+        output: directory to write; it appears when it is complete.
+        dtype: cast all floating-point weights; default: as they were compressed.
+        overwrite: replace a compressed directory at `output`; nothing else is ever replaced.
+        progress: show a bar on stderr.
+
     Raises:
-        OutputError: the output exists and is not empty; otherwise as `load_compressed`.
+        OutputError: the output is, holds or lies in `path`, or must not be replaced; otherwise as
+            `load_compressed`.
     """
     output = Path(output).expanduser().resolve()
+    check_apart({"the output": output}, {"the compressed model": path})
     check_output(output, overwrite=overwrite)
     folder = _local(path)
+    check_apart({"the output": output}, {"the compressed model": folder})  # a hub name's snapshot
     model = load_compressed(folder, dtype=dtype, progress=progress)
     with new_directory(output, overwrite=overwrite) as made:
         model.save_pretrained(made)

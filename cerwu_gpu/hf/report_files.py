@@ -15,38 +15,68 @@ import torch
 import cerwu_gpu
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.breakdown import breakdown
-from cerwu_gpu.container.writer import TEMPORARY, written
+from cerwu_gpu.container.output import write_text, written
 from cerwu_gpu.errors import OutputError
 from cerwu_gpu.hf.fingerprint import LIBRARIES
 from cerwu_gpu.report import Report, finite
-from cerwu_gpu.report_page.page import page
+from cerwu_gpu.report_page.page import is_page, page
 
 JSON_FILE, HTML_FILE = "report.json", "report.html"
+REPORT_KEYS = {"model", "output", "finished", "layers", "settings", "machine"}
+"""Keys by which a report.json of ours is known."""
+PAGE_START = 4096
+"""Number of characters by which a report.html of ours is known."""
 OPPOSITES = {"correct_drift": "--ignore-drift"}
 """Options for False of settings whose default is not False."""
 
 
 def report_paths(output: Path, folder: Path | None) -> tuple[Path, Path]:
-    """Where report.json and report.html go: into `folder`, or beside the output by its name.
-
-    Not inside the output: what is published, and whose size is promised, is the model.
+    """Return where report.json and report.html go: into `folder`, or beside the output by its name.
 
     Raises:
-        OutputError: `folder` is a file or lies in the output, or something is in the way.
+        OutputError: `folder` is a file.
     """
     if folder is None:
-        paths = tuple(output.parent / f"{output.name}.{name}" for name in (JSON_FILE, HTML_FILE))
-    else:
-        place = folder.expanduser().resolve()
-        if place.is_relative_to(output):
-            raise OutputError(f"the report's place {place} lies in the output: choose another.")
-        if place.exists() and not place.is_dir():
-            raise OutputError(f"{place} is a file: choose a directory for the report.")
-        paths = (place / JSON_FILE, place / HTML_FILE)
-    for path in paths:
+        data, html = (output.parent / f"{output.name}.{name}" for name in (JSON_FILE, HTML_FILE))
+        return data, html
+    place = folder.expanduser().resolve()
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"{place} is a file: choose a directory for the report.")
+    return place / JSON_FILE, place / HTML_FILE
+
+
+def check_reports(paths: tuple[Path, Path]) -> None:
+    """Refuse places of report.json and report.html where something else is.
+
+    Raises:
+        OutputError: there is a directory, or a file that is no report of ours.
+    """
+    for path, is_ours in zip(paths, (_is_report, _is_page), strict=True):
         if path.is_dir():
             raise OutputError(f"{path} is a directory: choose another place for the report.")
-    return paths[0], paths[1]
+        if os.path.lexists(path) and not (path.is_file() and is_ours(path)):
+            raise OutputError(
+                f"{path} is no report of cerwu_gpu and would be replaced by one: move it away, or "
+                "choose another place for the report."
+            )
+
+
+def _is_report(path: Path) -> bool:
+    """Return whether a file is a report.json that `write_report` wrote."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content.keys() >= REPORT_KEYS and "cerwu_gpu" in content["machine"]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return False
+
+
+def _is_page(path: Path) -> bool:
+    """Return whether a file is a report.html that `write_report` wrote."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return is_page(file.read(PAGE_START))
+    except (OSError, ValueError):
+        return False
 
 
 def write_report(
@@ -69,8 +99,10 @@ def write_report(
         options: --card and its like, name -> whether it was given.
 
     Raises:
-        OutputError: the disk refuses; the compressed directory is complete all the same.
+        OutputError: the disk refuses, or something else is there by now; the compressed directory
+            is complete all the same.
     """
+    check_reports(paths)
     content = finite(
         {
             "model": model,
@@ -89,9 +121,7 @@ def write_report(
     for path, text in zip(paths, texts, strict=True):
         with written(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}{TEMPORARY}")
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            os.replace(temporary, path)
+        write_text(path, text)
 
 
 def _changed(config: CompressionConfig) -> dict[str, Any]:

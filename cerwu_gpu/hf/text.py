@@ -82,8 +82,8 @@ def load_text(name: str, *, part: Part = "calibration") -> str:
     Raises:
         CalibrationError: there is no such file or dataset, or it holds no text.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = text_file(name)
+    if path is not None:
         return _file_text(path)
     name = SHORT_NAMES.get(name, name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", name):
@@ -92,6 +92,12 @@ def load_text(name: str, *, part: Part = "calibration") -> str:
             f"{', '.join([*SHORT_NAMES, SELF])}: check the path."
         )
     return _dataset_text(name, SPLITS[part])
+
+
+def text_file(name: str) -> Path | None:
+    """Return the local file that a text's name stands for; None where it stands for none."""
+    path = Path(name).expanduser()
+    return path if name != SELF and path.is_file() else None
 
 
 def _file_text(path: Path) -> str:

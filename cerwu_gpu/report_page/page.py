@@ -18,6 +18,8 @@ from cerwu_gpu.report_page.style import STYLE
 
 FETCH_NOTHING = "default-src 'none'; style-src 'unsafe-inline'"
 """A browser is told to refuse whatever the page might ask for."""
+TITLE = ": compression report"
+"""End of the page's title, after the model's name."""
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -29,7 +31,7 @@ def page(report: Mapping[str, Any]) -> str:
         tag("meta", http_equiv="Content-Security-Policy", content=FETCH_NOTHING),
         tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name_="color-scheme", content="light dark"),
-        tag("title", f"{name}: compression report"),
+        tag("title", f"{name}{TITLE}"),
         tag("style", Markup(STYLE)),
     )
     finished = report["finished"].replace("T", " ").replace("+00:00", " UTC")
@@ -50,6 +52,11 @@ def page(report: Mapping[str, Any]) -> str:
         ),
     )
     return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def is_page(beginning: str) -> bool:
+    """Return whether the first characters of a file are those of such a page."""
+    return beginning.startswith("<!DOCTYPE html>") and f"{TITLE}</title>" in beginning
 
 
 def _model_name(report: Mapping[str, Any]) -> str:

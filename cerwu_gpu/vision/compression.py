@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cerwu_gpu.attempt import plain_bytes
 from cerwu_gpu.config import CompressionConfig
-from cerwu_gpu.container.writer import check_output
+from cerwu_gpu.container.output import check_output
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.pipeline import Clock
 from cerwu_gpu.report import Report

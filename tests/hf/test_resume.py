@@ -18,6 +18,7 @@ import cerwu_gpu
 from cerwu_gpu import CompressionConfig
 from cerwu_gpu.container import writer
 from cerwu_gpu.container.journal import Journal
+from cerwu_gpu.container.output import REPLACED
 from cerwu_gpu.container.work import work_directory, work_path
 from cerwu_gpu.errors import CalibrationError, OutputError
 from cerwu_gpu.hf import hessian_cache, source
@@ -230,14 +231,15 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(
     place: str, compress: Callable[..., Any], whole: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "old.txt").write_text("what was there")
+    shutil.copytree(whole, output)
+    (output / "LICENSE").write_text("what was there")
+    before = files(output)
     # From Rust it comes as a plain Exception.
     error = Exception(f"{FULL} (os error 28)") if place == "tokenizer" else FULL
     with Failing(*PLACES[place], error), pytest.raises(OutputError, match="free some space") as end:
         compress(output, overwrite=True)
     assert "No space left on device" in str(end.value)
-    assert files(output) == {"old.txt": b"what was there"}
+    assert files(output) == before
     assert not list(tmp_path.rglob("*.partial"))
     compress(output, overwrite=True)
     assert files(output) == files(whole)
@@ -272,14 +274,15 @@ def test_what_a_killed_run_was_amid_is_tidied_up(
     (folder,) = kept.glob("lmbda-*")
     shutil.copytree(folder / "block-00000", folder / ".block-00001.x.partial")
     (kept / ".out.y.partial").mkdir()
-    (kept / ".out.y.old").mkdir()
-    (kept / ".out.y.old" / "old.txt").write_text("what was there")
+    aside = tmp_path / f".out.0123abcd{REPLACED}"
+    shutil.copytree(whole, aside)
+    (aside / "LICENSE").write_text("what was there")
     with pytest.raises(OutputError, match="not empty"):
         compress(output)
-    assert files(output) == {"old.txt": b"what was there"}
+    assert files(output) == {**files(whole), "LICENSE": b"what was there"}
     compress(output, overwrite=True)
     assert files(output) == files(whole)
-    assert not kept.exists()
+    assert directories(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "reports.json"])
