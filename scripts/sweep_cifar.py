@@ -169,7 +169,7 @@ def main(
     base = CompressionConfig()
     points = grid_points(axes, base)
     check_available(points)
-    check_folder(output)
+    check_folder(output, {"the data": folder})
     test, labels = load_images(folder / "test.npz", images)
     calibration, _ = load_images(folder / "train2k.npz", calibration_images)
     subject = PlainModule(

@@ -153,10 +153,17 @@ def sweep(
     check_available(points)
     set_verbosity(quiet=quiet)
     from cerwu_gpu.hf.subject import LanguageModel  # after the settings: torch takes seconds
-    from cerwu_gpu.hf.text import load_text
+    from cerwu_gpu.hf.text import load_text, text_file
 
     output = output.expanduser()
-    check_folder(output)
+    check_folder(
+        output,
+        {
+            "the model": model,
+            "the calibration text": text_file(calibration),
+            "the evaluation text": text_file(text),
+        },
+    )
     with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
         subject = LanguageModel(
             model,

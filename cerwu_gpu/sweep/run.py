@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-import os
+import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cerwu_gpu import __version__
+from cerwu_gpu.container.output import PARTIAL, check_apart, write_text
+from cerwu_gpu.container.work import LOCK_FILE, locked
 from cerwu_gpu.errors import OutputError
 from cerwu_gpu.progress import counted
 from cerwu_gpu.sweep.points import Point
@@ -17,6 +19,8 @@ from cerwu_gpu.sweep.table import Row, SweepTable, row_of, write_parquet
 TABLE, PARQUET, IDENTITY = "sweep.csv", "sweep.parquet", "sweep.json"
 DIRECTORIES, HESSIANS = "points", "hessians"
 """What a sweep's folder holds; subjects keep their Hessians in the last one."""
+UNFINISHED = re.compile(r"[0-9a-f]{16}\.partial|\.[0-9a-f]{16}\.partial\.\w{8}\.partial")
+"""Name of an unfinished point's directory, by its Point.key, or of one that is written for it."""
 
 
 def run_sweep(
@@ -34,19 +38,29 @@ def run_sweep(
 
     Args:
         folder: gets sweep.csv, sweep.parquet (where pyarrow is installed), sweep.json (what the
-            table belongs to) and, while a point is in work or with `keep`, points/KEY.
-        keep: leave the coded directories.
+            table belongs to), a lock and, while a point is run, points/KEY.partial.
+        keep: keep the coded directories as points/KEY; a later run without it keeps them, too.
         progress: show a bar over the points on stderr.
 
     Raises:
-        OutputError: `folder` holds the sweep of something else, or cannot be written.
+        OutputError: `folder` holds the sweep of something else, cannot be written, or another
+            process is at work in it.
         CerwuError: a point cannot be run; those before it are in the table.
     """
+    check_folder(folder)
+    with locked(folder, _make):
+        return _run(subject, points, folder, keep=keep, progress=progress)
+
+
+def _run(
+    subject: Subject, points: Sequence[Point], folder: Path, *, keep: bool, progress: bool
+) -> list[Row]:
+    """`run_sweep` in a folder that is locked."""
     identity = {"cerwu_gpu": __version__, **subject.identity()}
     fingerprint = _fingerprint(identity)
     table = _opened(folder, identity, fingerprint)
     done = {row.point: row for row in table.rows}
-    _clear(folder / DIRECTORIES, done.keys() if keep else ())
+    _clear(folder / DIRECTORIES)
     missing = [point for point in points if point.key not in done]
     original = table.rows[0].original_quality if table.rows else None
     done_before = len(points) - len(missing)
@@ -56,8 +70,13 @@ def run_sweep(
         for point in missing:
             bar.set_description(point.label)
             original = subject.original() if original is None else original
-            target = folder / DIRECTORIES / point.key
+            target = folder / DIRECTORIES / f"{point.key}{PARTIAL}"
             outcome = subject.run(point, target)
+            kept = target.with_suffix("")
+            if keep and not kept.exists():
+                target.rename(kept)
+            else:
+                shutil.rmtree(target, ignore_errors=True)
             row = row_of(
                 point,
                 outcome,
@@ -68,23 +87,37 @@ def run_sweep(
             )
             table.append(row)
             done[point.key] = row
-            if not keep:
-                shutil.rmtree(target, ignore_errors=True)
             bar.update()
     write_parquet(table.rows, folder / PARQUET)
     return [done[point.key] for point in points]
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, read: Mapping[str, str | Path | None] | None = None) -> None:
     """Refuse what cannot be a sweep's folder, before a model is loaded.
 
+    Args:
+        folder: where the sweep is to lie.
+        read: what the sweep reads, as for `check_apart`.
+
     Raises:
-        OutputError: it is a file, or a directory that holds anything but a sweep.
+        OutputError: it is a file, or a directory that holds anything but a sweep; it is, holds or
+            lies in something that is read.
     """
+    check_apart({"the output": folder}, read or {})
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file: choose a directory for the sweep.")
-    if folder.is_dir() and not (folder / IDENTITY).exists() and any(folder.iterdir()):
+    begun = folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
+    if begun and not _is_sweep(folder):
         raise OutputError(f"{folder} holds something else: choose an empty directory.")
+
+
+def _is_sweep(folder: Path) -> bool:
+    """Return whether there is a sweep.json of ours: one that states a version of cerwu_gpu."""
+    try:
+        content = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "cerwu_gpu" in content
 
 
 def _fingerprint(identity: Mapping[str, str]) -> str:
@@ -97,18 +130,17 @@ def _opened(folder: Path, identity: Mapping[str, str], fingerprint: str) -> Swee
     Raises:
         OutputError: it belongs to another one, or `folder` cannot be written.
     """
-    check_folder(folder)
     try:
-        (folder / DIRECTORIES).mkdir(parents=True, exist_ok=True)
         table = SweepTable(folder / TABLE)
         if any(row.fingerprint != fingerprint for row in table.rows):
             raise OutputError(
                 f"{folder} holds the sweep of another {_difference(folder / IDENTITY, identity)}: "
                 "choose another directory, or delete this one."
             )
-        _write(folder / IDENTITY, json.dumps(identity, indent=2) + "\n")
+        write_text(folder / IDENTITY, json.dumps(identity, indent=2) + "\n")
+        (folder / DIRECTORIES).mkdir(exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror}.") from None
+        raise OutputError(f"{folder} cannot be written: {error.strerror}.") from error
     return table
 
 
@@ -122,17 +154,12 @@ def _difference(path: Path, identity: Mapping[str, str]) -> str:
     return ", ".join(names) or "model, text or setting"
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _make(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
 
 
-def _clear(folder: Path, kept: Collection[str]) -> None:
-    """Remove what a run that died, or one that kept its directories, left behind."""
+def _clear(folder: Path) -> None:
+    """Remove what a run that died left in `folder`; nothing else there is ours to remove."""
     for path in folder.iterdir():
-        if path.name not in kept:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        if UNFINISHED.fullmatch(path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
+from cerwu_gpu.container.output import atomic
 from cerwu_gpu.errors import OutputError
 from cerwu_gpu.sweep.points import Point
 from cerwu_gpu.sweep.subject import JUDGEMENT, PREPARATION, STAGES, Outcome, Quality
@@ -175,13 +176,14 @@ def read_table(path: Path) -> list[Row]:
     Raises:
         OutputError: the file is no table of a sweep, or one of its lines is damaged.
     """
+    content = path.read_bytes()
     try:
-        lines = _whole_lines(path.read_bytes()).decode("utf-8").splitlines()
+        lines = _whole_lines(content).decode("utf-8").splitlines()
     except UnicodeDecodeError:
         raise OutputError(f"{path} is no table of a sweep: name another file.") from None
-    if not lines:
+    if not lines and ",".join(COLUMNS).encode().startswith(content):  # torn in its first line
         return []
-    if tuple(next(csv.reader(lines[:1]))) != COLUMNS:
+    if not lines or tuple(next(csv.reader(lines[:1]))) != COLUMNS:
         raise OutputError(f"{path} has other columns than a sweep's table: name another file.")
     rows = []
     for number, line in enumerate(lines[1:], start=2):
@@ -200,9 +202,8 @@ def write_parquet(rows: Sequence[Row], path: Path) -> bool:
     import pyarrow
     from pyarrow import parquet
 
-    temporary = path.with_suffix(".tmp")
-    parquet.write_table(pyarrow.Table.from_pylist([row.record() for row in rows]), temporary)
-    temporary.replace(path)
+    with atomic(path) as temporary:
+        parquet.write_table(pyarrow.Table.from_pylist([row.record() for row in rows]), temporary)
     return True
 
 

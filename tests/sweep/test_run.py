@@ -87,6 +87,56 @@ def test_directories_stay_on_request(points: list[Point], tmp_path: Path) -> Non
         assert sum(file.stat().st_size for file in files) == row.directory_bytes
 
 
+def test_directories_that_were_kept_stay(points: list[Point], tmp_path: Path) -> None:
+    """A later run without `keep` adds none, and takes none away; nor anything else."""
+    run_sweep(OneMatrix(), points[:2], tmp_path, keep=True)
+    folder = tmp_path / "points"
+    (folder / "notes.txt").write_text("mine")
+    (folder / "photos").mkdir()
+    (folder / f"{points[3].key}.partial").symlink_to(folder / "photos")
+    (folder / "photos" / "photo.jpg").touch()
+    kept = sorted(folder.rglob("*"))
+    (folder / f"{points[2].key}.partial").mkdir()  # of a run that died
+    (folder / f".{points[2].key}.partial.abcd_123.partial").mkdir()
+    run_sweep(OneMatrix(), points[:3], tmp_path)
+    assert sorted(folder.rglob("*")) == kept
+
+
+def test_directories_that_were_kept_stay_where_the_table_is_gone(
+    points: list[Point], tmp_path: Path
+) -> None:
+    run_sweep(OneMatrix(), points[:2], tmp_path, keep=True)
+    kept = {path: path.stat() for path in (tmp_path / "points").rglob("*")}
+    (tmp_path / "sweep.csv").unlink()
+    run_sweep(OneMatrix(), points[1:3], tmp_path)
+    run_sweep(OneMatrix(), points[:1], tmp_path, keep=True)
+    assert {path: path.stat() for path in (tmp_path / "points").rglob("*")} == kept
+
+
+def test_the_second_of_two_sweeps_is_refused(points: list[Point], tmp_path: Path) -> None:
+    class Meeting(OneMatrix):
+        def run(self, point: Point, folder: Path) -> Outcome:
+            with pytest.raises(OutputError, match="another process"):
+                run_sweep(OneMatrix(), points[1:], tmp_path)
+            return super().run(point, folder)
+
+    assert len(run_sweep(Meeting(), points[:1], tmp_path, keep=True)) == 1
+    assert (tmp_path / "points" / points[0].key / "words").is_file()
+
+
+def test_a_folder_that_could_not_be_begun_can_be_begun_again(
+    points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("cerwu_gpu.container.output.os.replace", full)
+    with pytest.raises(OutputError, match="free some space"):
+        run_sweep(OneMatrix(), points[:1], tmp_path / "sweep")
+    monkeypatch.undo()
+    assert len(run_sweep(OneMatrix(), points[:1], tmp_path / "sweep")) == 1
+
+
 def test_another_subject_is_refused_by_name_of_the_difference(
     points: list[Point], tmp_path: Path
 ) -> None:
@@ -106,6 +156,18 @@ def test_folders_that_hold_something_else_are_refused(points: list[Point], tmp_p
         run_sweep(OneMatrix(), points, tmp_path)
     with pytest.raises(OutputError, match="is a file"):
         run_sweep(OneMatrix(), points, tmp_path / "letter.txt")
+
+
+@pytest.mark.parametrize("identity", ["", "[]", '{"program": "train.py", "method": "bayes"}'])
+def test_a_sweep_of_another_tool_is_refused(
+    identity: str, points: list[Point], tmp_path: Path
+) -> None:
+    (tmp_path / "sweep.json").write_text(identity)
+    (tmp_path / "points").mkdir()
+    (tmp_path / "points" / points[0].key).mkdir()
+    with pytest.raises(OutputError, match="something else"):
+        run_sweep(OneMatrix(), points, tmp_path)
+    assert (tmp_path / "points" / points[0].key).is_dir()
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +252,18 @@ def test_a_damaged_table_is_refused(
     path.write_text(damage(path.read_text()))
     with pytest.raises(OutputError, match=part):
         run_sweep(OneMatrix(), points, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"mine", b"mine\n", b"\xff\n", b"subjec"])
+def test_a_file_that_is_no_table_is_left_as_it_is(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.csv"
+    path.write_bytes(content)
+    if COLUMNS[0].encode().startswith(content):
+        assert SweepTable(path).rows == []  # the beginning of a header is ours, torn
+        return
+    with pytest.raises(OutputError, match="name another file"):
+        SweepTable(path)
+    assert path.read_bytes() == content
 
 
 def test_parquet_has_the_same_cells(points: list[Point], tmp_path: Path) -> None:
