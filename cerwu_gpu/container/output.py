@@ -175,9 +175,11 @@ def _places(name: str | Path | None) -> Iterator[tuple[Path, bool]]:
 
     The last are the places that links directly in it lead to, below which nothing is read.
     """
-    if name is None or (isinstance(name, str) and not os.path.lexists(Path(name).expanduser())):
+    if name is None:
         return
-    source = Path(name).expanduser()
+    source = Path(os.path.expanduser(name))  # unlike Path.expanduser it takes unknown users
+    if isinstance(name, str) and not os.path.lexists(source):
+        return
     yield Path(os.path.realpath(source.parent), source.name), True  # the link, if it is one
     yield Path(os.path.realpath(source)), True
     for path in source.iterdir() if source.is_dir() else ():

@@ -343,7 +343,7 @@ def test_below_what_a_linked_directory_holds_nothing_is_read(tmp_path: Path) -> 
 
 def test_names_of_something_elsewhere_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    read = {"the model": "owner/name", "the text": "wikitext2", "the cache": None}
+    read = {"the model": "owner/name", "the text": "wikitext2", "the cache": None, "x": "~nobody/y"}
     check_apart({"the output": tmp_path / "owner" / "name"}, read)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     with pytest.raises(OutputError, match="is the model"):
