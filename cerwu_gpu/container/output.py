@@ -1,4 +1,4 @@
-"""Where a result goes: what it may replace, what it must stay apart from, how it gets there.
+"""The place of a result: checks of what it may replace and must stay apart from, and the renames.
 
 Every command that writes a directory asks the functions of this file, so that one place decides
 what is never written over: anything that is read, and anything that cerwu_gpu did not write.

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from cerwu_gpu import __version__
@@ -48,7 +49,7 @@ def run_sweep(
         CerwuError: a point cannot be run; those before it are in the table.
     """
     check_folder(folder)
-    with locked(folder, _make):
+    with locked(folder, partial(Path.mkdir, parents=True, exist_ok=True)):
         return _run(subject, points, folder, keep=keep, progress=progress)
 
 
@@ -152,10 +153,6 @@ def _difference(path: Path, identity: Mapping[str, str]) -> str:
     except (OSError, ValueError, AttributeError):
         names = []
     return ", ".join(names) or "model, text or setting"
-
-
-def _make(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _clear(folder: Path) -> None:

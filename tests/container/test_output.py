@@ -1,4 +1,4 @@
-"""What an output may replace, and what it must stay apart from."""
+"""Outputs replace compressed models only, and stay apart from all that is read."""
 
 import json
 import os
@@ -66,7 +66,7 @@ OURS: dict[str, Callable[[Path], object]] = {
         (folder / "additional_chat_templates" / "tools.jinja").touch(),
     ),
 }
-"""What may be done to a compressed directory so that it still is one, and nothing else."""
+"""Changes after which a directory still is a compressed model and nothing else."""
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -134,7 +134,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
         "is no compressed model",
     ),
 }
-"""What makes a compressed directory one that is never replaced, and what the refusal names."""
+"""Changes after which a directory is never replaced, and the words of the refusal."""
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -187,7 +187,7 @@ def test_a_failure_between_the_two_renames_puts_the_old_one_back(
 
 
 def moved_aside(output: Path, value: float = 0.0) -> Path:
-    """What a run leaves that is killed between the two renames."""
+    """Make the directory that a run leaves when it is killed between the two renames."""
     return model(output.with_name(f".{output.name}.0123abcd{REPLACED}"), value)
 
 

@@ -1,4 +1,4 @@
-"""What a model and its tokenizer bring into a compressed directory is known as a part of it."""
+"""All that a model and its tokenizer bring into a compressed directory is known as a part of it."""
 
 import ast
 from pathlib import Path
