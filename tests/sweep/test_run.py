@@ -106,11 +106,16 @@ def test_directories_that_were_kept_stay_where_the_table_is_gone(
     points: list[Point], tmp_path: Path
 ) -> None:
     run_sweep(OneMatrix(), points[:2], tmp_path, keep=True)
-    kept = {path: path.stat() for path in (tmp_path / "points").rglob("*")}
+    folder = tmp_path / "points"
+
+    def state() -> set[tuple[Path, int, int]]:
+        return {(path, path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+    kept = state()
     (tmp_path / "sweep.csv").unlink()
     run_sweep(OneMatrix(), points[1:3], tmp_path)
     run_sweep(OneMatrix(), points[:1], tmp_path, keep=True)
-    assert {path: path.stat() for path in (tmp_path / "points").rglob("*")} == kept
+    assert state() == kept
 
 
 def test_the_second_of_two_sweeps_is_refused(points: list[Point], tmp_path: Path) -> None:
