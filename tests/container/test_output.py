@@ -23,14 +23,7 @@ from cerwu_gpu.container.output import (
 )
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import OutputError
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    """Everything below `folder`: relative path -> bytes (None for a directory)."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
+from tests.test_cli_wrong_input import contents
 
 
 def model(folder: Path, value: float = 0.0, shards: int = 1) -> Path:
@@ -78,7 +71,7 @@ def test_a_compressed_model_is_replaced_on_request(kind: str, tmp_path: Path) ->
     with new_directory(output, overwrite=True) as made:
         (made / "new").write_text("new", encoding="utf-8")
         put_in_place(made, output, overwrite=True)
-    assert tree(tmp_path) == {"out": None, "out/new": b"new"}
+    assert contents(tmp_path) == {"out": None, "out/new": b"new"}
 
 
 def test_a_model_in_several_files_is_replaced_on_request(tmp_path: Path) -> None:
@@ -143,7 +136,7 @@ def test_anything_else_is_never_replaced(kind: str, overwrite: bool, tmp_path: P
     output = model(tmp_path / "out")
     change, part = FOREIGN[kind]
     change(output)
-    before = tree(tmp_path)
+    before = contents(tmp_path)
     with pytest.raises(OutputError, match="not empty") as refusal:
         check_output(output, overwrite=overwrite)
     assert part in str(refusal.value)
@@ -152,7 +145,7 @@ def test_anything_else_is_never_replaced(kind: str, overwrite: bool, tmp_path: P
         DirectoryWriter(output, generator="test", overwrite=overwrite),
     ):
         pass
-    assert tree(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 def test_what_came_into_the_output_while_a_run_worked_stays(tmp_path: Path) -> None:
@@ -162,9 +155,9 @@ def test_what_came_into_the_output_while_a_run_worked_stays(tmp_path: Path) -> N
         new_directory(output, overwrite=True) as made,
     ):
         (output / "notes.txt").write_text("mine", encoding="utf-8")
-        before = tree(output)
+        before = contents(output)
         put_in_place(made, output, overwrite=True)
-    assert tree(output) == before
+    assert contents(output) == before
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
@@ -172,7 +165,7 @@ def test_a_failure_between_the_two_renames_puts_the_old_one_back(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = model(tmp_path / "out")
-    before = tree(tmp_path)
+    before = contents(tmp_path)
 
     def fail(*_: object) -> None:
         raise error
@@ -183,7 +176,7 @@ def test_a_failure_between_the_two_renames_puts_the_old_one_back(
         new_directory(output, overwrite=True) as made,
     ):
         put_in_place(made, output, overwrite=True)
-    assert tree(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 def moved_aside(output: Path, value: float = 0.0) -> Path:
@@ -194,41 +187,41 @@ def moved_aside(output: Path, value: float = 0.0) -> Path:
 def test_what_a_run_killed_between_the_two_renames_moved_aside_goes_back(tmp_path: Path) -> None:
     """Before anything else is done, and so before anything is read or computed."""
     aside = moved_aside(tmp_path / "out[1]")
-    before = tree(aside)
+    before = contents(aside)
     with pytest.raises(OutputError, match="not empty"):
         check_output(tmp_path / "out[1]", overwrite=False)
-    assert tree(tmp_path / "out[1]") == before
+    assert contents(tmp_path / "out[1]") == before
     assert not aside.exists()
 
 
 def test_an_empty_directory_does_not_hide_what_was_moved_aside(tmp_path: Path) -> None:
     """Scripts begin by making their output directory."""
     output = tmp_path / "out"
-    before = tree(moved_aside(output))
+    before = contents(moved_aside(output))
     output.mkdir()
     with pytest.raises(OutputError, match="not empty"):
         check_output(output, overwrite=False)
-    assert tree(output) == before
+    assert contents(output) == before
 
 
 def test_the_last_of_several_goes_back(tmp_path: Path) -> None:
     for name, value in (("ffffffff", 1.0), ("00000000", 2.0), ("88888888", 3.0)):
         aside = model(tmp_path / name, value)
         aside.rename(tmp_path / f".out.{name}{REPLACED}")
-    latest = tree(tmp_path / f".out.88888888{REPLACED}")
+    latest = contents(tmp_path / f".out.88888888{REPLACED}")
     with pytest.raises(OutputError, match="not empty"):
         check_output(tmp_path / "out", overwrite=False)
-    assert tree(tmp_path / "out") == latest
+    assert contents(tmp_path / "out") == latest
 
 
 def test_what_was_moved_aside_is_kept_where_something_else_has_its_place(tmp_path: Path) -> None:
     output = tmp_path / "out"
     model(output, value=1.0)
-    before = tree(moved_aside(output))
+    before = contents(moved_aside(output))
     with new_directory(output, overwrite=True) as made:
         (made / "new").touch()
         put_in_place(made, output, overwrite=True)
-    assert tree(tmp_path / f".out.0123abcd{REPLACED}") == before
+    assert contents(tmp_path / f".out.0123abcd{REPLACED}") == before
 
 
 def test_a_replaced_directory_never_comes_back(
@@ -252,10 +245,10 @@ def test_a_backup_beside_the_output_is_not_touched(tmp_path: Path) -> None:
     for name in BACKUPS:
         model(tmp_path / name)
     (tmp_path / f".out.0123abcd{REPLACED}").symlink_to(tmp_path / BACKUPS[0])
-    before = tree(tmp_path)
+    before = contents(tmp_path)
     with new_directory(tmp_path / "out", overwrite=True):
         pass
-    assert tree(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("empty", [True, False])
@@ -354,7 +347,7 @@ def test_a_text_appears_whole_and_through_no_link(tmp_path: Path) -> None:
     (tmp_path / "private").write_text("mine", encoding="utf-8")
     (tmp_path / "report.json").symlink_to(tmp_path / "private")
     write_text(tmp_path / "report.json", "{}")
-    assert tree(tmp_path) == {"private": b"mine", "report.json": b"{}"}
+    assert contents(tmp_path) == {"private": b"mine", "report.json": b"{}"}
 
 
 def test_a_text_that_cannot_be_written_leaves_nothing(
@@ -366,7 +359,7 @@ def test_a_text_that_cannot_be_written_leaves_nothing(
     monkeypatch.setattr("cerwu_gpu.container.output.os.fsync", full)
     with pytest.raises(OutputError, match=r"report\.json .*free some space"):
         write_text(tmp_path / "report.json", "{}")
-    assert tree(tmp_path) == {}
+    assert contents(tmp_path) == {}
 
 
 def test_a_temporary_file_of_a_killed_run_is_in_nobodys_way(

@@ -11,7 +11,8 @@ import pytest
 from cerwu_gpu.container.output import REPLACED, check_output
 from cerwu_gpu.container.work import MARKER, MARKER_FILE, work_directory, work_path
 from cerwu_gpu.errors import ConfigError, OutputError
-from tests.container.test_output import model, tree
+from tests.container.test_output import model
+from tests.test_cli_wrong_input import contents
 
 
 def filled(folder: Path) -> Path:
@@ -49,20 +50,20 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_what_is_not_ours_is_refused_and_kept(kind: str, restart: bool, tmp_path: Path) -> None:
     FOREIGN[kind](work_path(tmp_path / "out"))
-    before = tree(tmp_path)
+    before = contents(tmp_path)
     with (
         pytest.raises(OutputError, match=r"\.out\.work.*holds something else.*move it away"),
         work_directory(tmp_path / "out", restart=restart),
     ):
         pass
-    assert tree(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 def test_an_empty_one_is_taken(tmp_path: Path) -> None:
     work_path(tmp_path / "out").mkdir()
     with work_directory(tmp_path / "out") as work:
         assert (work.path / MARKER_FILE).read_text(encoding="utf-8") == MARKER
-    assert tree(tmp_path) == {}
+    assert contents(tmp_path) == {}
 
 
 def test_ours_is_cleared_with_its_links_but_not_what_they_lead_to(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_ours_is_cleared_with_its_links_but_not_what_they_lead_to(tmp_path: Path
     assert work_path(tmp_path / "out").is_dir()
     with work_directory(tmp_path / "out", restart=True):
         pass
-    assert tree(tmp_path) == {"elsewhere": None, "elsewhere/thesis.tex": b"years of work"}
+    assert contents(tmp_path) == {"elsewhere": None, "elsewhere/thesis.tex": b"years of work"}
 
 
 @pytest.mark.parametrize("way", ["again", "restart", "error", "removed by hand"])
@@ -86,7 +87,7 @@ def test_dropping_the_work_never_drops_the_old_output(way: str, tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt), work_directory(output) as work:
         work.begin({"lmbda": "1"})
         (work.path / "lmbda-1" / "block-00000").mkdir(parents=True)
-        before = tree(model(tmp_path / f".out.0123abcd{REPLACED}"))
+        before = contents(model(tmp_path / f".out.0123abcd{REPLACED}"))
         raise KeyboardInterrupt
     if way == "removed by hand":
         shutil.rmtree(work.path)
@@ -98,7 +99,7 @@ def test_dropping_the_work_never_drops_the_old_output(way: str, tmp_path: Path) 
             raise ConfigError("wrong")
     with pytest.raises(OutputError, match="not empty"):
         check_output(output, overwrite=False)
-    assert tree(output) == before
+    assert contents(output) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -120,4 +121,4 @@ def test_runs_that_begin_and_end_together_never_take_each_other_for_strangers(
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(run, range(400)))
     assert any(results)
-    assert tree(tmp_path) == {}
+    assert contents(tmp_path) == {}
