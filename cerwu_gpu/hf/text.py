@@ -97,7 +97,7 @@ def load_text(name: str, *, part: Part = "calibration") -> str:
 def text_file(name: str) -> Path | None:
     """Return the local file that a text's name stands for; None where it stands for none."""
     path = Path(name).expanduser()
-    return path if name != SELF and path.is_file() else None
+    return path if path.is_file() else None
 
 
 def _file_text(path: Path) -> str:
