@@ -4,112 +4,35 @@ Only names and tensors are known here; `cerwu_gpu.hf` supplies the blocks of a t
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cerwu_gpu.blocks import Block, Blocks, InputStatistics, Matrix
 from cerwu_gpu.config import GRADUAL, CompressionConfig
 from cerwu_gpu.container.journal import CodedWeight, Journal
 from cerwu_gpu.container.matrix import EncodedMatrix, encode_matrix
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import CalibrationError, CerwuError, ModelError
 from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.progress import Clock
 from cerwu_gpu.quantize.layer import QuantizedStack, quantize_stack
 from cerwu_gpu.quantize.objective import drift_target
 from cerwu_gpu.quantize.sensitivity import row_sensitivity, squared_gradient
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.quantize.target import Estimate, Probe, estimate, probe
 from cerwu_gpu.report import LayerReport
+from cerwu_gpu.threads import run, worker_count
 
+SIDE_BY_SIDE_COLUMNS = 4096
+"""Stacks up to this width are searched side by side; beyond, their factors take too much memory."""
 SAMPLED_BLOCKS = 8
 """Blocks that an estimate of the rate looks into."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One weight as a matrix, rows = outputs, columns = inputs.
-
-    Attributes:
-        name: parameter name in the model, e.g. "model.layers.0.self_attn.q_proj.weight".
-        part: index along the leading axis for a parameter that holds several matrices
-            (the experts of a mixture); 0 otherwise.
-        weight: [m, n] float32 on the device of the work.
-        input: key of the distinct input; matrices with the same key share one Hessian.
-    """
-
-    name: str
-    part: int
-    weight: Tensor
-    input: str
-
-
-@dataclass(frozen=True)
-class InputStatistics:
-    """Second moment of one distinct input.
-
-    Attributes:
-        hessian: [n, n] float32, H = (2/p) X X^T over the p tokens seen; zeros when p is 0.
-        tokens: p.
-        cross: [n, n] float32, (2/p) X X_hat^T of the original model's inputs X and those that
-            the compressed model has, X_hat; `hessian` is then that of X_hat. None: X is both.
-    """
-
-    hessian: Tensor
-    tokens: int
-    cross: Tensor | None = None
-
-
-class Block(Protocol):
-    """One transformer block in work: its matrices, their inputs' statistics, and the way on."""
-
-    name: str
-
-    def matrices(self) -> Sequence[Matrix]:
-        """The matrices to quantize; together they cover each chosen parameter whole."""
-        ...
-
-    def statistics(self) -> dict[str, InputStatistics]:
-        """Stream the calibration inputs through the block; key -> statistics of that input."""
-        ...
-
-    def pass_by(self) -> None:
-        """Instead of `statistics`, where `replace` will get what is known from an earlier run."""
-        ...
-
-    def replace(self, name: str, part: int, weight: Tensor) -> None:
-        """Put the quantized `weight` [m, n] into the model, in the parameter's layout and dtype."""
-        ...
-
-
-class Blocks(Protocol):
-    """The blocks in order; the next one is made when the previous one is finished."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Block]: ...
-
-
-class Clock:
-    """Seconds per stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to `name`."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
 def compress_blocks(
@@ -182,26 +105,90 @@ def _search(
     gradients: Mapping[tuple[str, int], Tensor],
     coder: ThreadPoolExecutor,
 ) -> list["_Coding"]:
-    """Quantize a block; its matrices are on their way through the coder afterwards."""
+    """Quantize and code a block; on a GPU the coding goes on in the coder afterwards."""
     with clock.stage("calibrate"):
         statistics = block.statistics()
+    work = stacks(block.matrices())
+    with clock.stage("quantize"):
+        # The longest first, so that no worker is left with it alone.
+        order = sorted(range(len(work)), key=lambda i: -_cost(work[i]))
+        searches = [
+            partial(_search_stack, work[i], layouts, dtypes, statistics, config, gradients, coder)
+            for i in order
+        ]
+        wide = any(len(each.hessian) > SIDE_BY_SIDE_COLUMNS for each in statistics.values())
+        found = [search() for search in searches] if wide else run(searches)
+        limits = run([each.find_limit for stack in found for each in stack])
+    parts = [each for stack in found for each in stack]
     coding = []
-    for stack in stacks(block.matrices()):
-        with clock.stage("quantize"):
-            name = layouts[stack[0].name].key(stack[0].part)
-            done, events = _quantize(name, stack, statistics, config, gradients)
-        results = zip(stack, done.matrices, done.relative_losses, done.limits, strict=True)
-        for matrix, result, loss, limit in results:
-            weight = result.weight(dtypes[matrix.name]).to(torch.float32)
-            if not bool(torch.isfinite(weight).all()):
-                raise ModelError(
-                    f"{layouts[matrix.name].key(matrix.part)}: its quantized weights are beyond "
-                    f"{str(dtypes[matrix.name]).removeprefix('torch.')}: exclude it."
-                )
-            block.replace(matrix.name, matrix.part, weight)
+    for part, limit in zip(parts, limits, strict=True):
+        block.replace(part.coding.name, part.coding.part, part.weight)
+        coding.append(replace(part.coding, limit=limit))
+    clock.move(sum(part.seconds for part in parts) / worker_count(), "quantize", "code")
+    places = {matrix: place for place, matrix in enumerate(_labels(work))}
+    return sorted(coding, key=lambda each: places[each.name, each.part])
+
+
+def _labels(work: Sequence[Sequence[Matrix]]) -> list[tuple[str, int]]:
+    return [(matrix.name, matrix.part) for stack in work for matrix in stack]
+
+
+def _cost(stack: Sequence[Matrix]) -> float:
+    """Return about how long a stack takes, in units that do not matter: its factors, its rows."""
+    columns = stack[0].weight.shape[1]
+    return columns**2 * (4 * columns + sum(len(matrix.weight) for matrix in stack))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a search gives of a matrix.
+
+    Attributes:
+        weight: [m, n] float32, as it is stored.
+        find_limit: see QuantizedStack.
+        seconds: of the worker that searched, which the coding took.
+    """
+
+    coding: "_Coding"
+    weight: Tensor
+    find_limit: Callable[[], float | None]
+    seconds: float
+
+
+def _search_stack(
+    stack: list[Matrix],
+    layouts: Mapping[str, WeightLayout],
+    dtypes: Mapping[str, torch.dtype],
+    statistics: Mapping[str, InputStatistics],
+    config: CompressionConfig,
+    gradients: Mapping[tuple[str, int], Tensor],
+    coder: ThreadPoolExecutor,
+) -> list[_Part]:
+    """Quantize the matrices of a stack.
+
+    On a CPU they are coded here, by the worker that searched; elsewhere beside the next search.
+    """
+    name = layouts[stack[0].name].key(stack[0].part)
+    found, events = _quantize(name, stack, statistics, config, gradients)
+    done = []
+    results = zip(stack, found.matrices, found.relative_losses, found.find_limits, strict=True)
+    for matrix, result, loss, find_limit in results:
+        weight = result.weight(dtypes[matrix.name]).to(torch.float32)
+        if not bool(torch.isfinite(weight).all()):
+            raise ModelError(
+                f"{layouts[matrix.name].key(matrix.part)}: its quantized weights are beyond "
+                f"{str(dtypes[matrix.name]).removeprefix('torch.')}: exclude it."
+            )
+        begin = time.perf_counter()
+        if weight.device.type == "cpu":
+            encoded: Future[EncodedMatrix] = Future()
+            encoded.set_result(encode_matrix(result, loss))
+        else:
             encoded = coder.submit(encode_matrix, result, loss)
-            coding.append(_Coding(matrix.name, matrix.part, encoded, loss, limit, events))
-    return coding
+        seconds = time.perf_counter() - begin
+        coding = _Coding(matrix.name, matrix.part, encoded, loss, None, events)
+        done.append(_Part(coding, weight, find_limit, seconds))
+    return done
 
 
 def sample_stacks(
@@ -322,8 +309,8 @@ def _quantize(
         alpha = stack_sensitivities(stack, statistics, config, gradients)
         targets = [matrix.weight for matrix in stack]
         if own.cross is not None:
-            moved = partial(drift_target, hessian=hessian, cross=own.cross)
-            targets = [moved(weight) for weight in targets]
+            moved = drift_target(torch.cat(targets), hessian=hessian, cross=own.cross)
+            targets = list(torch.split(moved, [len(target) for target in targets]))
         quantized = quantize_stack(targets, hessian, config, alpha)
     except CerwuError as error:
         raise type(error)(f"{name}: {error}") from None

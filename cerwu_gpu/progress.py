@@ -6,6 +6,7 @@ Every loop that takes seconds shows itself here. Both forms say how much time is
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -71,3 +72,24 @@ def counted(
         options |= {"delay": 0.001, "bar_format": _LINE}
     bar: tqdm[Any] = kind(total=total, desc=what, unit=unit, disable=not shown, **options)
     return bar
+
+
+class Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `name`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Count some of the time spent in stage `source` as that of `target`."""
+        self.seconds[source] -= seconds
+        self.seconds[target] = self.seconds.get(target, 0.0) + seconds

@@ -32,6 +32,11 @@ SLOTS_PER_BYTE: Final = 1 << 6
 SLOTS_FREE: Final = 1 << 20
 """... or with more than SLOTS_FREE table entries and SLOTS_PER_BYTE for each byte."""
 
+SYMBOLS_LIMIT: Final = 1 << 16
+"""Most symbols of an alphabet, escapes included."""
+TABLE_SLOTS_LIMIT: Final = 1 << 20
+"""Most entries in the tables of one matrix."""
+
 CODE_RESOLUTION: Final = 8
 """A table code c stands for a probability proportional to 2**(-c / CODE_RESOLUTION)."""
 CODE_MAX: Final = 191

@@ -26,10 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cerwu_gpu.coded import CodedMatrix, Reconstruction
 from cerwu_gpu.errors import CorruptionError
-from cerwu_gpu.kernels.ans_batch import LANES, LOOKUP_BITS, Batch, Matrix
-from cerwu_gpu.kernels.ans_levels import Levels, Reconstruction
+from cerwu_gpu.kernels.ans_batch import LANES, LOOKUP_BITS, Batch
+from cerwu_gpu.kernels.ans_levels import Levels
 from cerwu_gpu.spec import PRECISION, WORD_BITS
+from cerwu_gpu.steps import step_values
 
 
 @triton.jit
@@ -186,18 +188,18 @@ def decode_kernel(
     tl.store(p_status + first_stream + o_l, b_status, mask=m_l)
 
 
-def decode(batch: Sequence[Matrix]) -> list[Tensor]:
+def decode(batch: Sequence[CodedMatrix]) -> list[Tensor]:
     """Decode all matrices in one launch.
 
     Args:
-        batch: matrices of any shapes, on one device (reference.coded.CodedMatrix).
+        batch: matrices of any shapes, on one device, that `coded.check` accepted.
 
     Returns:
         One int32 [m, n] tensor of symbols per matrix, a transposed view; all of them share memory.
 
     Raises:
-        CorruptionError: a matrix (named) has fields that contradict each other, or a stream that
-            does not end in state 0 with all its words used.
+        CorruptionError: a matrix (named) has a stream that does not end in state 0 with all its
+            words used.
     """
     if not batch:
         return []
@@ -208,23 +210,21 @@ def decode(batch: Sequence[Matrix]) -> list[Tensor]:
 
 
 def decode_weights(
-    batch: Sequence[Matrix],
+    batch: Sequence[CodedMatrix],
     rules: Sequence[Reconstruction],
-    steps: Tensor,
-    scales: Tensor,
     dtype: torch.dtype,
+    out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Decode all matrices to weights in one launch; their symbols are never in memory.
 
     Args:
         batch: as for `decode`.
-        rules: what each matrix's symbols stand for (reference.weights.Reconstruction).
-        steps, scales: float32, the column steps of all matrices one after the other, and the row
-            scales.
+        rules: what each matrix's symbols stand for.
         dtype: what the weights are rounded to, once.
+        out: tensors [m, n] of that dtype to write to, with any strides; default: new ones.
 
     Returns:
-        One [m, n] tensor per matrix, a transposed view; all of them share memory.
+        One [m, n] tensor per matrix: those of `out`, or transposed views that share memory.
 
     Raises:
         CorruptionError: as for `decode`, or a matrix has not as many escapes as values for them, or
@@ -234,10 +234,14 @@ def decode_weights(
         return []
     prepared = Batch(batch)
     levels = Levels(prepared, rules)
-    out = torch.empty(prepared.elements, dtype=dtype, device=prepared.device)
-    _check(prepared, launch_weights(prepared, levels, steps, scales, out))
-    levels.fill_escapes(out, steps, scales)
-    return prepared.split(out)
+    steps = [rule.column_step.expand(m.shape[1]) for m, rule in zip(batch, rules, strict=True)]
+    scales = [rule.row_scale.expand(m.shape[0]) for m, rule in zip(batch, rules, strict=True)]
+    step, scale = step_values(torch.cat(steps)), step_values(torch.cat(scales))
+    flat = torch.empty(prepared.elements, dtype=dtype, device=prepared.device)
+    _check(prepared, launch_weights(prepared, levels, step, scale, flat))
+    levels.fill_escapes(flat, step, scale)
+    decoded = prepared.split(flat)
+    return decoded if out is None else [to.copy_(x) for to, x in zip(out, decoded, strict=True)]
 
 
 def launch(batch: Batch, out: Tensor) -> Tensor:

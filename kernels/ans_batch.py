@@ -1,51 +1,23 @@
-"""What the decoder reads on the GPU: the matrices of a batch in flat arrays, checked beforehand.
+"""What the decoder reads on the GPU: the matrices of a batch in flat arrays.
 
 Everything is done for all matrices at once and where the tensors are: a matrix costs no launches of
-its own, and the host waits for the GPU once, to learn whether a check failed.
+its own. `coded.check` keeps a matrix's numbers within those of the kernel.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from cerwu_gpu.errors import CorruptionError
+from cerwu_gpu.coded import CodedMatrix
 from cerwu_gpu.spec import PRECISION, TRELLIS_NEXT, TRELLIS_QUANTIZER
 
 LANES = 32
 """Streams of a program: one warp, because a model has few streams for each processor of a GPU."""
 LOOKUP_BITS = 8
 """Leading bits of v by which a symbol is looked up: 1 KB for each table."""
-
-_SLOTS_MAX = 1 << 20
-_SYMBOLS_MAX = 1 << 16
-"""The limits of docs/format.md; within them, a matrix's numbers fit those of the kernel."""
-
-
-class Matrix(Protocol):
-    """What reference.coded.CodedMatrix has (kernels import nothing from the reference)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def words(self) -> Tensor: ...
-    @property
-    def lengths(self) -> Tensor: ...
-    @property
-    def tables(self) -> Tensor: ...
-    @property
-    def row_class(self) -> Tensor: ...
-    @property
-    def column_class(self) -> Tensor: ...
-    @property
-    def states(self) -> int: ...
-    @property
-    def parity(self) -> Tensor: ...
 
 
 class Items:
@@ -80,9 +52,7 @@ class _Flat:
         symbol, table: [slots] int64, the symbol of each slot and the number of its table.
     """
 
-    def __init__(self, batch: Sequence[Matrix]) -> None:
-        for matrix in batch:
-            _check_shapes(matrix)
+    def __init__(self, batch: Sequence[CodedMatrix]) -> None:
         device = batch[0].words.device
         self.rows = Items([matrix.shape[0] for matrix in batch], device)
         self.columns = Items([matrix.shape[1] for matrix in batch], device)
@@ -104,46 +74,6 @@ class _Flat:
         size = self.symbols.size[self.slots.owner]
         self.symbol = self.slots.number() % size
         self.table = self.tables.first[self.slots.owner] + self.slots.number() // size
-
-    def check(self, names: Sequence[str]) -> None:
-        """Raise what reference.ans raises for the first matrix whose fields cannot be right."""
-        tests = {
-            "number of words": self._wrong_lengths(),
-            "last word of a stream": self._wrong_last_word(),
-            "tables": self._wrong_tables(),
-            "classes": self._wrong_classes(),
-            "parity": self.symbols.sum((self.parity < 0) | (self.parity > 1)) > 0,
-        }
-        failed = torch.stack(list(tests.values()), dim=1).tolist()
-        for name, failures in zip(names, failed, strict=True):
-            for field, failure in zip(tests, failures, strict=True):
-                if failure:
-                    raise CorruptionError(f"{name}: wrong {field}: get the file again.")
-
-    def _wrong_lengths(self) -> Tensor:
-        most = self.word_counts[self.streams.owner]
-        outside = self.streams.sum((self.lengths < 0) | (self.lengths > most)) > 0
-        total = self.streams.sum(self.lengths.clamp(min=0).minimum(most))
-        return outside | (total != self.word_counts)
-
-    def _wrong_last_word(self) -> Tensor:
-        last = self.words[(self.ends[1:] - 1).clamp(0, len(self.words) - 1)]
-        return self.streams.sum((self.lengths > 0) & (last == 0)) > 0
-
-    def _wrong_tables(self) -> Tensor:
-        whole = 1 << PRECISION
-        outside = self.slots.sum((self.width < 1) | (self.width > whole)) > 0
-        sums = torch.zeros(self.tables.total, dtype=torch.int64, device=self.width.device)
-        sums.scatter_add_(0, self.table, self.width.clamp(0, whole))
-        return outside | (self.tables.sum(sums != whole) > 0)
-
-    def _wrong_classes(self) -> Tensor:
-        most = self.tables.size // self.quantizers
-        negative = self.rows.sum(self.row_class < 0) + self.columns.sum(self.column_class < 0)
-        # Each is held to the number of tables, so that their sum cannot overflow.
-        row = self.rows.greatest(self.row_class).minimum(most)
-        column = self.columns.greatest(self.column_class).minimum(most)
-        return (negative > 0) | (row + column >= most)
 
 
 class Batch:
@@ -168,16 +98,11 @@ class Batch:
 
     FIELDS = 11
 
-    def __init__(self, batch: Sequence[Matrix]) -> None:
-        """Check the matrices and lay them out.
-
-        Raises:
-            CorruptionError: a matrix (named) has fields that contradict each other.
-        """
+    def __init__(self, batch: Sequence[CodedMatrix]) -> None:
+        """Lay the matrices out; `coded.check` accepted all of them."""
         self.names = [matrix.name for matrix in batch]
         self.shapes = [matrix.shape for matrix in batch]
         flat = _Flat(batch)
-        flat.check(self.names)
         self.device, self.words, self.ends = flat.words.device, flat.words, flat.ends
         self.rows, self.columns, self.slots = flat.rows, flat.columns, flat.slots
         self.symbol, self.quantizers = flat.symbol, flat.quantizers
@@ -215,30 +140,6 @@ class Batch:
             out[first : first + m * n].view(n, m).T
             for first, (m, n) in zip(self.first_element, self.shapes, strict=True)
         ]
-
-
-def _check_shapes(matrix: Matrix) -> None:
-    """What can be checked without the tensors' contents."""
-    m, n = matrix.shape
-    tables = matrix.tables
-    broken = None
-    if m < 1 or n < 1 or matrix.states not in (0, *TRELLIS_NEXT):
-        broken = "shape or number of states"
-    elif matrix.words.ndim != 1 or matrix.lengths.ndim != 1 or not 1 <= len(matrix.lengths) <= m:
-        broken = "number of streams"
-    elif (
-        tables.ndim != 2
-        or not 1 <= tables.numel() <= _SLOTS_MAX
-        or not 1 <= tables.shape[1] <= _SYMBOLS_MAX
-        or len(tables) % (2 if matrix.states else 1)
-    ):
-        broken = "number of tables"
-    elif matrix.row_class.shape != (m,) or matrix.column_class.shape != (n,):
-        broken = "number of classes"
-    elif matrix.parity.shape != tables.shape[1:]:
-        broken = "parity"
-    if broken:
-        raise CorruptionError(f"{matrix.name}: wrong {broken}: get the file again.")
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

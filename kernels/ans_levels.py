@@ -1,26 +1,13 @@
 """What the decoder needs to write weights: the levels of all symbols, and a place for escapes."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from cerwu_gpu.coded import Reconstruction
 from cerwu_gpu.errors import CorruptionError
 from cerwu_gpu.kernels.ans_batch import Batch, Items
-
-
-class Reconstruction(Protocol):
-    """What reference.weights.Reconstruction says of a matrix's symbols."""
-
-    @property
-    def lowest(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def escapes(self) -> Tensor: ...
-    @property
-    def grid(self) -> Tensor | None: ...
 
 
 class Levels:

@@ -1,6 +1,6 @@
 r"""Rate-aware Optimal Brain Surgeon rounding of one block of columns, on the GPU.
 
-For columns j = 1 ... B in order, all rows i at once (reference/obs.py has the notation),
+For columns j = 1 ... B in order, all rows i at once (block_problem.py has the notation),
 
     q_ij = argmin_g  omega_j (1/2 (x_ij - g)^2 - 1/2 beta_j g^2) + lmbda_i r_ij(g)
     e_ij = x_ij - q_ij
@@ -18,12 +18,12 @@ memory is the only thing that a program reads back.
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-from typing import Protocol
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from cerwu_gpu.block_problem import BlockProblem
 
 BLOCK_ROWS = 16
 """Rows of a program: the fewest that a product takes, and 4096 rows still fill 132 processors."""
@@ -35,21 +35,6 @@ WARPS = 4
 STAGES = 2
 REGISTERS = 128
 """A thread may have so many: left alone, ptxas spills a few to fit in more programs."""
-
-
-class Alphabet(Protocol):
-    """What reference.obs.Alphabet has (kernels import nothing from the reference)."""
-
-    @property
-    def rates(self) -> Tensor: ...
-    @property
-    def lowest(self) -> int: ...
-    @property
-    def escapes(self) -> bool: ...
-    @property
-    def levels(self) -> Tensor | None: ...
-    @property
-    def size(self) -> int: ...
 
 
 @triton.jit
@@ -216,28 +201,11 @@ def quantize_block_kernel(
         tl.debug_barrier()  # other threads of the program read these errors in the next group
 
 
-def quantize_block(
-    x: Tensor,
-    factor: Tensor,
-    alphabet: Alphabet,
-    row_class: Tensor,
-    column_class: Tensor,
-    lmbda: Tensor,
-    importance: Tensor,
-    curvature: Tensor,
-    *,
-    exhaustive: bool,
-) -> tuple[Tensor, Tensor]:
+def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, Tensor]:
     """Quantize the columns of one block; reference.obs.quantize_block defines what that means.
 
     Args:
-        x: [m, B] float32, the block's weights in index space; left as it is.
-        factor: [B, B] float32, V of this block.
-        alphabet: the grid and its rate tables.
-        row_class, column_class: [m] and [B] int64; their sum is the number of the table.
-        lmbda: [m] float32, what a bit costs in each row.
-        importance: [B] float32, omega.
-        curvature: [B] float32, beta.
+        problem: its weights x [m, B] are left as they are.
         exhaustive: scan the whole alphabet instead of the integers near the target.
 
     Returns:
@@ -246,9 +214,11 @@ def quantize_block(
     Raises:
         ValueError: a tensor's shape, type or device does not fit.
     """
-    check_block(x, factor, alphabet, row_class, column_class, lmbda, importance, curvature)
-    rows, columns = x.shape
-    x, factor, rates = contiguous_rows(x), contiguous_rows(factor), alphabet.rates.contiguous()
+    problem.check()
+    rows, columns = problem.x.shape
+    alphabet = problem.alphabet
+    x, factor = contiguous_rows(problem.x), contiguous_rows(problem.factor)
+    rates = alphabet.rates.contiguous()
     symbols = torch.empty((rows, columns), dtype=torch.int32, device=x.device)
     error = torch.empty((rows, columns), dtype=torch.float32, device=x.device)
     if rows == 0 or columns == 0:
@@ -259,11 +229,11 @@ def quantize_block(
         factor,
         rates,
         rates if levels is None else levels.contiguous(),
-        row_class.contiguous(),
-        column_class.contiguous(),
-        lmbda.contiguous(),
-        importance.contiguous(),
-        curvature.contiguous(),
+        problem.row_class.contiguous(),
+        problem.column_class.contiguous(),
+        problem.lmbda.contiguous(),
+        problem.importance.contiguous(),
+        problem.curvature.contiguous(),
         symbols,
         error,
         rows,
@@ -284,42 +254,6 @@ def quantize_block(
         maxnreg=REGISTERS,
     )
     return symbols, error
-
-
-def check_block(
-    x: Tensor,
-    factor: Tensor,
-    alphabet: Alphabet,
-    row_class: Tensor,
-    column_class: Tensor,
-    lmbda: Tensor,
-    importance: Tensor,
-    curvature: Tensor,
-) -> None:
-    """Raise ValueError unless the arguments of a block fit each other."""
-    if x.ndim != 2:
-        raise ValueError(f"x has {x.ndim} dimensions: give a matrix [rows, columns].")
-    rows, columns = x.shape
-    tables = alphabet.rates.shape[0]
-    real, integer = torch.float32, torch.int64
-    wanted = {
-        "x": (x, real, (rows, columns)),
-        "factor": (factor, real, (columns, columns)),
-        "rates": (alphabet.rates, real, (tables, alphabet.size + int(alphabet.escapes))),
-        "row_class": (row_class, integer, (rows,)),
-        "column_class": (column_class, integer, (columns,)),
-        "lmbda": (lmbda, real, (rows,)),
-        "importance": (importance, real, (columns,)),
-        "curvature": (curvature, real, (columns,)),
-    }
-    if alphabet.levels is not None:
-        wanted["levels"] = (alphabet.levels, real, (alphabet.size,))
-    for name, (tensor, dtype, shape) in wanted.items():
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device != x.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}: "
-                f"give {dtype} {list(shape)} on {x.device}."
-            )
 
 
 def contiguous_rows(matrix: Tensor) -> Tensor:

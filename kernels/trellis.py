@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cerwu_gpu.block_problem import BlockProblem
 from cerwu_gpu.kernels.butterfly import advance_4, advance_8
-from cerwu_gpu.kernels.obs import Alphabet, check_block, contiguous_rows
+from cerwu_gpu.kernels.obs import contiguous_rows
 
 BLOCK_ROWS = 16
 """Rows of a program: the fewest that a product takes."""
@@ -259,28 +260,15 @@ def trace_back_kernel(
 
 
 def quantize_block_trellis(
-    x: Tensor,
-    factor: Tensor,
-    alphabet: Alphabet,
-    row_class: Tensor,
-    column_class: Tensor,
-    lmbda: Tensor,
-    importance: Tensor,
-    curvature: Tensor,
-    *,
-    states: int,
-    start: Tensor,
-    commit: int,
+    problem: BlockProblem, *, states: int, start: Tensor, commit: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize the first `commit` columns of a block, looking at all of its columns.
 
     Args:
-        x, factor, row_class, column_class, lmbda, importance, curvature: as for
-            `kernels.obs.quantize_block`.
-        alphabet: rates [T * 2, K + 1], row 2c + quantizer; the last column is an escape.
+        problem: rates [T * 2, K + 1], row 2c + quantizer; the last column is an escape.
         states: 4 or 8.
         start: [m] int64, the state in which each row enters the block.
-        commit: the decisions of later columns are dropped; they only tell which path is best.
+        commit: the decisions of later columns are dropped; they only decide which path is best.
 
     Returns:
         symbols [m, commit] int32, errors x - v [m, commit] float32, and the state [m] int64 after
@@ -289,17 +277,11 @@ def quantize_block_trellis(
     Raises:
         ValueError: an argument's value, shape, type or device does not fit.
     """
-    check_block(x, factor, alphabet, row_class, column_class, lmbda, importance, curvature)
-    rows, columns = x.shape
-    if states not in (4, 8):
-        raise ValueError(f"a trellis of {states} states is not known: give 4 or 8.")
-    if not 1 <= commit <= columns:
-        raise ValueError(f"commit is {commit}: give 1 ... {columns}, the columns of the block.")
-    if not alphabet.escapes or alphabet.levels is not None:
-        raise ValueError("a trellis takes integers with an escape: give rates for one.")
-    if start.shape != (rows,) or start.dtype != torch.int64 or start.device != x.device:
-        raise ValueError(f"start is no int64 [{rows}] on {x.device}: give every row its state.")
-    x, factor, rates = contiguous_rows(x), contiguous_rows(factor), alphabet.rates.contiguous()
+    problem.check_trellis(states, start, commit)
+    rows, columns = problem.x.shape
+    alphabet = problem.alphabet
+    x, factor = contiguous_rows(problem.x), contiguous_rows(problem.factor)
+    rates = alphabet.rates.contiguous()
     symbols = torch.empty((rows, commit), dtype=torch.int32, device=x.device)
     error = torch.empty((rows, commit), dtype=torch.float32, device=x.device)
     end = torch.empty(rows, dtype=torch.int64, device=x.device)
@@ -310,7 +292,10 @@ def quantize_block_trellis(
         torch.empty((*shape, BLOCK_COLUMNS), dtype=torch.int32, device=x.device),
         torch.empty(shape, dtype=torch.int32, device=x.device),
     )
-    columnwise = (column_class.contiguous(), importance.contiguous(), curvature.contiguous())
+    columnwise = [
+        field.contiguous()
+        for field in (problem.column_class, problem.importance, problem.curvature)
+    ]
     for first in range(0, rows, LAUNCH_ROWS):
         part = slice(first, min(first + LAUNCH_ROWS, rows))
         count = part.stop - first
@@ -319,9 +304,9 @@ def quantize_block_trellis(
             x[part],
             factor,
             rates,
-            row_class[part].contiguous(),
+            problem.row_class[part].contiguous(),
             columnwise[0],
-            lmbda[part].contiguous(),
+            problem.lmbda[part].contiguous(),
             columnwise[1],
             columnwise[2],
             start[part].contiguous(),

@@ -5,14 +5,14 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cerwu_gpu import backend
+from cerwu_gpu.coded import CodedMatrix, Reconstruction
 from cerwu_gpu.coding import streams
 from cerwu_gpu.coding.tables import codes_from_counts, table_from_codes
 from cerwu_gpu.reference import ans, hessian, weights
-from cerwu_gpu.reference.coded import CodedMatrix
-from cerwu_gpu.reference.dequantize import step_values
-from cerwu_gpu.reference.weights import Reconstruction
+from cerwu_gpu.steps import step_values
 from scripts.benchmark_timing import Mismatch, Row, Sizes, form, placed, timed
 
 
@@ -27,12 +27,26 @@ def random_coded(m: int, n: int, states: int) -> tuple[CodedMatrix, Reconstructi
     row_class, column_class = noise.integers(0, 4, m), noise.integers(0, 5, n)
     scale = spread[row_class[:, None] + column_class].astype(np.float32)
     symbols = np.rint(noise.standard_normal((m, n), np.float32) * scale).clip(-12, 12) + 12
+    symbols = symbols.astype(np.int32)
     tables = tables.repeat(quantizers, axis=0)
-    parity = integers & 1
-    words, lengths = streams.encode(
-        symbols.astype(np.int32), tables, row_class, column_class, states, parity
-    )
-    coded = CodedMatrix(
+    coded = coded_of(symbols, tables, row_class, column_class, states)
+    steps = torch.from_numpy(noise.integers(-2000, -1000, n).astype(np.int16))
+    none = torch.empty(0, dtype=torch.int32)
+    return coded, Reconstruction(-12, 25, none, steps, steps[:1])
+
+
+def coded_of(
+    symbols: NDArray[np.int32],
+    tables: NDArray[np.int64],
+    row_class: NDArray[np.int64],
+    column_class: NDArray[np.int64],
+    states: int,
+) -> CodedMatrix:
+    """Code the symbols [m, n] of an alphabet; odd symbols have odd parity."""
+    parity = np.arange(tables.shape[1]) & 1
+    words, lengths = streams.encode(symbols, tables, row_class, column_class, states, parity)
+    m, n = symbols.shape
+    return CodedMatrix(
         name=f"{m} x {n}",
         shape=(m, n),
         words=torch.from_numpy(words.view(np.int32)),
@@ -43,9 +57,6 @@ def random_coded(m: int, n: int, states: int) -> tuple[CodedMatrix, Reconstructi
         states=states,
         parity=torch.from_numpy(parity),
     )
-    steps = torch.from_numpy(noise.integers(-2000, -1000, n).astype(np.int16))
-    none = torch.empty(0, dtype=torch.int32)
-    return coded, Reconstruction(-12, 25, none, steps, steps[:1])
 
 
 def decoder(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:

@@ -1,8 +1,15 @@
-"""docs/benchmarks.md from the results of scripts/benchmark_kernels.py."""
+"""docs/benchmarks.md from the results of scripts/benchmark_kernels.py and benchmark_cpu.py."""
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from scripts.benchmark_cpu_page import CPU_COMMAND, cpu_sections
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "scripts" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
 COMMAND = "python scripts/benchmark_kernels.py"
 TITLES = {
     "pass": "One pass over a matrix",
@@ -21,12 +28,34 @@ NOTES = {
 }
 
 
-def page(results: Mapping[str, Any] | None) -> str:
-    """The page; without results it says that there are none, and how to get them."""
+def write_page(
+    path: Path | None = None,
+    *,
+    gpu: Mapping[str, Any] | None = None,
+    cpu: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the page; what is not given is read from the results in the repository."""
+    text = page(gpu or kept("benchmark_kernels.json"), cpu or kept("cpu.json"))
+    path = path or PAGE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def kept(name: str) -> Any:
+    """Return the results in the repository, or None."""
+    path = RESULTS / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def page(results: Mapping[str, Any] | None, cpu: Mapping[str, Any] | None = None) -> str:
+    """Write the page; where there are no results, a sentence with the command that makes them."""
     parts = [
         "# Benchmarks",
-        f"Written by `{COMMAND}` from its own results. Every kernel is compared with its "
-        "definition in torch before it is timed; where they differ, no time is told.",
+        f"Written by `{COMMAND}` and `{CPU_COMMAND}` from their own results. Every form is "
+        "compared with its definition in torch before it is timed; where they differ, there is no "
+        "time.",
+        *cpu_sections(cpu),
+        "## On a GPU",
     ]
     if results is None:
         parts += [
@@ -43,10 +72,10 @@ def page(results: Mapping[str, Any] | None) -> str:
     for section, title in TITLES.items():
         own = [row for row in rows if row["section"] == section]
         if own:
-            parts += [f"## {title}", NOTES[section], _table(own)]
+            parts += [f"### {title}", NOTES[section], _table(own)]
     ratios = list(_ratios(rows))
     if ratios:
-        parts += ["## Ratios within this run", "\n".join(f"- {line}" for line in ratios)]
+        parts += ["### Ratios within this run", "\n".join(f"- {line}" for line in ratios)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -4,16 +4,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from cerwu_gpu.block_problem import Alphabet, BlockProblem
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.quantize.layer import quantize_stack
-from cerwu_gpu.quantize.passes import LOOKAHEAD, Weights, scalar_pass, trellis_pass
+from cerwu_gpu.quantize.passes import LOOKAHEAD, scalar_pass, trellis_pass
 from cerwu_gpu.quantize.problem import EXHAUSTIVE_LEVELS
-from cerwu_gpu.reference.obs import Alphabet
 from scripts.benchmark_timing import Mismatch, Row, Sizes, form, timed
 
 BLOCK = 128
@@ -41,15 +40,12 @@ MODELS: dict[str, tuple[int, list[tuple[list[int], int]]]] = {
 class Pass:
     """A square matrix in index space with random weights, as quantize.passes takes it."""
 
-    x: Tensor
-    factor: Tensor
-    alphabet: Alphabet
-    row_class: Tensor
-    column_class: Tensor
-    weights: Weights
+    columns: BlockProblem
 
     @staticmethod
-    def random(side: int, levels: int, device: torch.device, *, states: int = 0) -> "Pass":
+    def random(
+        side: int, levels: int, device: torch.device, *, states: int = 0, escapes: bool = False
+    ) -> "Pass":
         """|G| levels with costs of Gaussians, eight classes."""
         torch.manual_seed(side + levels)
         lowest = -(levels // 2)
@@ -58,48 +54,50 @@ class Pass:
             spread = spread.repeat_interleave(2)
         levels_at = torch.arange(lowest, lowest + levels)
         rates = (levels_at / spread[:, None]).square() * 0.72 + spread.log2()[:, None] + 1.3
-        if states:
+        if states or escapes:
             rates = torch.cat([rates, rates.amax(1, keepdim=True) + 16], dim=1)
         factor = torch.randn(side, side, device=device).triu_(1) * (0.3 / side**0.5)
         factor.diagonal().fill_(1)
         ones = torch.ones(side, device=device)
-        return Pass(
-            torch.randn(side, side, device=device) * (levels / 8),
-            factor,
-            Alphabet(rates.to(device), lowest, escapes=bool(states)),
-            torch.randint(0, 4, (side,), device=device),
-            torch.randint(0, 5, (side,), device=device),
-            Weights(lmbda=0.05 * ones, importance=ones, curvature=0.01 * ones),
+        columns = BlockProblem(
+            x=torch.randn(side, side, device=device) * (levels / 8),
+            factor=factor,
+            alphabet=Alphabet(rates.to(device), lowest, escapes=bool(states) or escapes),
+            row_class=torch.randint(0, 4, (side,), device=device),
+            column_class=torch.randint(0, 5, (side,), device=device),
+            lmbda=0.05 * ones,
+            importance=ones,
+            curvature=0.01 * ones,
         )
+        return Pass(columns)
 
     def scalar(self, columns: int | None = None) -> Tensor:
         """Symbols of the first columns."""
-        exhaustive = self.alphabet.size <= EXHAUSTIVE_LEVELS
-        return scalar_pass(*self._first(columns), block_size=BLOCK, exhaustive=exhaustive)
+        exhaustive = self.columns.alphabet.size <= EXHAUSTIVE_LEVELS
+        return scalar_pass(self._first(columns), block_size=BLOCK, exhaustive=exhaustive)
 
     def trellis(self, states: int, columns: int | None = None) -> Tensor:
         """Symbols of the first columns."""
-        return trellis_pass(*self._first(columns), block_size=BLOCK, states=states)
+        return trellis_pass(self._first(columns), block_size=BLOCK, states=states)
 
-    def _first(self, columns: int | None) -> tuple[Any, ...]:
-        c = slice(columns)
-        part = Weights(self.weights.lmbda, self.weights.importance[c], self.weights.curvature[c])
-        factor = self.factor[c, c]
-        return self.x[:, c], factor, self.alphabet, self.row_class, self.column_class[c], part
+    def _first(self, columns: int | None) -> BlockProblem:
+        part = slice(columns)
+        return self.columns.block(part, self.columns.x[:, part])
 
     def products(self) -> None:
         """What every blocked pass has to do besides: the trailing products, in float32."""
-        rest, columns = self.x.clone(), self.x.shape[1]
+        x, factor = self.columns.x, self.columns.factor
+        rest, columns = x.clone(), x.shape[1]
         for first in range(0, columns, BLOCK):
             last = min(first + BLOCK, columns)
-            error = self.x[:, first:last]
-            rest[:, last:].addmm_(error, self.factor[first:last, last:], alpha=-1)
+            rest[:, last:].addmm_(x[:, first:last], factor[first:last, last:], alpha=-1)
 
 
 def column_loop(problem: Pass) -> Tensor:
     """GPTQ as it is described: blocks of columns, in each a loop over columns that rounds to the
     nearest level and moves the error on to the columns after it."""
-    work, factor, alphabet = problem.x.clone(), problem.factor, problem.alphabet
+    work, factor = problem.columns.x.clone(), problem.columns.factor
+    alphabet = problem.columns.alphabet
     symbols = torch.empty_like(work, dtype=torch.int32)
     columns = work.shape[1]
     highest = alphabet.lowest + alphabet.size - 1

@@ -1,5 +1,6 @@
 """Which form of an operation runs where, and what can be forced."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from cerwu_gpu import backend
+from cerwu_gpu.block_problem import Alphabet, BlockProblem
+from cerwu_gpu.coded import Reconstruction
 from cerwu_gpu.errors import ConfigError
-from cerwu_gpu.reference import ans, hessian, obs, trellis, weights
-from cerwu_gpu.reference.weights import Reconstruction
+from cerwu_gpu.reference import ans, counts, dequantize, hessian, obs, trellis, weights
 from tests.reference.test_ans import random_matrix
 
 CUDA = torch.device("cuda")
@@ -28,21 +30,24 @@ def force(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The kernels that the backend took, by name."""
-    taken = []
-    true_kernel = backend._kernel
+    """The kernels and the compiled forms that the backend took, by form and name."""
+    taken = {"kernel": [], "compiled": []}
 
-    def noted(family, name, device):
-        taken.append(name)
-        return true_kernel(family, name, device)
+    def noted(form, choose):
+        def chosen(family, name, device):
+            taken[form].append(name)
+            return choose(family, name, device)
 
-    monkeypatch.setattr(backend, "_kernel", noted)
+        return chosen
+
+    monkeypatch.setattr(backend, "_kernel", noted("kernel", backend._kernel))
+    monkeypatch.setattr(backend, "_forced_compiled", noted("compiled", backend._forced_compiled))
     monkeypatch.delenv("CERWU_GPU_BACKEND", raising=False)
     return taken
 
 
 def block(device, tables=3):
-    """Arguments of the quantizers: 6 rows, 5 columns, an alphabet of 7 and an escape."""
+    """A problem of 6 rows, 5 columns, an alphabet of 7 and an escape."""
     rates = torch.rand(tables, 8) + 1
     factor = torch.eye(5) + torch.randn(5, 5).triu(1) / 9
     arguments = (
@@ -55,7 +60,8 @@ def block(device, tables=3):
         torch.full((5,), 0.01),
     )
     x, factor, *others = (argument.to(device) for argument in arguments)
-    return x, factor, obs.Alphabet(rates.to(device), -3, escapes=True), *others
+    alphabet = Alphabet(rates.to(device), -3, escapes=True)
+    return BlockProblem(x, factor, alphabet, *others)
 
 
 def coded(device):
@@ -70,22 +76,25 @@ def coded(device):
 def run_all(device):
     """Every operation of the backend beside its definition: [(ours, theirs)]."""
     torch.manual_seed(0)
-    arguments = block(device)
+    problem = block(device)
     matrix, rule = coded(device)
     start = torch.zeros(6, dtype=torch.int64, device=device)
     options = {"states": 4, "start": start, "commit": 4}
     x = torch.ones(3, 5, device=device)
     ours, theirs = torch.zeros(2, 5, 5, dtype=torch.float64, device=device)
+    symbols = torch.randint(-9, 10, (6, 7), dtype=torch.int32, device=device)
+    classes = [torch.arange(length, device=device) % 2 for length in (6, 7)]
+    alphabet = {"tables": 3, "lowest": -4, "size": 9, "escapes": 2, "states": 4}
     backend.accumulate_hessian(ours, x)
     hessian.accumulate_hessian(theirs, x)
     return [
         (
-            backend.quantize_block(*arguments, exhaustive=False)[0],
-            obs.quantize_block(*arguments, exhaustive=False)[0],
+            backend.quantize_block(problem, exhaustive=False)[0],
+            obs.quantize_block(problem, exhaustive=False)[0],
         ),
         (
-            backend.quantize_block_trellis(*arguments, **options)[0],
-            trellis.quantize_block_trellis(*arguments, **options)[0],
+            backend.quantize_block_trellis(problem, **options)[0],
+            trellis.quantize_block_trellis(problem, **options)[0],
         ),
         (backend.decode([matrix])[0], ans.decode([matrix])[0]),
         (
@@ -93,51 +102,84 @@ def run_all(device):
             weights.decode_weights([matrix], [rule], torch.float16)[0],
         ),
         (ours, theirs),
+        (
+            backend.symbol_counts(symbols, *classes, **alphabet),
+            counts.symbol_counts(symbols, *classes, **alphabet),
+        ),
+        (backend.magnitude_counts(symbols, 3), counts.magnitude_counts(symbols, 3)),
+        (
+            backend.dequantize(symbols, rule.column_step, rule.row_scale, states=4),
+            dequantize.dequantize(symbols, rule.column_step, rule.row_scale, states=4),
+        ),
     ]
 
 
 NAMES = ["quantize_block", "quantize_block_trellis", "decode", "decode_weights"]
+WITHOUT_KERNEL = ["symbol_counts", "magnitude_counts", "dequantize"]
 
 
-def test_on_the_cpu_the_definitions_run(calls):
+def test_on_the_cpu_the_compiled_forms_run(calls):
     assert all(torch.equal(*pair) for pair in run_all(CPU))
-    assert calls == []
+    assert calls == {"kernel": [], "compiled": [*NAMES, *WITHOUT_KERNEL]}
+
+
+def test_the_definitions_can_be_forced(calls, force):
+    force("torch")
+    assert all(torch.equal(*pair) for pair in run_all(CPU))
+    assert calls == {"kernel": [], "compiled": []}
+
+
+def test_numba_can_be_forced(calls, force):
+    force("numba")
+    assert all(torch.equal(*pair) for pair in run_all(CPU))
+    assert calls == {"kernel": [], "compiled": [*NAMES, *WITHOUT_KERNEL]}
 
 
 def test_triton_can_be_forced_in_the_interpreter(calls, force, device):
     force("triton")
     assert all(torch.equal(*pair) for pair in run_all(device))
-    assert sorted(calls) == sorted([*NAMES, "accumulate_hessian"])
+    assert calls["kernel"] == ["accumulate_hessian", *NAMES]
+    assert calls["compiled"] == []
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_measured_kernels_run(calls):
     assert all(torch.equal(*pair) for pair in run_all(CUDA))
-    assert sorted(calls) == sorted(NAMES)
+    assert calls == {"kernel": NAMES, "compiled": []}
 
 
 @pytest.mark.gpu
 def test_torch_can_be_forced_on_a_gpu(calls, force):
     force("torch")
     assert all(torch.equal(*pair) for pair in run_all(CUDA))
-    assert calls == []
+    assert calls == {"kernel": [], "compiled": []}
 
 
 @pytest.mark.parametrize(
-    ("value", "device", "measured", "expected"),
+    ("value", "device", "kernel", "expected"),
     [
-        ("", CPU, True, False),
-        ("", CUDA, True, True),
-        ("", CUDA, False, False),
-        ("torch", CPU, True, False),
-        ("torch", CUDA, True, False),
-        ("triton", CUDA, True, True),
-        ("triton", CUDA, False, True),
+        ("", CPU, True, "numba"),
+        ("", CPU, False, "numba"),
+        ("", CUDA, True, "triton"),
+        ("", CUDA, False, "torch"),
+        ("", torch.device("meta"), True, "torch"),
+        ("torch", CPU, True, "torch"),
+        ("torch", CUDA, True, "torch"),
+        ("numba", CPU, True, "numba"),
+        ("triton", CUDA, True, "triton"),
+        ("triton", CPU, False, "torch"),
     ],
 )
-def test_the_device_and_the_variable_decide(force, value, device, measured, expected):
+def test_the_device_and_the_variable_decide(force, value, device, kernel, expected):
     force(value)
-    assert backend._takes_kernel(device, measured=measured) == expected
+    assert backend._form(device, kernel=kernel) == expected
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_numba_works_on_the_cpu_only(force, kernel):
+    force("numba")
+    with pytest.raises(ConfigError, match="on device meta: unset it, or work on the CPU"):
+        backend._form_of("ans", ans.decode, torch.device("meta"), kernel=kernel)
 
 
 def test_triton_on_the_cpu_needs_the_interpreter(force, monkeypatch):
@@ -150,20 +192,65 @@ def test_triton_on_the_cpu_needs_the_interpreter(force, monkeypatch):
 def test_an_unknown_form_is_refused(force):
     force("cuda")
     matrix, _ = coded(CPU)
-    sentence = "CERWU_GPU_BACKEND is 'cuda': set it to torch or triton"
+    sentence = "CERWU_GPU_BACKEND is 'cuda': set it to torch, numba or triton"
     with pytest.raises(ConfigError, match=sentence):
         backend.decode([matrix])
     with pytest.raises(ConfigError, match=sentence):
-        backend.quantize_block(*block(CPU), exhaustive=False)
+        backend.quantize_block(block(CPU), exhaustive=False)
 
 
 def test_without_triton_torch_s_forms_run(force, monkeypatch):
     monkeypatch.setattr(backend, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert not backend._takes_kernel(CUDA)
+        assert backend._form(CUDA) == "torch"
     force("triton")
     with pytest.raises(ConfigError, match="pip install triton"):
-        backend._takes_kernel(CUDA)
+        backend._form_of("ans", ans.decode, CUDA)
+
+
+WITHOUT_NUMBA = """
+import sys, warnings
+{}
+import torch
+from cerwu_gpu import backend
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        assert backend.magnitude_counts(torch.tensor([[1, -3]]), 2).tolist() == [0, 1, 1]
+        assert backend.decode([]) == []
+    assert backend._form(torch.device("cpu")) == "torch"
+texts = [str(each.message) for each in seen]
+assert len(texts) == 1 and "many times slower" in texts[0] and {!r} in texts[0], texts
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "word"),
+    [
+        ("sys.modules['numba'] = None", "pip install numba"),
+        (
+            "from numba.core import caching\ncaching.CacheImpl._locator_classes = []",
+            "set NUMBA_CACHE_DIR to a directory that can be written",
+        ),
+    ],
+    ids=["not installed", "no cache"],
+)
+def test_without_numba_torch_s_forms_run_and_one_warning_says_so(setup, word):
+    program = WITHOUT_NUMBA.format(setup, word)
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_numba_that_is_forced_must_be_there():
+    program = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import torch\n"
+        "from cerwu_gpu import backend, errors\n"
+        "try: backend.magnitude_counts(torch.tensor([[1]]), 2)\n"
+        "except errors.ConfigError as error: assert 'pip install numba' in str(error)\n"
+        "else: raise SystemExit(1)"
+    )
+    environment = {**os.environ, "CERWU_GPU_BACKEND": "numba", "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
 def test_the_package_works_where_triton_cannot_be_imported():

@@ -18,8 +18,22 @@ ORDER = (
     {"quantize"},
     {"coding"},
     {"backend"},
-    {"kernels", "reference"},
-    {"config", "errors", "layout", "patterns", "progress", "report", "report_page", "spec"},
+    {"compiled", "kernels", "reference"},
+    {
+        "block_problem",
+        "blocks",
+        "coded",
+        "config",
+        "errors",
+        "layout",
+        "patterns",
+        "progress",
+        "report",
+        "report_page",
+        "spec",
+        "steps",
+        "threads",
+    },
 )
 """Each part may import from the parts below it and from itself, a leaf from the other leaves, too.
 

@@ -178,16 +178,15 @@ class AdaptiveRate:
     def search(self, problem: PaperProblem) -> Tensor:
         """Symbols [m, n] int32, weight by weight."""
         x = problem.target.to("cpu", torch.float64).numpy().copy()
-        weights = problem.weights
         symbols = np.zeros(x.shape, dtype=np.int64)
         _search(
             _fresh(),
             x,
             problem.factor.to("cpu", torch.float64).numpy(),
             problem.reach,
-            weights.lmbda.to("cpu", torch.float64).numpy(),
-            weights.importance.to("cpu", torch.float64).numpy(),
-            weights.curvature.to("cpu", torch.float64).numpy(),
+            problem.lmbda.to("cpu", torch.float64).numpy(),
+            problem.importance.to("cpu", torch.float64).numpy(),
+            problem.curvature.to("cpu", torch.float64).numpy(),
             symbols,
         )
         return torch.from_numpy(symbols).to(problem.target.device, torch.int32)

@@ -20,13 +20,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from cerwu_gpu.block_problem import Alphabet, BlockProblem
 from cerwu_gpu.config import RateModel
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.quantize.classes import Classes
 from cerwu_gpu.quantize.objective import complete_square, inverse_factor, normalised_factor
-from cerwu_gpu.quantize.passes import Weights, scalar_pass
+from cerwu_gpu.quantize.passes import scalar_pass
 from cerwu_gpu.quantize.rate_models import histogram_bits, uniform_bits
-from cerwu_gpu.reference.obs import Alphabet
 
 PaperMethod = Literal["cerwu", "cerwu-gamma0", "optq"]
 
@@ -42,14 +42,16 @@ class PaperProblem:
     Attributes:
         target: W' [m, n] float32.
         factor: V_jk = C_jk / C_jj [n, n] float32, upper triangular.
-        weights: lmbda [m], importance 1 / C_jj^2 [n] and curvature lmbda gamma C_jj^2 [n].
+        lmbda: [m] float32, importance: 1 / C_jj^2 [n] and curvature: lmbda gamma C_jj^2 [n].
         reach: M; the candidates are -M ... M.
         step: the unit.
     """
 
     target: Tensor
     factor: Tensor
-    weights: Weights
+    lmbda: Tensor
+    importance: Tensor
+    curvature: Tensor
     reach: int
     step: float
 
@@ -98,16 +100,17 @@ class FrozenRate:
     def search(self, problem: PaperProblem) -> Tensor:
         """Symbols [m, n] int32 that scan every candidate."""
         classes = Classes.single(*problem.target.shape, device=problem.target.device)
-        return scalar_pass(
-            problem.target,
-            problem.factor,
-            Alphabet(self.bits[None], -problem.reach),
-            classes.row,
-            classes.column,
-            problem.weights,
-            block_size=self.block_size,
-            exhaustive=True,
+        columns = BlockProblem(
+            x=problem.target,
+            factor=problem.factor,
+            alphabet=Alphabet(self.bits[None], -problem.reach),
+            row_class=classes.row,
+            column_class=classes.column,
+            lmbda=problem.lmbda,
+            importance=problem.importance,
+            curvature=problem.curvature,
         )
+        return scalar_pass(columns, block_size=self.block_size, exhaustive=True)
 
     def code_length(self, symbols: Tensor) -> float:
         """Bits of the symbols [m, n] int32 under the table."""
@@ -158,11 +161,9 @@ def paper_problem(
     return PaperProblem(
         target=target,
         factor=normalised_factor(factor, torch.ones_like(x[0])),
-        weights=Weights(
-            lmbda=torch.full_like(x[:, 0], lmbda),
-            importance=(1 / square).to(torch.float32),
-            curvature=(lmbda * gamma * square).to(torch.float32),
-        ),
+        lmbda=torch.full_like(x[:, 0], lmbda),
+        importance=(1 / square).to(torch.float32),
+        curvature=(lmbda * gamma * square).to(torch.float32),
         reach=levels if method == "cerwu" else half,
         step=step,
     )

@@ -14,11 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cerwu_gpu.coding.streams import stream_count
-from cerwu_gpu.coding.tables import ALPHABET_MAX
 from cerwu_gpu.errors import FormatError
+from cerwu_gpu.spec import SYMBOLS_LIMIT, TABLE_SLOTS_LIMIT
 
-TABLE_CODES_MAX = 1 << 20
-"""Most codes in the tables of one matrix."""
 _SLOPE_MAX = 1 << 15
 _DEFLATED = 0x10
 
@@ -70,6 +68,17 @@ def pack(arrays: Mapping[str, NDArray[Any]], m: int, n: int) -> bytes:
             predictor = arrays.get(field.predictor) if field.predictor else None
             out += _pack_array(field, arrays[name], predictor)
     return bytes(out)
+
+
+def packed_size(name: str, array: NDArray[Any], predictor: NDArray[Any]) -> int:
+    """Return how many bytes of `pack`'s are those of one array.
+
+    Args:
+        name: an array that has a predictor: step_code or row_scale_code.
+        array: the values, of that array's dtype.
+        predictor: the array that it is predicted from, of equal length.
+    """
+    return len(_pack_array(_FIELDS[name], array, predictor))
 
 
 def unpack(blob: bytes, m: int, n: int, *, escapes: int | None = None) -> dict[str, NDArray[Any]]:
@@ -143,7 +152,7 @@ def _unpack_array(
     coding = reader.byte()
     if field.shape == "tables":
         shape = (reader.unsigned(), reader.unsigned(), reader.unsigned())
-        if shape[1] > 2 or not 0 < shape[0] * shape[1] * shape[2] <= TABLE_CODES_MAX:
+        if shape[1] > 2 or not 0 < shape[0] * shape[1] * shape[2] <= TABLE_SLOTS_LIMIT:
             raise FormatError(f"side data: {name} cannot have the shape {shape}.")
         if coding & ~_DEFLATED > 1:
             raise FormatError(f"side data: {name} has the unknown coding {coding}.")
@@ -256,8 +265,8 @@ def _length(shape: str, m: int, n: int) -> int:
         "columns": n,
         "streams": stream_count(m, n),
         "escapes": m * n,
-        "grid": ALPHABET_MAX,
-        "tables": TABLE_CODES_MAX,
+        "grid": SYMBOLS_LIMIT,
+        "tables": TABLE_SLOTS_LIMIT,
     }[shape]
 
 
@@ -265,7 +274,7 @@ def _check(name: str, array: NDArray[Any], m: int, n: int) -> None:
     field = _FIELDS[name]
     right = array.dtype == np.dtype(field.dtype)
     if field.shape == "tables":
-        right &= array.ndim == 3 and array.shape[1] <= 2 and 0 < array.size <= TABLE_CODES_MAX
+        right &= array.ndim == 3 and array.shape[1] <= 2 and 0 < array.size <= TABLE_SLOTS_LIMIT
     elif field.shape in _COUNTED:
         right &= array.ndim == 1 and len(array) <= _length(field.shape, m, n)
     else:

@@ -9,10 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cerwu_gpu.errors import FormatError
-from cerwu_gpu.spec import CODE_MAX, CODE_RESOLUTION, CODE_WEIGHTS, PRECISION
-
-ALPHABET_MAX = 1 << 16
-"""Largest number of symbols in a table; it also keeps the sum of the weights below 2**63."""
+from cerwu_gpu.spec import CODE_MAX, CODE_RESOLUTION, CODE_WEIGHTS, PRECISION, SYMBOLS_LIMIT
 
 
 def codes_from_counts(counts: NDArray[np.int64], smoothing: float = 1 / 16) -> NDArray[np.uint8]:
@@ -38,7 +35,7 @@ def table_from_codes(codes: NDArray[np.uint8]) -> NDArray[np.int64]:
     """The integer tables that the codes stand for; the same on every machine.
 
     Args:
-        codes: [T, K] uint8, each at most CODE_MAX; 1 <= K <= ALPHABET_MAX.
+        codes: [T, K] uint8, each at most CODE_MAX; 1 <= K <= SYMBOLS_LIMIT.
 
     Returns:
         [T, K] int64, each >= 1, each row summing to 2**PRECISION.
@@ -47,8 +44,8 @@ def table_from_codes(codes: NDArray[np.uint8]) -> NDArray[np.int64]:
         FormatError: a code is above CODE_MAX, or K is outside its range.
     """
     size = codes.shape[1]
-    if not 1 <= size <= ALPHABET_MAX:
-        raise FormatError(f"a table has {size} symbols: it must have 1 to {ALPHABET_MAX}.")
+    if not 1 <= size <= SYMBOLS_LIMIT:
+        raise FormatError(f"a table has {size} symbols: it must have 1 to {SYMBOLS_LIMIT}.")
     if codes.size and int(codes.max()) > CODE_MAX:
         raise FormatError(f"a table code is {int(codes.max())}: the largest is {CODE_MAX}.")
     octave, part = np.divmod(codes.astype(np.int64), CODE_RESOLUTION)

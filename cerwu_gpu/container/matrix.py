@@ -9,14 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cerwu_gpu.coded import CodedMatrix, Reconstruction, check
 from cerwu_gpu.coding import side, streams
 from cerwu_gpu.coding.tables import table_from_codes
 from cerwu_gpu.container.header import Part
 from cerwu_gpu.errors import FormatError
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
-from cerwu_gpu.reference.coded import CodedMatrix
-from cerwu_gpu.reference.weights import Reconstruction
-from cerwu_gpu.spec import STREAM_SYMBOLS_LIMIT
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,10 @@ class StoredMatrix:
 
     coded: CodedMatrix
     rule: Reconstruction
+
+    def to(self, device: torch.device | str) -> "StoredMatrix":
+        """Return the matrix with its tensors on `device`."""
+        return StoredMatrix(self.coded.to(device), self.rule.to(device))
 
 
 def encode_matrix(matrix: QuantizedMatrix, relative_loss: float) -> EncodedMatrix:
@@ -82,65 +84,54 @@ def encode_matrix(matrix: QuantizedMatrix, relative_loss: float) -> EncodedMatri
 def unpack_matrix(
     name: str, part: Part, words: Tensor, blob: bytes, device: torch.device | str
 ) -> StoredMatrix:
-    """Check what was read of a matrix and make it ready for the decoder on `device`.
+    """Check what was read of a matrix, and make it ready for the decoder on `device`.
 
     Raises:
         FormatError: the side blob is malformed or contradicts the manifest.
+        CorruptionError: words and side data contradict each other.
     """
     try:
         arrays = side.unpack(blob, part.rows, part.columns, escapes=part.escaped)
-        _check_arrays(part, arrays)
+        _check_names(part, arrays)
         tables = table_from_codes(_whole(arrays["table_codes"], part))
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
 
-    def placed(array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    def tensor(array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array))
 
     coded = CodedMatrix(
         name=name,
         shape=(part.rows, part.columns),
-        words=words.view(torch.int32).to(device),  # uint32 has few operations on GPUs
-        lengths=placed(arrays["lengths"].astype(np.int64)),
-        tables=placed(tables),
-        row_class=placed(arrays["row_class"].astype(np.int64)),
-        column_class=placed(arrays["column_class"].astype(np.int64)),
+        words=words.view(torch.int32),  # uint32 has few operations on GPUs
+        lengths=tensor(arrays["lengths"].astype(np.int64)),
+        tables=tensor(tables),
+        row_class=tensor(arrays["row_class"].astype(np.int64)),
+        column_class=tensor(arrays["column_class"].astype(np.int64)),
         states=part.states,
-        parity=placed(parity_of(part)),
+        parity=tensor(parity_of(part)),
     )
     rule = Reconstruction(
         lowest=part.lowest,
         size=part.size,
-        escapes=placed(arrays.get("escapes", np.empty(0, np.int32))),
-        column_step=placed(arrays["step_code"]),
-        row_scale=placed(arrays["row_scale_code"]),
-        grid=placed(arrays["grid"]) if part.quantizer == "grid" else None,
+        escapes=tensor(arrays.get("escapes", np.empty(0, np.int32))),
+        column_step=tensor(arrays["step_code"]),
+        row_scale=tensor(arrays["row_scale_code"]),
+        grid=tensor(arrays["grid"]) if part.quantizer == "grid" else None,
     )
-    return StoredMatrix(coded, rule)
+    check(coded, rule)
+    return StoredMatrix(coded, rule).to(device)
 
 
-def _check_arrays(part: Part, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Refuse side data that do not fit the manifest, or hold what docs/format.md rules out."""
-    wanted = {"table_codes", "row_class", "column_class", "step_code", "row_scale_code", "lengths"}
-    wanted |= {"escapes"} if part.escaped else set()
-    wanted |= {"grid"} if part.quantizer == "grid" else set()
-    for name in sorted(set(arrays) ^ wanted):
+def _check_names(part: Part, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse side data with other arrays, or other numbers of escapes, than the manifest has."""
+    expected = {"table_codes", "row_class", "column_class", "step_code", "row_scale_code"}
+    expected |= {"lengths"} | ({"escapes"} if part.escaped else set())
+    expected |= {"grid"} if part.quantizer == "grid" else set()
+    for name in sorted(set(arrays) ^ expected):
         raise FormatError(f"side data and manifest disagree on {name}.")
-    streams = len(arrays["lengths"])
-    if not streams or -(-part.rows // streams) * part.columns > STREAM_SYMBOLS_LIMIT:
-        raise FormatError(f"{streams} streams are too few; the file is broken.")
-    if part.escaped:
-        escapes = arrays["escapes"]
-        if len(escapes) != part.escaped:
-            raise FormatError("side data and manifest disagree on escapes.")
-        if int(escapes.min()) not in part.integers or int(escapes.max()) not in part.integers:
-            raise FormatError("an escaped integer is too large; the file is broken.")
-    if part.quantizer == "grid":
-        grid = arrays["grid"]
-        if len(grid) != part.size:
-            raise FormatError("side data and manifest disagree on grid.")
-        if not np.isfinite(grid).all() or bool((grid[1:] <= grid[:-1]).any()):
-            raise FormatError("its grid is not finite and ascending; the file is broken.")
+    if part.escaped and len(arrays["escapes"]) != part.escaped:
+        raise FormatError("side data and manifest disagree on escapes.")
 
 
 def parity_of(part: Part) -> NDArray[np.uint8]:

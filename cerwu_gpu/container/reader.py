@@ -1,8 +1,9 @@
 """Reads compressed directories: checks everything before it believes anything."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,11 @@ from cerwu_gpu.container.shard import tensor_bytes
 from cerwu_gpu.errors import CorruptionError, FormatError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.progress import counted
-from cerwu_gpu.reference.pieces import decode_in_pieces
 from cerwu_gpu.spec import FORMAT_VERSION
+from cerwu_gpu.threads import run
 
-BATCH_WEIGHTS = {"cpu": 1 << 25, "cuda": 1 << 27}
-"""Weights decoded together: enough lanes to be fast, few enough to stay small in memory."""
+BATCH_WEIGHTS = {"cpu": 1 << 23, "cuda": 1 << 27}
+"""Weights decoded together: enough streams for all workers, few enough to stay small in memory."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,17 @@ class StoredWeight:
     entry: Entry
     matrices: tuple[StoredMatrix, ...]
 
+    def to(self, device: torch.device | str) -> "StoredWeight":
+        """Return the parameter with its tensors on `device`."""
+        return replace(self, matrices=tuple(matrix.to(device) for matrix in self.matrices))
+
     def decode(self) -> Tensor:
-        """The parameter; decoded in pieces, so that little more than its own memory is needed.
+        """Decode the parameter.
 
         Raises:
             CorruptionError: a stream is wrong.
         """
-        dtype = getattr(torch, self.entry.dtype)
-        if len(self.matrices) > 1 or self.matrices[0].coded.words.device.type != "cpu":
-            return next(decode_stored([self]))[1]
-        matrix = self.matrices[0]
-        weight = decode_in_pieces(matrix.coded, matrix.rule, dtype)
-        return weight.T.contiguous() if self.entry.transposed else weight
+        return next(decode_stored([self]))[1]
 
 
 class CompressedDirectory:
@@ -114,18 +114,24 @@ class CompressedDirectory:
         """
         total = sum(e.weights for s in self._shards for e in s.manifest.compressed.values())
         with counted(total, what="decoding", unit="w", shown=progress, unit_scale=True) as bar:
-            batch: list[StoredWeight] = []
-            waiting, enough = 0, BATCH_WEIGHTS.get(torch.device(device).type, 1 << 25)
-            for shard in self._shards:
-                for name, entry in shard.manifest.compressed.items():
-                    batch.append(_stored(shard, name, entry, device, verify))
-                    waiting += entry.weights
-                    if waiting >= enough:
-                        yield from decode_stored(batch)
-                        bar.update(waiting)
-                        batch, waiting = [], 0
-            yield from decode_stored(batch)
-            bar.update(waiting)
+            for batch in self._batches(torch.device(device)):
+                # What belongs together is read, compared with its checksums and decoded at once.
+                read = [partial(_stored, *each, device, verify) for each in batch]
+                yield from decode_stored(run(read))
+                bar.update(sum(entry.weights for _, _, entry in batch))
+
+    def _batches(self, device: torch.device) -> Iterator[list[tuple[Shard, str, Entry]]]:
+        """Yield compressed weights to decode together, in the order of the files."""
+        batch: list[tuple[Shard, str, Entry]] = []
+        enough = BATCH_WEIGHTS.get(device.type, BATCH_WEIGHTS["cpu"])
+        for shard in self._shards:
+            for name, entry in shard.manifest.compressed.items():
+                batch.append((shard, name, entry))
+                if sum(entry.weights for _, _, entry in batch) >= enough:
+                    yield batch
+                    batch = []
+        if batch:
+            yield batch
 
     def stored(
         self, name: str, *, device: torch.device | str = "cpu", verify: bool = True
@@ -141,6 +147,12 @@ class CompressedDirectory:
             if name in shard.manifest.compressed:
                 return _stored(shard, name, shard.manifest.compressed[name], device, verify)
         raise KeyError(name)
+
+    def all_stored(
+        self, names: Iterable[str], *, device: torch.device | str = "cpu", verify: bool = True
+    ) -> list[StoredWeight]:
+        """Read several compressed parameters, as `stored` does, side by side."""
+        return run(partial(self.stored, name, device=device, verify=verify) for name in names)
 
     def inventory(self) -> Inventory:
         """Where the bytes are."""
@@ -235,26 +247,33 @@ def _stored(
 
 
 def decode_stored(batch: Sequence[StoredWeight]) -> Iterator[tuple[str, Tensor]]:
-    """Name and parameter of each of the batch, whose matrices are decoded together.
+    """Decode a batch, straight into the memory of its parameters; yield their names with them.
 
     Raises:
         CorruptionError: a stream is wrong.
     """
-    weights: dict[int, Tensor] = {}
-    for dtype in dict.fromkeys(stored.entry.dtype for stored in batch):
-        own = [x for stored in batch if stored.entry.dtype == dtype for x in stored.matrices]
-        decoded = backend.decode_weights(
-            [x.coded for x in own], [x.rule for x in own], getattr(torch, dtype)
-        )
-        weights |= {id(x): weight for x, weight in zip(own, decoded, strict=True)}
+    parameters = []
     for stored in batch:
-        name, entry = stored.name, stored.entry
-        layout = WeightLayout(name, entry.shape, len(entry.parts), entry.transposed)
-        first = weights[id(stored.matrices[0])]
-        parameter = torch.empty(entry.shape, dtype=first.dtype, device=first.device)
-        for part, matrix in enumerate(stored.matrices):
-            layout.store(parameter, part, weights.pop(id(matrix)))
-        yield name, parameter
+        device = stored.matrices[0].coded.words.device
+        dtype = getattr(torch, stored.entry.dtype)
+        parameters.append(torch.empty(stored.entry.shape, dtype=dtype, device=device))
+    for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+        matrices: list[StoredMatrix] = []
+        places: list[Tensor] = []
+        for stored, parameter in zip(batch, parameters, strict=True):
+            if parameter.dtype == dtype:
+                entry = stored.entry
+                layout = WeightLayout(stored.name, entry.shape, len(entry.parts), entry.transposed)
+                matrices += stored.matrices
+                places += [layout.matrix(parameter, part) for part in range(layout.parts)]
+        backend.decode_weights(
+            [matrix.coded for matrix in matrices],
+            [matrix.rule for matrix in matrices],
+            dtype,
+            places,
+        )
+    for stored in batch:
+        yield stored.name, parameters.pop(0)
 
 
 def _compressed_entry(name: str, entry: Entry, size: int) -> TensorEntry:

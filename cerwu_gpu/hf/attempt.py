@@ -22,7 +22,8 @@ from cerwu_gpu.hf.evaluation import mean_loss, perplexity_of
 from cerwu_gpu.hf.models import TOKENIZER_FILES, LoadedModel
 from cerwu_gpu.hf.reason import reason
 from cerwu_gpu.hf.source import Source
-from cerwu_gpu.pipeline import Clock, compress_blocks
+from cerwu_gpu.pipeline import compress_blocks
+from cerwu_gpu.progress import Clock
 from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
 
 COPIED_FILES = (

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cerwu_gpu.blocks import InputStatistics, Matrix
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.hf.capture import Call, capture
 from cerwu_gpu.hf.ends import Ends, ends_placed
@@ -15,7 +16,6 @@ from cerwu_gpu.hf.inputs import InputMoments, Label, observed
 from cerwu_gpu.hf.models import check_tokens
 from cerwu_gpu.hf.structure import find_blocks
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.pipeline import InputStatistics, Matrix
 from cerwu_gpu.progress import counted
 
 

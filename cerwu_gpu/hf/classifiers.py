@@ -23,7 +23,7 @@ from cerwu_gpu.errors import ConfigError, ModelError
 from cerwu_gpu.hf.attempt import LICENCE_PATTERNS, write_companions
 from cerwu_gpu.hf.models import LoadedModel
 from cerwu_gpu.hf.reason import reason
-from cerwu_gpu.pipeline import Clock
+from cerwu_gpu.progress import Clock
 from cerwu_gpu.report import Report
 from cerwu_gpu.vision.compression import compress_module
 from cerwu_gpu.vision.loading import in_own_shapes

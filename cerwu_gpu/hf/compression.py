@@ -25,7 +25,7 @@ from cerwu_gpu.hf.source import Source
 from cerwu_gpu.hf.structure import Weights, find_weights
 from cerwu_gpu.hf.targeting import to_target
 from cerwu_gpu.hf.text import text_file
-from cerwu_gpu.pipeline import Clock
+from cerwu_gpu.progress import Clock
 from cerwu_gpu.report import Report
 from cerwu_gpu.vision.running import Batch
 from cerwu_gpu.vision.sensitivity import Loss

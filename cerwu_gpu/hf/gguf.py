@@ -3,6 +3,9 @@
 import importlib.util
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +47,22 @@ def check_gguf(path: Path) -> None:
             f"reading {path.name} needs {' and '.join(missing)}: "
             f"run `pip install {' '.join(missing)}`."
         )
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Let transformers parse a file once in here.
+
+    It reads a file anew for the configuration, the weights and the tokenizer, seconds each time,
+    and builds the table of tensor names anew for every tensor.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(reader), cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 def gguf_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cerwu_gpu.blocks import Block, Blocks, InputStatistics
 from cerwu_gpu.errors import ModelError
 from cerwu_gpu.hf.ends import Ends, output_embeddings
 from cerwu_gpu.hf.inputs import InputMoments, Label
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.pipeline import Block, Blocks, InputStatistics
-from cerwu_gpu.quantize.threads import one_thread
+from cerwu_gpu.threads import one_thread
 
 LOOKUP = -1
 """Among sensitivities, (name, LOOKUP) of the input embedding: what is added to its Hessian [d, d]

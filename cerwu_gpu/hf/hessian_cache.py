@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cerwu_gpu.blocks import Block, InputStatistics
 from cerwu_gpu.container.output import atomic
 from cerwu_gpu.errors import CalibrationError, OutputError
 from cerwu_gpu.hf.calibration import (
@@ -26,7 +27,6 @@ from cerwu_gpu.hf.head import head_modules
 from cerwu_gpu.hf.inputs import Label
 from cerwu_gpu.hf.structure import find_blocks
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.pipeline import Block, InputStatistics
 
 VERSION = 1
 """Part of every key: raised when the contents of the files change their meaning."""

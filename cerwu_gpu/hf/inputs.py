@@ -10,15 +10,19 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from cerwu_gpu import backend
+from cerwu_gpu.blocks import InputStatistics
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.pipeline import InputStatistics
 
 Label = tuple[str, int]
 """(parameter name, part): one matrix."""
 
 _PRODUCTS = frozenset({torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__})
 _PRODUCTS |= {torch.mm, torch.Tensor.mm}
+
+
+class _AllSeen(Exception):
+    """Ends a run whose outputs nobody needs."""
 
 
 class InputMoments:
@@ -38,7 +42,7 @@ class InputMoments:
         self._tokens: dict[str, int] = {}
         self._seen: dict[tuple[int, int], tuple[Tensor, str]] = {}
         self._samples = range(0)
-        self._recording = False
+        self._recording = self._ends_early = False
         self._recorded: dict[str, Tensor] = {}
         self._crosses: dict[str, Tensor] = {}
 
@@ -59,11 +63,21 @@ class InputMoments:
 
     @contextmanager
     def forward(self, samples: range) -> Iterator[None]:
-        """One run of the block over the calibration samples with these numbers."""
+        """One run of the block over the calibration samples with these numbers.
+
+        After `record` the run ends when every input that was recorded has been seen again: nobody
+        needs what the block would give.
+        """
         self._samples = samples
+        # Experts were not recorded: all of them may still be to come.
+        recorded = self._recorded and all(layout.parts == 1 for layout in self._layouts)
+        self._ends_early = bool(recorded and not self._recording)
         try:
             yield
+        except _AllSeen:
+            pass
         finally:
+            self._ends_early = False
             self._seen.clear()
 
     def add(self, layout: WeightLayout, part: int, x: Tensor) -> None:
@@ -82,6 +96,8 @@ class InputMoments:
             )
         if seen == own and not (self._recording and layout.parts > 1):
             self._accumulate(own, x)
+            if self._ends_early and not self._recorded:
+                raise _AllSeen
 
     def _accumulate(self, key: str, x: Tensor) -> None:
         rows = x.detach().reshape(-1, x.shape[-1]).float()

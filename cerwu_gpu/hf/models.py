@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from cerwu_gpu.errors import ModelError
-from cerwu_gpu.hf.gguf import check_gguf, gguf_model, gguf_tokenizer
+from cerwu_gpu.hf.gguf import check_gguf, gguf_model, gguf_tokenizer, read_once
 from cerwu_gpu.hf.reason import reason
 from cerwu_gpu.hf.structure import holds_matrices
 from cerwu_gpu.spec import QUANT_METHOD
@@ -68,7 +68,8 @@ def load_model(
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and not path.is_dir():
         check_gguf(path)
-        loaded = LoadedModel(gguf_model(path, dtype), gguf_tokenizer(path), None)
+        with read_once():
+            loaded = LoadedModel(gguf_model(path, dtype), gguf_tokenizer(path), None)
     elif path.is_dir():
         loaded = _load_directory(path, trust_remote_code, dtype)
     elif path.exists():

@@ -136,11 +136,10 @@ class DecodedWeights:
     """
 
     def __init__(self, directory: CompressedDirectory) -> None:
-        self._directory = directory
         self._waiting = sorted(directory.compressed(), key=_natural)
         self._ready: dict[str, Tensor] = {}
-        for name in self._waiting:  # here an error reaches the user as it is
-            directory.stored(name)
+        # Read at once, since here an error reaches the user as it is; words stay in the file.
+        self._stored = {stored.name: stored for stored in directory.all_stored(self._waiting)}
 
     def take(self, target: str, prefix: str, device: torch.device) -> Tensor:
         """The weight that the model calls `target`, on `device`; each can be had once.
@@ -165,7 +164,7 @@ class DecodedWeights:
         batch: list[StoredWeight] = []
         while first < len(self._waiting) and sum(x.entry.weights for x in batch) < enough:
             name = self._waiting.pop(first)
-            batch.append(self._directory.stored(name, device=device, verify=False))
+            batch.append(self._stored.pop(name).to(device))
         self._ready.update(decode_stored(batch))
 
 

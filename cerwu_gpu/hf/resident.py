@@ -93,11 +93,9 @@ def stored_in_blocks(
         CorruptionError: a checksum is wrong (with `verify`).
     """
     prefixes = tuple(f"{block}." for block in blocks)
-    return {
-        name: _owned(directory.stored(name, device=device, verify=verify))
-        for name in directory.compressed()
-        if name.startswith(prefixes)
-    }
+    names = [name for name in directory.compressed() if name.startswith(prefixes)]
+    read = directory.all_stored(names, device=device, verify=verify)
+    return {stored.name: _owned(stored) for stored in read}
 
 
 def _owned(stored: StoredWeight) -> StoredWeight:

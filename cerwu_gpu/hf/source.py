@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cerwu_gpu.blocks import Blocks
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.hf.calibration import CalibratedBlocks
@@ -20,7 +21,6 @@ from cerwu_gpu.hf.models import LoadedModel, check_weights
 from cerwu_gpu.hf.sensitivity import output_sensitivities
 from cerwu_gpu.hf.text import calibration_tokens
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.pipeline import Blocks
 
 SENSITIVITY_TOKENS = 4096
 """So many tokens tell the sensitivities: they are means over outputs that differ by decades."""

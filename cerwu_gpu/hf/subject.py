@@ -24,7 +24,7 @@ from cerwu_gpu.hf.models import load_model, require_tokenizer
 from cerwu_gpu.hf.source import Source
 from cerwu_gpu.hf.structure import find_weights
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.pipeline import Clock
+from cerwu_gpu.progress import Clock
 from cerwu_gpu.sweep.points import Point
 from cerwu_gpu.sweep.subject import Outcome, Quality
 

@@ -13,7 +13,8 @@ from cerwu_gpu.errors import TargetError
 from cerwu_gpu.hf.attempt import Attempts, write_companions
 from cerwu_gpu.hf.evaluation import mean_loss
 from cerwu_gpu.hf.source import Source
-from cerwu_gpu.pipeline import Clock, estimate_model, sample_stacks
+from cerwu_gpu.pipeline import estimate_model, sample_stacks
+from cerwu_gpu.progress import Clock
 from cerwu_gpu.quantize.target import Correction, Estimate, first_lmbda, solve, with_lmbda
 
 FULL_PASSES = 3

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.config import CompressionConfig
-from cerwu_gpu.reference.dequantize import covering_code, step_codes, step_values
+from cerwu_gpu.steps import covering_code, step_codes, step_values
 
 COARSE_STEPS = 904.0
 """A step code shared by k weights is a multiple of this over sqrt(k), by a power of two (below)."""

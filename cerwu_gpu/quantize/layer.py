@@ -1,8 +1,9 @@
 """One Hessian and the matrices that share it: from floats to integers and their tables."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -12,10 +13,16 @@ from cerwu_gpu.config import TRELLIS_STATES, CompressionConfig
 from cerwu_gpu.quantize.classes import Classes
 from cerwu_gpu.quantize.grid import Grid, nearest, scaled
 from cerwu_gpu.quantize.limit import limit_bits
-from cerwu_gpu.quantize.objective import check_finite, factor_with_damping, quadratic_error
+from cerwu_gpu.quantize.objective import (
+    OutputError,
+    check_finite,
+    factor_with_damping,
+    quadratic_error,
+)
 from cerwu_gpu.quantize.problem import Problem
 from cerwu_gpu.quantize.refit import Quadratic, refit
 from cerwu_gpu.quantize.symbols import QuantizedMatrix, finish_matrix
+from cerwu_gpu.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -26,14 +33,21 @@ class QuantizedStack:
         matrices: in the order given.
         relative_losses: tr((W-Q) H (W-Q)^T) / tr(W H W^T) of each, with the undamped H.
         damping: what the factorisation needed.
-        limits: fewest bits per weight for the loss of each, weighted by the sensitivities
-            (limit.py); None where it was not asked for, or the loss is 0.
+        find_limits: what finds the fewest bits per weight for the loss of each, weighted by the
+            sensitivities (limit.py); None where it was not asked for, or the loss is 0. It takes
+            the eigenvalues of a matrix [n, n].
     """
 
     matrices: tuple[QuantizedMatrix, ...]
     relative_losses: tuple[float, ...]
     damping: float
-    limits: tuple[float | None, ...]
+    find_limits: tuple[Callable[[], float | None], ...]
+
+    @property
+    def limits(self) -> tuple[float | None, ...]:
+        """Each matrix's limit."""
+        with one_thread():
+            return tuple(find() for find in self.find_limits)
 
 
 def quantize_stack(
@@ -55,46 +69,70 @@ def quantize_stack(
         FactorizationError: the Hessian cannot be factored.
         CerwuError: a subclass, where something is not finite, or integers leave their range.
     """
+    with one_thread():
+        return _quantize(weights, hessian, config, sensitivities)
+
+
+def _quantize(
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    config: CompressionConfig,
+    sensitivities: Sequence[Tensor] | None,
+) -> QuantizedStack:
     weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
     check_finite(weight, hessian, sensitivities or ())
     bounds = [0, *torch.tensor([len(w) for w in weights]).cumsum(0).tolist()]
     states = TRELLIS_STATES[config.quantizer]
-    fitted: Quadratic | None = None
+    raised: Tensor | None = None
     alpha = weight.new_ones(len(weight)) if sensitivities is None else torch.cat([*sensitivities])
     if config.method == "rtn":
         symbols, grid, classes = _round_to_nearest(weight, config)
         damping = config.damping
     else:
-        damped, factor, damping = factor_with_damping(hessian, config.damping, config.damping_by)
-        problem = Problem.build(weight, alpha, damped, factor, bounds, config)
+        damped, upper, damping = factor_with_damping(hessian, config.damping, config.damping_by)
+        problem = Problem.build(weight, alpha, damped, upper, bounds, config)
         symbols, grid, classes = problem.solve(), problem.grid, problem.classes
         if not config.bounded:
-            fitted = Quadratic(weight, damped.to(weight.dtype), alpha, config.lmbda)
+            raised = (damped.diagonal() - hessian.diagonal()).to(torch.float32)
+        del damped, upper, problem
     matrices, losses, limits = [], [], []
     for first, last in pairwise(bounds):
         rows = slice(first, last)
+        output = OutputError.of(weight[rows], hessian)
         matrix = finish_matrix(symbols[rows], grid, rows, classes, states)
-        if fitted is not None:
-            matrix = refit(matrix, fitted.of_rows(rows))
+        if raised is not None:
+            fitted = Quadratic(output, raised, alpha[rows], config.lmbda)
+            matrix, product = refit(matrix, fitted)
+            quantized = matrix.weight(torch.float32)
+        else:
+            quantized = matrix.weight(torch.float32)
+            product = output.times_hessian(quantized)
         matrices.append(matrix)
-        stored = matrix.weight(torch.float32)
-        losses.append(relative_loss(weight[rows], stored, hessian))
-        wanted = weight.shape[1] <= config.limit_columns
-        limits.append(_limit(weight[rows], stored, hessian, alpha[rows]) if wanted else None)
+        errors = output.error(quantized, product)
+        losses.append(_share(float(errors.sum()), float(output.energy().sum())))
+        loss = float((alpha[rows] * errors).sum())
+        finds = partial(_limit, weight[rows], hessian, alpha[rows], loss)
+        limits.append(finds if weight.shape[1] <= config.limit_columns else _no_limit)
     return QuantizedStack(tuple(matrices), tuple(losses), damping, tuple(limits))
 
 
-def _limit(weight: Tensor, quantized: Tensor, hessian: Tensor, alpha: Tensor) -> float | None:
-    """Fewest bits per weight for the loss that the search weighs bits against."""
-    loss = float((alpha * quadratic_error(weight - quantized, hessian)).sum())
+def _limit(weight: Tensor, hessian: Tensor, alpha: Tensor, loss: float) -> float | None:
+    """Return the fewest bits per weight for the loss that the search weighs bits against."""
     bits = limit_bits(alpha.sqrt()[:, None] * weight, hessian, max(loss, 0.0))
     return bits if math.isfinite(bits) else None
+
+
+def _no_limit() -> None:
+    """Return that no limit was asked for."""
 
 
 def relative_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """tr((W-Q) H (W-Q)^T) / tr(W H W^T); 0 where W has no effect and Q is equal to it."""
     error = float(quadratic_error(weight - quantized, hessian).sum())
-    energy = float(quadratic_error(weight, hessian).sum())
+    return _share(error, float(quadratic_error(weight, hessian).sum()))
+
+
+def _share(error: float, energy: float) -> float:
     if energy <= 0:
         return 0.0 if error <= 0 else math.inf
     return max(error, 0.0) / energy

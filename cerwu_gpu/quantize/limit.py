@@ -37,8 +37,10 @@ class Limit:
     @staticmethod
     def of(weight: Tensor, hessian: Tensor) -> "Limit":
         """From W [m, n] and the undamped H [n, n]; its memory is that of a few rows of H."""
-        square = weight.to(torch.float64).square()
-        row, column = square.mean(dim=1), square.mean(dim=0)
+        row, column = (
+            torch.linalg.vector_norm(weight, dim=d, dtype=torch.float64).square() / weight.shape[d]
+            for d in (1, 0)
+        )
         root = column.sqrt()
         mu = torch.linalg.eigvalsh(root[:, None] * hessian.to(torch.float64) * root)
         rho = row[row > 0] / row.mean()

@@ -8,18 +8,21 @@ R = sum_ij gamma_j/2 W_ij^2 + remainder, joins the first term by completing the 
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cerwu_gpu.config import DampingBy
 from cerwu_gpu.errors import CalibrationError, FactorizationError, ModelError
-from cerwu_gpu.quantize.threads import one_thread
+from cerwu_gpu.threads import one_thread
 
 DRIFT_SHARE = 0.25
 """Of the correction: the regression fits its tokens better than others, layer after layer."""
 DRIFT_DAMPING = 0.01
 """Of the mean diagonal entry, added to H_hat before the regression solves with it."""
+MODERATE = (2.0**-24, 2.0**24)
+"""Largest entries of W and H whose products and their sums are well inside of float32's range."""
 DAMPING_LIMIT = 1.0
 """More damping than this multiple of the diagonal is refused: little of H would be left."""
 
@@ -31,15 +34,20 @@ def check_finite(weight: Tensor, hessian: Tensor, sensitivities: Sequence[Tensor
         ModelError: a weight is NaN or infinite.
         CalibrationError: so is an entry of the Hessian, or a sensitivity, which also must be > 0.
     """
-    if not bool(torch.isfinite(weight).all()):
+    if not _finite(weight):
         raise ModelError("it has weights that are NaN or infinite: mend them, or exclude it.")
-    if not bool(torch.isfinite(hessian).all()):
+    if not _finite(hessian):
         raise CalibrationError("its Hessian is not finite in float32: check the weights before it.")
     for alpha in sensitivities:
-        if not bool((torch.isfinite(alpha) & (alpha > 0)).all()):
+        if not (_finite(alpha) and float(alpha.min()) > 0):
             raise CalibrationError(
                 "its sensitivities are not finite and positive: take another sensitivity."
             )
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether no entry is NaN, which a minimum passes on, or infinite."""
+    return x.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(x))
 
 
 def damp(hessian: Tensor, damping: float, by: DampingBy) -> Tensor:
@@ -65,8 +73,19 @@ def damp(hessian: Tensor, damping: float, by: DampingBy) -> Tensor:
 def inverse_factor(hessian: Tensor) -> Tensor:
     """C [n, n] float64, upper triangular, with H^-1 = C^T C; H is float64 and positive definite.
 
-    With R the upper factor of H = R R^T (a Cholesky factor of H read backwards), C = R^-1: no
-    inverse of H is ever formed.
+    With R the upper factor of H = R R^T, C = R^-1: no inverse of H is ever formed.
+
+    Raises:
+        FactorizationError: H is not numerically positive definite.
+    """
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    with one_thread():
+        factor: Tensor = torch.linalg.solve_triangular(upper_factor(hessian), identity, upper=True)
+    return factor
+
+
+def upper_factor(hessian: Tensor) -> Tensor:
+    """R [n, n] float64, upper triangular, with H = R R^T: a Cholesky factor of H read backwards.
 
     Raises:
         FactorizationError: H is not numerically positive definite.
@@ -77,10 +96,8 @@ def inverse_factor(hessian: Tensor) -> Tensor:
         raise FactorizationError(
             "the Hessian is not positive definite: give more calibration text or more damping."
         )
-    upper = backwards.flip(0, 1)
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return factor
+    upper: Tensor = backwards.flip(0, 1)
+    return upper
 
 
 def factor_with_damping(
@@ -89,7 +106,7 @@ def factor_with_damping(
     """Damp and factor H, with ten times more damping as often as it takes.
 
     Returns:
-        The damped H and its C [n, n] float64, and the damping that was used.
+        The damped H and its upper factor R [n, n] float64, and the damping that was used.
 
     Raises:
         FactorizationError: even DAMPING_LIMIT does not help.
@@ -98,7 +115,7 @@ def factor_with_damping(
     while True:
         damped = damp(hessian, used, by)
         try:
-            return damped, inverse_factor(damped), used
+            return damped, upper_factor(damped), used
         except FactorizationError:
             used = max(10 * used, 1e-6)
             if used > DAMPING_LIMIT:
@@ -113,14 +130,17 @@ def complete_square(weight: Tensor, hessian: Tensor, penalty: Tensor) -> tuple[T
         hessian: damped H [n, n] float64.
         penalty: lmbda gamma_j [n] float64.
     """
-    raised = hessian + torch.diag(penalty)
-    factor = inverse_factor(raised)
-    shrink = penalty[:, None] * (factor.t() @ factor)
-    return weight - weight @ shrink.to(weight.dtype), factor
+    factor = inverse_factor(hessian + torch.diag(penalty))
+    narrow, price = factor.to(weight.dtype), penalty.to(weight.dtype)
+    if len(weight) < len(factor):
+        return torch.addmm(weight, (weight * price) @ narrow.t(), narrow, alpha=-1), factor
+    shrink = price[:, None] * (narrow.t() @ narrow)
+    return torch.addmm(weight, weight, shrink, alpha=-1), factor
 
 
 def drift_target(weight: Tensor, *, hessian: Tensor, cross: Tensor) -> Tensor:
-    r"""What to quantize so that the compressed model's own inputs give the original's outputs.
+    r"""Return what to quantize so that the compressed model's own inputs give the original's
+    outputs.
 
     |W X - Q X_hat|^2 is, up to a constant, |(W_hat - Q) X_hat|^2 with
     W_hat = W G H_hat^-1 = W + W (G - H_hat) H_hat^-1. The inverse is damped by DRIFT_DAMPING, and
@@ -132,10 +152,23 @@ def drift_target(weight: Tensor, *, hessian: Tensor, cross: Tensor) -> Tensor:
         cross: G = (2/p) X X_hat^T [n, n].
     """
     damped = damp(hessian, DRIFT_DAMPING, "mean")
-    difference = (cross - hessian).to(torch.float64)
+    difference = cross - hessian
+    if len(weight) < len(hessian):
+        moved = (weight @ difference.to(weight.dtype)).to(torch.float64)
+        return weight + DRIFT_SHARE * solve(damped, moved.t()).t().to(weight.dtype)
+    shift = solve(damped, difference.t().to(torch.float64)).t().to(weight.dtype)
+    return torch.addmm(weight, weight, shift, alpha=DRIFT_SHARE)
+
+
+def solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Return matrix^-1 right [n, k] float64, for a symmetric matrix that is positive definite, or
+    nearly so."""
     with one_thread():
-        shift: Tensor = torch.linalg.solve(damped, difference.t()).t()
-    return weight + DRIFT_SHARE * (weight @ shift.to(weight.dtype))
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) == 0:
+            return torch.cholesky_solve(right, factor)
+        solution: Tensor = torch.linalg.solve(matrix, right)
+        return solution
 
 
 def normalised_factor(factor: Tensor, step: Tensor) -> Tensor:
@@ -154,6 +187,55 @@ def quadratic_error(difference: Tensor, hessian: Tensor) -> Tensor:
     narrow = (difference / unit).to(torch.float32)
     error = (narrow @ (hessian / scale).to(torch.float32)) * narrow
     return error.sum(dim=1, dtype=torch.float64) * (scale * unit * unit)
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """Squared output errors of a matrix W [m, n] under an undamped H, with W H computed once.
+
+    Products are float32, of W / unit and H / scale, powers of two that keep them in its range.
+
+    Attributes:
+        weight: W / unit [m, n] float32.
+        hessian: H / scale [n, n] float32.
+        product: their product [m, n].
+    """
+
+    weight: Tensor
+    hessian: Tensor
+    product: Tensor
+    unit: float
+    scale: float
+
+    @staticmethod
+    def of(weight: Tensor, hessian: Tensor) -> "OutputError":
+        """From W [m, n] and H [n, n], both finite."""
+        unit, scale = _moderate(weight), _moderate(hessian)
+        narrow = weight / unit if unit != 1 else weight
+        form = (hessian / scale if scale != 1 else hessian).to(torch.float32)
+        return OutputError(narrow, form, narrow @ form, unit, scale)
+
+    def times_hessian(self, quantized: Tensor) -> Tensor:
+        """Return Q H [m, n] in the units of `product`."""
+        return (quantized / self.unit if self.unit != 1 else quantized) @ self.hessian
+
+    def energy(self) -> Tensor:
+        """Return W H W^T of each row, [m] float64."""
+        return self._summed(self.weight * self.product)
+
+    def error(self, quantized: Tensor, product: Tensor) -> Tensor:
+        """Return (W - Q) H (W - Q)^T of each row, [m] float64; `product` is of `times_hessian`."""
+        narrow = quantized / self.unit if self.unit != 1 else quantized
+        return self._summed((self.weight - narrow).mul_(self.product - product))
+
+    def _summed(self, terms: Tensor) -> Tensor:
+        return terms.sum(dim=1).to(torch.float64) * (self.scale * self.unit * self.unit)
+
+
+def _moderate(x: Tensor) -> float:
+    """Return 1 where the largest |x| is moderate, else the power of two to divide by."""
+    size = _power_of_two(x)
+    return 1.0 if MODERATE[0] <= size <= MODERATE[1] else size
 
 
 def _power_of_two(x: Tensor) -> float:

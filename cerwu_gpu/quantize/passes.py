@@ -4,105 +4,78 @@ Inside a block the columns are rounded one after the other; what the block leave
 X[:, rest] -= E V[block, rest], one matrix product (design.md 2.2, step 4).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cerwu_gpu import backend
-from cerwu_gpu.reference.obs import Alphabet
+from cerwu_gpu.block_problem import BlockProblem
+from cerwu_gpu.threads import run
 
 LOOKAHEAD = 32
 """Columns beyond the ones decided that a trellis path is judged by; more brings nothing."""
+CHUNK_ROWS = {"cpu": 256, "cuda": 8192}
+"""Rows in work at a time: on the CPU those of a worker's task, elsewhere as many as the survivors
+of a trellis leave memory for. Fixed, so that results do not depend on the number of workers."""
 
 
-@dataclass(frozen=True)
-class Weights:
-    """How bits and squares count (all float32; see reference/obs.py).
-
-    Attributes:
-        lmbda: [m], what a bit costs in each row.
-        importance: [n], omega_j.
-        curvature: [n], beta_j.
-    """
-
-    lmbda: Tensor
-    importance: Tensor
-    curvature: Tensor
-
-    def of_rows(self, rows: slice | Tensor) -> "Weights":
-        """The same for some of the rows."""
-        return Weights(self.lmbda[rows], self.importance, self.curvature)
+def scalar_pass(problem: BlockProblem, *, block_size: int, exhaustive: bool) -> Tensor:
+    """Return the symbols [m, n] int32 of a pass over all columns."""
+    return _by_rows(partial(_scalar_rows, block_size=block_size, exhaustive=exhaustive), problem)
 
 
-def scalar_pass(
-    x: Tensor,
-    factor: Tensor,
-    alphabet: Alphabet,
-    row_class: Tensor,
-    column_class: Tensor,
-    weights: Weights,
-    *,
-    block_size: int,
-    exhaustive: bool,
-) -> Tensor:
-    """Symbols [m, n] int32 of x [m, n] float32 (index space) under V = factor [n, n] float32."""
-    rows, columns = x.shape
-    rest = x.clone()
-    symbols = torch.empty((rows, columns), dtype=torch.int32, device=x.device)
+def trellis_pass(problem: BlockProblem, *, block_size: int, states: int) -> Tensor:
+    """Return the symbols [m, n] int32 of a pass under a trellis; blocks overlap by LOOKAHEAD."""
+    return _by_rows(partial(_trellis_rows, block_size=block_size, states=states), problem)
+
+
+def _by_rows(solve: Callable[[BlockProblem, Tensor], None], problem: BlockProblem) -> Tensor:
+    """Return what `solve` writes for the rows of each chunk."""
+    device = problem.x.device
+    symbols = torch.empty(problem.x.shape, dtype=torch.int32, device=device)
+    step = CHUNK_ROWS.get(device.type, CHUNK_ROWS["cuda"])
+    chunks = [slice(first, first + step) for first in range(0, len(problem.x), step)]
+    run(partial(solve, problem.of_rows(rows), symbols[rows]) for rows in chunks)
+    return symbols
+
+
+def _scalar_rows(
+    problem: BlockProblem, symbols: Tensor, *, block_size: int, exhaustive: bool
+) -> None:
+    """Write the symbols of some rows."""
+    columns = problem.x.shape[1]
+    rest = _working_copy(problem.x)
     for first in range(0, columns, block_size):
         last = min(first + block_size, columns)
         block = slice(first, last)
         symbols[:, block], error = backend.quantize_block(
-            rest[:, block],
-            factor[block, block],
-            alphabet,
-            row_class,
-            column_class[block],
-            weights.lmbda,
-            weights.importance[block],
-            weights.curvature[block],
-            exhaustive=exhaustive,
+            problem.block(block, rest[:, block]), exhaustive=exhaustive
         )
         if last < columns:
-            rest[:, last:].addmm_(error, factor[block, last:], alpha=-1)
-    return symbols
+            rest[:, last:].addmm_(error, problem.factor[block, last:], alpha=-1)
 
 
-def trellis_pass(
-    x: Tensor,
-    factor: Tensor,
-    alphabet: Alphabet,
-    row_class: Tensor,
-    column_class: Tensor,
-    weights: Weights,
-    *,
-    block_size: int,
-    states: int,
-) -> Tensor:
-    """Symbols [m, n] int32 of x [m, n] float32 under a trellis; blocks overlap by LOOKAHEAD."""
-    rows, columns = x.shape
-    rest = x.clone()
-    symbols = torch.empty((rows, columns), dtype=torch.int32, device=x.device)
-    state = torch.zeros(rows, dtype=torch.int64, device=x.device)
+def _trellis_rows(problem: BlockProblem, symbols: Tensor, *, block_size: int, states: int) -> None:
+    """Write the symbols of some rows under a trellis."""
+    rows, columns = problem.x.shape
+    rest = _working_copy(problem.x)
+    state = torch.zeros(rows, dtype=torch.int64, device=rest.device)
     first = 0
     while first < columns:
         seen = slice(first, min(first + block_size + LOOKAHEAD, columns))
         last = columns if seen.stop == columns else first + block_size
         symbols[:, first:last], error, state = backend.quantize_block_trellis(
-            rest[:, seen],
-            factor[seen, seen],
-            alphabet,
-            row_class,
-            column_class[seen],
-            weights.lmbda,
-            weights.importance[seen],
-            weights.curvature[seen],
-            states=states,
-            start=state,
-            commit=last - first,
+            problem.block(seen, rest[:, seen]), states=states, start=state, commit=last - first
         )
         if last < columns:
-            rest[:, last:].addmm_(error, factor[first:last, last:], alpha=-1)
+            rest[:, last:].addmm_(error, problem.factor[first:last, last:], alpha=-1)
         first = last
-    return symbols
+
+
+def _working_copy(x: Tensor) -> Tensor:
+    """Return a copy of x [m, n]: on the CPU column by column, as its form of a block reads them."""
+    if x.device.type == "cpu":
+        return x.t().clone(memory_format=torch.contiguous_format).t()
+    return x.clone(memory_format=torch.contiguous_format)

@@ -1,26 +1,23 @@
 """A stack of matrices in index space, ready for its passes (docs/method.md)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from cerwu_gpu.block_problem import Alphabet, BlockProblem
 from cerwu_gpu.config import TRELLIS_STATES, CompressionConfig
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.quantize import rate
 from cerwu_gpu.quantize.classes import Classes, choose_classes
 from cerwu_gpu.quantize.grid import Grid, nearest, scaled, waterfilled
-from cerwu_gpu.quantize.objective import complete_square, normalised_factor
-from cerwu_gpu.quantize.passes import Weights, scalar_pass, trellis_pass
+from cerwu_gpu.quantize.objective import complete_square, inverse_factor, normalised_factor
+from cerwu_gpu.quantize.passes import scalar_pass, trellis_pass
 from cerwu_gpu.quantize.rate_models import model_bits
 from cerwu_gpu.quantize.symbols import symbol_range
-from cerwu_gpu.reference.dequantize import trellis_quantizers
-from cerwu_gpu.reference.obs import Alphabet
 
-CHUNK_ROWS = 8192
-"""Rows in work at a time: vocabularies are tall, and survivors of a trellis take memory."""
 SAMPLED_ROWS = 512
 """Passes before the last see about this many rows of a stack: enough to estimate its tables."""
 LEVEL_LIMIT = 1 << 24
@@ -38,13 +35,22 @@ EXHAUSTIVE_LEVELS = 65
 
 @dataclass(frozen=True)
 class Problem:
-    """A stack in index space, ready for its passes."""
+    """A stack in index space, ready for its passes.
+
+    Attributes:
+        x: [m, n] float32, the weights in index space; `factor` is V [n, n] float32.
+        lmbda, importance, curvature: [m], [n] and [n] float32, as in `BlockProblem`.
+        grid, classes: where symbols sit, and which table each of them has.
+        bounds: row ranges of the matrices in the stack.
+    """
 
     x: Tensor
     factor: Tensor
     grid: Grid
     classes: Classes
-    weights: Weights
+    lmbda: Tensor
+    importance: Tensor
+    curvature: Tensor
     bounds: list[int]
     config: CompressionConfig
 
@@ -53,7 +59,7 @@ class Problem:
         weight: Tensor,
         sensitivity: Tensor,
         damped: Tensor,
-        factor: Tensor,
+        upper: Tensor,
         bounds: list[int],
         config: CompressionConfig,
     ) -> "Problem":
@@ -62,26 +68,25 @@ class Problem:
         Args:
             weight: W [m, n] float32.
             sensitivity: alpha [m] float32 > 0, what a unit of squared error costs in each row.
-            damped: H [n, n] float64, damped; `factor` its C [n, n] float64.
+            damped: H [n, n] float64, damped; `upper` its factor R [n, n] float64, H = R R^T.
             bounds: row ranges of the matrices in the stack.
             config: method, grid and trade-off.
         """
         rows, columns = weight.shape
         lmbda = 0.0 if config.method == "optq" else config.lmbda
+        diagonal = 1 / upper.diagonal()  # of C = R^-1
         if config.bounded:
             grid = scaled(weight, config)
             unit, price = torch.ones_like(sensitivity), lmbda / float(sensitivity.mean())
         else:
             states = TRELLIS_STATES[config.quantizer]
-            grid = waterfilled(
-                weight, factor.diagonal(), sensitivity, config.lmbda, states, len(bounds) - 1
-            )
+            grid = waterfilled(weight, diagonal, sensitivity, config.lmbda, states, len(bounds) - 1)
             unit, price = grid.scales(rows), lmbda
         weight = weight / unit[:, None]
         penalty = price * _gaussian_curvature(weight, per_column=not config.bounded)
-        penalty = penalty.minimum(PENALTY_LIMIT / factor.diagonal().square())
+        penalty = penalty.minimum(PENALTY_LIMIT / diagonal.square())
         if config.method != "cerwu" or lmbda == 0:
-            penalty = torch.zeros_like(penalty)
+            penalty, factor = torch.zeros_like(penalty), inverse_factor(damped)
         else:
             weight, factor = complete_square(weight, damped, penalty)
         steps, scales = grid.steps(columns), grid.scales(rows)
@@ -91,13 +96,17 @@ class Problem:
         bit = lmbda / (sensitivity.double() * scales.double().square())
         importance = steps.double().square() / square
         scale = _common_scale(importance)
-        weights = Weights(
+        return Problem(
+            x=x,
+            factor=normalised_factor(factor, steps),
+            grid=grid,
+            classes=_chosen_classes(x, bounds, config),
             lmbda=(bit / scale).clamp_max(PRICE_LIMIT).to(torch.float32),
             importance=(importance / scale).to(torch.float32),
             curvature=(penalty * square).to(torch.float32),
+            bounds=bounds,
+            config=config,
         )
-        classes = _chosen_classes(x, bounds, config)
-        return Problem(x, normalised_factor(factor, steps), grid, classes, weights, bounds, config)
 
     def solve(self) -> Tensor:
         """Symbols [m, n] int32 after all passes."""
@@ -116,8 +125,7 @@ class Problem:
         keep = torch.arange(0, rows, every, device=self.x.device)
         bounds = [math.ceil(b / every) for b in self.bounds]
         classes = Classes(self.classes.row[keep], self.classes.column, self.classes.count)
-        weights = self.weights.of_rows(keep)
-        return Problem(self.x[keep], self.factor, self.grid, classes, weights, bounds, self.config)
+        return replace(self, x=self.x[keep], classes=classes, lmbda=self.lmbda[keep], bounds=bounds)
 
     @property
     def _states(self) -> int:
@@ -127,23 +135,12 @@ class Problem:
         """Tables before any pass: of plain rounding, in each quantizer of a trellis."""
         if self.config.rate_model != "histogram":
             return self._modelled(self.x)
-        table = self.classes.row[:, None] + self.classes.column
         if not self._states:
-            return self._tables(nearest(self.x, self.grid), table)
-        magnitude = self.x.abs()
-        even = (magnitude / 2).round()
-        odd = torch.where(magnitude < 0.5, 0.0, ((magnitude + 1) / 2).round())
-        symbols = torch.cat([even, odd]).mul_(torch.sign(self.x).repeat(2, 1)).to(torch.int32)
-        owner = torch.cat([2 * table, 2 * table + 1])
-        bounds = self.bounds
-        order = torch.cat(
-            [
-                torch.arange(first, last, device=self.x.device) + shift
-                for first, last in pairwise(bounds)
-                for shift in (0, len(self.x))
-            ]
-        )
-        return self._tables(symbols[order], owner[order], rows_each=2)
+            return self._tables(nearest(self.x, self.grid))
+        magnitude, sign = self.x.abs(), torch.sign(self.x)
+        even = (magnitude / 2).round() * sign
+        odd = torch.where(magnitude < 0.5, 0.0, ((magnitude + 1) / 2).round()) * sign
+        return self._tables(even.to(torch.int32), odd.to(torch.int32))
 
     def _modelled(self, values: Tensor) -> Alphabet:
         """A table for each matrix of the stack by config.rate_model, on a given grid."""
@@ -158,20 +155,32 @@ class Problem:
         """Tables of the symbols of a pass."""
         if self.config.rate_model != "histogram":
             return self._modelled(self.grid.values()[seen - (self.grid.lowest or 0)])
-        table = self.classes.row[:, None] + self.classes.column
-        if self._states:
-            table = 2 * table + trellis_quantizers(seen, self._states)
-        return self._tables(seen, table)
+        return self._tables(seen)
 
-    def _tables(self, symbols: Tensor, table: Tensor, rows_each: int = 1) -> Alphabet:
-        """One alphabet for the stack, and tables of each of its matrices, one below the other."""
-        count = self.classes.count * (2 if self._states else 1)
-        span = symbol_range(symbols, self.grid, count, self._states)
-        index = span.indices(symbols)
+    def _tables(self, symbols: Tensor, odd: Tensor | None = None) -> Alphabet:
+        """One alphabet for the stack, and tables of each of its matrices, one below the other.
+
+        Args:
+            symbols: [m, n] int32, the result of a pass.
+            odd: [m, n] int32; before any pass under a trellis `symbols` are those that the first
+                quantizer alone would give, and these those of the second.
+        """
+        classes, states = self.classes, self._states
+        seen = symbols if odd is None else torch.cat([symbols, odd])
+        span = symbol_range(seen, self.grid, classes.count * (2 if states else 1), states)
+
+        def counted(symbols: Tensor, rows: slice, states: int) -> Tensor:
+            row, column = classes.row[rows], classes.column
+            return span.counts(symbols[rows], row, column, classes.count, states)
+
         parts = []
         for first, last in pairwise(self.bounds):
-            rows = slice(rows_each * first, rows_each * last)
-            counts = rate.histogram(index[rows], table[rows], count, span.total)
+            rows = slice(first, last)
+            if odd is None:
+                counts = counted(symbols, rows, states)
+            else:
+                both = [counted(each, rows, 0) for each in (symbols, odd)]
+                counts = torch.stack(both, dim=1).flatten(0, 1)
             table_codes = rate.codes(counts, span.mirrored, 2 if self._states else 1)
             parts.append(rate.rates(table_codes))
         rates = torch.cat(parts)
@@ -184,28 +193,25 @@ class Problem:
         number = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
         for first in self.bounds[1:-1]:
             number[first:] += self.classes.count
-        row_class, block_size = self.classes.row + number, self.config.block_size
-        # A Gaussian's rate draws large integers farther toward zero than near candidates reach.
-        exhaustive = self.grid.lowest is not None and (
-            alphabet.size <= EXHAUSTIVE_LEVELS or self.config.rate_model == "gaussian"
+        problem = BlockProblem(
+            x=self.x,
+            factor=self.factor,
+            alphabet=alphabet,
+            row_class=self.classes.row + number,
+            column_class=self.classes.column,
+            lmbda=self.lmbda,
+            importance=self.importance,
+            curvature=self.curvature,
         )
-        parts = []
-        for first in range(0, len(self.x), CHUNK_ROWS):
-            rows = slice(first, first + CHUNK_ROWS)
-            arguments = (
-                self.x[rows],
-                self.factor,
-                alphabet,
-                row_class[rows],
-                self.classes.column,
-                self.weights.of_rows(rows),
+        block_size = self.config.block_size
+        if self._states:
+            symbols = trellis_pass(problem, block_size=block_size, states=self._states)
+        else:
+            # A Gaussian's rate draws large integers farther toward zero than near candidates reach.
+            exhaustive = self.grid.lowest is not None and (
+                alphabet.size <= EXHAUSTIVE_LEVELS or self.config.rate_model == "gaussian"
             )
-            if self._states:
-                done = trellis_pass(*arguments, block_size=block_size, states=self._states)
-            else:
-                done = scalar_pass(*arguments, block_size=block_size, exhaustive=exhaustive)
-            parts.append(done)
-        symbols = torch.cat(parts)
+            symbols = scalar_pass(problem, block_size=block_size, exhaustive=exhaustive)
         _check_integers(symbols, self.config)
         return symbols
 
@@ -239,9 +245,10 @@ def _chosen_classes(x: Tensor, bounds: list[int], config: CompressionConfig) -> 
 
 def _gaussian_curvature(weight: Tensor, *, per_column: bool) -> Tensor:
     """gamma_j = 1 / (variance ln 2) [n] float64, of each column or of the whole matrix."""
-    square = weight.to(torch.float64).square()
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float64)
+    square = norms.square() / len(weight)
     total = square.mean()
     if float(total) == 0:
         return torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    variance = square.mean(dim=0).clamp_min(1e-6 * total) if per_column else total
+    variance = square.clamp_min(1e-6 * total) if per_column else total
     return (1 / (variance * math.log(2))).expand(weight.shape[1])

@@ -6,6 +6,7 @@ The same integer tables serve the search and the coder. classes.py says which sy
 import torch
 from torch import Tensor
 
+from cerwu_gpu import backend
 from cerwu_gpu.coding.tables import bits, codes_from_counts, table_from_codes
 from cerwu_gpu.quantize.sharing import shared_histograms
 
@@ -15,19 +16,12 @@ ALPHABET_LIMIT = 127
 """Largest magnitude with a code of its own where the alphabet is unbounded."""
 
 
-def histogram(index: Tensor, table: Tensor, tables: int, size: int) -> Tensor:
-    """Counts [tables, size] int64 of the alphabet indices [m, n] under the table numbers [m, n]."""
-    flat = (table * size + index).flatten()
-    return torch.bincount(flat, minlength=tables * size).view(tables, size)
-
-
 def alphabet_limit(symbols: Tensor, tables: int) -> int:
     """The magnitude up to which a symbol of its own is cheaper than escapes.
 
     A symbol costs a few bits in each table, an escape its payload and its own rare symbol.
     """
-    magnitude = symbols.abs().clamp_max(ALPHABET_LIMIT + 1).flatten()
-    counts = torch.bincount(magnitude, minlength=ALPHABET_LIMIT + 2)
+    counts = backend.magnitude_counts(symbols, ALPHABET_LIMIT + 1)
     beyond = counts.flip(0).cumsum(0).flip(0)[1:].to(torch.float64)
     limit = torch.arange(ALPHABET_LIMIT + 1, device=symbols.device)
     cost = beyond * (ESCAPE_PAYLOAD_BITS + 8) + limit * (2.0 * tables)

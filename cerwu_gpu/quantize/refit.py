@@ -16,16 +16,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cerwu_gpu.coding import side
+from cerwu_gpu.quantize.objective import OutputError, solve
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
-from cerwu_gpu.quantize.threads import one_thread
-from cerwu_gpu.reference.dequantize import step_codes, step_values
+from cerwu_gpu.steps import step_codes, step_values
 
 UNITS = (64, 32, 16, 8, 4, 2, 1)
 """Resolutions that are tried: codes that are multiples of so many 2**(1/256)."""
+LEAST_SHARE = 0.5
+"""Of the bits under their own frequencies, codes hardly take less: classes and runs save some."""
 RIDGE = 1e-6
 """Of A's mean diagonal entry: columns whose integers are all zero have no equation."""
 
@@ -35,40 +38,58 @@ class Quadratic:
     """What J's first term is made of, for one matrix.
 
     Attributes:
-        weight: W [m, n] float32.
-        hessian: H [n, n] float32, damped like the one that the search used.
+        output: W [m, n] and the undamped H.
+        raised: [n] float32, what damping added to the diagonal of H.
         sensitivity: alpha [m] float32.
-        lmbda: what a bit costs.
+        lmbda: the price of a bit.
     """
 
-    weight: Tensor
-    hessian: Tensor
+    output: OutputError
+    raised: Tensor
     sensitivity: Tensor
     lmbda: float
 
-    def of_rows(self, rows: slice) -> "Quadratic":
-        """The same for some of the rows."""
-        return Quadratic(self.weight[rows], self.hessian, self.sensitivity[rows], self.lmbda)
+    @property
+    def weight(self) -> Tensor:
+        """W [m, n] float32."""
+        output = self.output
+        return output.weight * output.unit if output.unit != 1 else output.weight
+
+    @property
+    def hessian(self) -> Tensor:
+        """H [n, n] float32, damped like the one that the search used."""
+        return self.output.hessian * self.output.scale + torch.diag(self.raised)
+
+    def damped(self, matrix: Tensor, product: Tensor) -> Tensor:
+        """Return a matrix times the damped H, given `product` with the undamped one."""
+        scale = self.output.unit * self.output.scale
+        wide = product * scale if scale != 1 else product
+        return torch.addcmul(wide, matrix, self.raised)
 
 
-def refit(matrix: QuantizedMatrix, problem: Quadratic) -> QuantizedMatrix:
-    """The matrix with its steps, then its scales, fitted anew wherever that lowers J."""
+def refit(matrix: QuantizedMatrix, problem: Quadratic) -> tuple[QuantizedMatrix, Tensor]:
+    """Fit steps, then scales, anew wherever that lowers J.
+
+    Returns:
+        The matrix with its new codes, and its weights' product with H as `OutputError` has it.
+    """
     return _refit_rows(_refit_columns(matrix, problem), problem)
 
 
 def _refit_columns(matrix: QuantizedMatrix, problem: Quadratic) -> QuantizedMatrix:
+    output = problem.output
     step = step_values(matrix.column_step).to(torch.float64)
     level = matrix.weight(torch.float32) / step_values(matrix.column_step)
     weighed = level * problem.sensitivity[:, None]
-    curvature = ((weighed.t() @ level) * problem.hessian).to(torch.float64)
-    target = (weighed * (problem.weight @ problem.hessian)).sum(dim=0, dtype=torch.float64)
+    curvature = (weighed.t() @ level).mul_(problem.hessian).to(torch.float64)
+    product = problem.damped(problem.weight, output.product)
+    target = weighed.mul_(product).sum(dim=0, dtype=torch.float64)
     # Deviations from the steps at hand, so that a column without integers keeps its own.
     ridge = RIDGE * float(curvature.diagonal().mean())
     if ridge == 0:
         return matrix
     damped = curvature + ridge * torch.eye(len(step), dtype=torch.float64, device=step.device)
-    with one_thread():
-        fitted = step + torch.linalg.solve(damped, target - curvature @ step)
+    fitted = step + solve(damped, (target - curvature @ step)[:, None])[:, 0]
 
     def loss(codes: Tensor) -> float:
         moved = step_values(codes).to(torch.float64) - step
@@ -80,11 +101,12 @@ def _refit_columns(matrix: QuantizedMatrix, problem: Quadratic) -> QuantizedMatr
     return replace(matrix, column_step=codes)
 
 
-def _refit_rows(matrix: QuantizedMatrix, problem: Quadratic) -> QuantizedMatrix:
+def _refit_rows(matrix: QuantizedMatrix, problem: Quadratic) -> tuple[QuantizedMatrix, Tensor]:
     quantized = matrix.weight(torch.float32)
-    pulled = quantized @ problem.hessian
-    energy = (pulled * quantized).sum(dim=1, dtype=torch.float64)
-    overlap = (pulled * problem.weight).sum(dim=1, dtype=torch.float64)
+    product = problem.output.times_hessian(quantized)
+    pulled = problem.damped(quantized, product)
+    overlap = (pulled * problem.weight).sum(dim=1).to(torch.float64)
+    energy = pulled.mul_(quantized).sum(dim=1).to(torch.float64)
     scale = step_values(matrix.row_scale).to(torch.float64)
     alpha = problem.sensitivity.to(torch.float64)
     usable = (energy > 0) & (overlap > 0)
@@ -97,7 +119,8 @@ def _refit_rows(matrix: QuantizedMatrix, problem: Quadratic) -> QuantizedMatrix:
 
     classes = matrix.row_class
     codes = _best("row_scale_code", matrix.row_scale, classes, fitted, loss, problem.lmbda)
-    return replace(matrix, row_scale=codes)
+    ratio = step_values(codes) / step_values(matrix.row_scale)
+    return replace(matrix, row_scale=codes), product * ratio[:, None]
 
 
 def _best(
@@ -114,19 +137,25 @@ def _best(
     """
     step = step_values(codes).to(torch.float64)
     fitted = torch.where(fitted > 0, fitted, step).clamp(step / 2, step * 2)
-    candidates = [codes, *(step_codes(fitted, unit) for unit in UNITS)]
+    best, least = codes, loss(codes) + lmbda * _stored_bits(name, codes, classes)
+    for unit in UNITS:
+        candidate = step_codes(fitted, unit)
+        change = loss(candidate)
+        if change + lmbda * LEAST_SHARE * _entropy_bits(candidate) >= least:
+            continue  # and deflating it takes as long as everything else here
+        objective = change + lmbda * _stored_bits(name, candidate, classes)
+        if objective < least:
+            best, least = candidate, objective
+    return best
 
-    def objective(candidate: Tensor) -> float:
-        return loss(candidate) + lmbda * _stored_bits(name, candidate, classes)
 
-    return min(candidates, key=objective)
+def _entropy_bits(codes: Tensor) -> float:
+    """Return the bits of the codes [k] under their own frequencies."""
+    counts = np.unique(codes.cpu().numpy(), return_counts=True)[1]
+    return float((counts * np.log2(len(codes) / counts)).sum())
 
 
 def _stored_bits(name: str, codes: Tensor, classes: Tensor) -> int:
-    """What the side data take for these codes."""
-    array, predictor = codes.cpu().numpy(), classes.to(torch.uint8).cpu().numpy()
-    if name == "step_code":
-        arrays = {"step_code": array, "column_class": predictor}
-        return 8 * len(side.pack(arrays, 1, len(array)))
-    arrays = {"row_scale_code": array, "row_class": predictor}
-    return 8 * len(side.pack(arrays, len(array), 1))
+    """Bits of the codes in the side data."""
+    predictor = classes.to(torch.uint8).cpu().numpy()
+    return 8 * side.packed_size(name, codes.cpu().numpy(), predictor)

@@ -8,7 +8,9 @@ into runs; with N_k(run) the counts of a run, taken together, and P its total,
 is least over all cuts by dynamic programming: best(b) = min over a < b of best(a) + cost(a, b).
 """
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 CODE_BITS = 4.0
@@ -43,22 +45,26 @@ def shared_bits(counts: Tensor, quantizers: int, codes: int) -> float:
 
 def _cheapest_cut(tables: Tensor, codes: int) -> tuple[list[int], float]:
     """Where the run that ends before each class begins, and the cost; tables [T, Q, K]."""
-    until = torch.cat([torch.zeros_like(tables[:1]), tables.cumsum(dim=0)])
+    counts = tables.cpu().numpy().astype(np.float64)
+    until = np.concatenate([np.zeros_like(counts[:1]), counts.cumsum(axis=0)])
     price = CODE_BITS * codes * tables.shape[1]
-    best, cut = [0.0], [0]
+    best, cut = np.zeros(1), [0]
     for last in range(1, len(tables) + 1):
-        runs = until[last] - until[:last]
-        costs = _entropy_bits(runs) + price + torch.tensor(best, dtype=torch.float64)
+        costs = _entropy_bits(until[last] - until[:last]) + price + best
         first = int(costs.argmin())
-        best.append(float(costs[first]))
+        best = np.append(best, costs[first])
         cut.append(first)
-    return cut, best[-1]
+    return cut, float(best[-1])
 
 
-def _entropy_bits(runs: Tensor) -> Tensor:
-    """Bits [R] float64 of the symbols of each run, counts [R, Q, K], under its own frequencies."""
-    wide = runs.to(torch.float64)
-    total = torch.special.xlogy(wide.sum(dim=2), wide.sum(dim=2)).sum(dim=1)
-    own = torch.special.xlogy(wide, wide).sum(dim=(1, 2))
-    bits: Tensor = ((total - own) / torch.log(torch.tensor(2.0, dtype=torch.float64))).cpu()
+def _entropy_bits(runs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Bits [R] of the symbols of each run, counts [R, Q, K], under its own frequencies."""
+    total = runs.sum(axis=2)
+    bits: NDArray[np.float64] = _xlog2(total).sum(axis=1) - _xlog2(runs).sum(axis=(1, 2))
     return bits
+
+
+def _xlog2(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """x log2 x of counts, 0 for 0."""
+    product: NDArray[np.float64] = x * np.log2(np.maximum(x, 1))
+    return product

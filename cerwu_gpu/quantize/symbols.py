@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cerwu_gpu import backend
 from cerwu_gpu.quantize import rate
 from cerwu_gpu.quantize.classes import Classes
 from cerwu_gpu.quantize.grid import Grid
-from cerwu_gpu.reference.dequantize import dequantize, trellis_quantizers
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class QuantizedMatrix:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight [m, n] that every decoder gives back."""
-        return dequantize(
+        return backend.dequantize(
             self.symbols,
             self.column_step,
             self.row_scale,
@@ -67,14 +67,20 @@ class SymbolRange:
         """How many leading symbols share their codes in pairs."""
         return self.size if self.size % 2 and self.lowest == -(self.size // 2) else 0
 
-    def indices(self, symbols: Tensor) -> Tensor:
-        """Alphabet index [m, n] int64 of each symbol; an escape is told by its parity."""
-        index = symbols.to(torch.int64) - self.lowest
-        if not self.escapes:
-            return index
-        outside = (index < 0) | (index >= self.size)
-        escape = self.size + (symbols & (self.escapes - 1))
-        return torch.where(outside, escape, index)
+    def counts(
+        self, symbols: Tensor, row_class: Tensor, column_class: Tensor, tables: int, states: int
+    ) -> Tensor:
+        """Count the symbols [m, n] under each table: see `reference.counts.symbol_counts`."""
+        return backend.symbol_counts(
+            symbols,
+            row_class,
+            column_class,
+            tables=tables,
+            lowest=self.lowest,
+            size=self.size,
+            escapes=self.escapes,
+            states=states,
+        )
 
 
 def symbol_range(symbols: Tensor, grid: Grid, tables: int, states: int) -> SymbolRange:
@@ -94,11 +100,9 @@ def finish_matrix(
     row_class = (row_class - row_class.min()).clamp_max(len(row_class) - 1)
     column_class = column_class.clamp_max(len(column_class) - 1)
     tables = int(row_class.max() + column_class.max()) + 1
-    table = row_class[:, None] + column_class
-    if states:
-        tables, table = 2 * tables, 2 * table + trellis_quantizers(symbols, states)
-    span = symbol_range(symbols, grid, tables, states)
-    counts = rate.histogram(span.indices(symbols), table, tables, span.total)
+    quantizers = 2 if states else 1
+    span = symbol_range(symbols, grid, tables * quantizers, states)
+    counts = span.counts(symbols, row_class, column_class, tables, states)
     if span.escapes and int(counts[:, span.size :].sum()) == 0:
         span = SymbolRange(span.lowest, span.size, 0)
         counts = counts[:, : span.size]
@@ -107,7 +111,7 @@ def finish_matrix(
         lowest=span.lowest,
         size=span.size,
         escapes=span.escapes,
-        codes=rate.codes(counts, span.mirrored, 2 if states else 1),
+        codes=rate.codes(counts, span.mirrored, quantizers),
         row_class=row_class,
         column_class=column_class,
         column_step=grid.column_step,

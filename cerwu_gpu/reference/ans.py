@@ -16,8 +16,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cerwu_gpu.coded import CodedMatrix
 from cerwu_gpu.errors import CorruptionError
-from cerwu_gpu.reference.coded import CodedMatrix, checked
 from cerwu_gpu.spec import PRECISION, STATE_BITS, TRELLIS_NEXT, TRELLIS_QUANTIZER, WORD_BITS
 
 SECOND = 1 << 30
@@ -51,29 +51,29 @@ def decode(batch: Sequence[CodedMatrix], threads: int | None = None) -> list[Ten
     """Decode all matrices together; the more lanes (streams), the faster, up to some 30,000.
 
     Args:
-        batch: matrices of any shapes, on one device.
+        batch: matrices of any shapes, on one device, that `coded.check` accepted.
         threads: how many threads share the lanes; default: torch's own number on the CPU, else 1.
 
     Returns:
         One int32 [m, n] tensor of symbols per matrix; a transposed view of contiguous memory.
 
     Raises:
-        CorruptionError: a matrix (named) has fields that contradict each other, or a stream that
-            does not end in state 0 with all its words used.
+        CorruptionError: a matrix (named) has a stream that does not end in state 0 with all its
+            words used.
     """
     return _decode(batch, threads, marked=False)
 
 
 def decode_marked(batch: Sequence[CodedMatrix], threads: int | None = None) -> list[Tensor]:
-    """`decode`, with SECOND added to the symbols of the second quantizer of a trellis: its table
-    tells, and nobody needs to walk through the trellis once more."""
+    """Decode as `decode` does, and add SECOND to the symbols of the second quantizer of a trellis,
+    so that the caller need not run the state machine again."""
     return _decode(batch, threads, marked=True)
 
 
 def _decode(batch: Sequence[CodedMatrix], threads: int | None, *, marked: bool) -> list[Tensor]:
     if not batch:
         return []
-    batch = [checked(matrix) for matrix in batch]
+    batch = [_widened(matrix) for matrix in batch]
     device = batch[0].words.device
     if threads is None:
         threads = torch.get_num_threads() if device.type == "cpu" else 1
@@ -90,6 +90,14 @@ def _decode(batch: Sequence[CodedMatrix], threads: int | None, *, marked: bool) 
         name = batch[min(wrong)].name
         raise CorruptionError(f"{name}: a stream does not end where it must: get the file again.")
     return [symbols.T for symbols in decoded]
+
+
+def _widened(matrix: CodedMatrix) -> CodedMatrix:
+    """Return the matrix with int64 tensors, its words as unsigned numbers."""
+    fields = ("words", "lengths", "tables", "row_class", "column_class", "parity")
+    wide = {name: getattr(matrix, name).to(torch.int64) for name in fields}
+    wide["words"] = wide["words"] & ((1 << WORD_BITS) - 1)
+    return replace(matrix, **wide)
 
 
 class _Model:

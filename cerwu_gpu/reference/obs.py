@@ -1,73 +1,22 @@
 r"""Rate-aware Optimal Brain Surgeon rounding of one block of columns: the definition, in torch.
 
-All quantities are in index space: x = W' / (step_j t_i), and the factor is normalised,
-
-    V_jk = (step_j / step_k) C'_jk / C'_jj      (upper triangular, unit diagonal),
-
-so that the row scale t_i drops out. For columns j = 1 ... B in order, all rows i at once:
-
-    q_ij = argmin_g  omega_j (1/2 (x_ij - g)^2 - 1/2 beta_j g^2) + lmbda_i r_ij(g)
-    x_ik <- x_ik - (x_ij - q_ij) V_jk           for every k > j
-
-with omega_j = (step_j / C'_jj)^2, beta_j = lmbda gamma_j C'_jj^2, lmbda_i = lmbda / t_i^2, and r_ij
-the rate table number row_class_i + column_class_j (docs/method.md).
+`cerwu_gpu.block_problem` has the notation and the rule.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from cerwu_gpu.block_problem import Alphabet, BlockProblem
 
 LEAF_COLUMNS = 8
 """Columns updated one by one before the rest of the block sees them in one matrix product."""
 
 
-@dataclass(frozen=True)
-class Alphabet:
-    """Which integers a column may take, and what each of them costs.
-
-    Attributes:
-        rates: [T, K] float32, bits of the integers lowest ... lowest + K - 1 under each table;
-            with `escapes`, one more column holds the bits of an escape, payload included.
-        lowest: the integer of the first column of `rates`.
-        escapes: integers outside of the range are allowed and cost an escape.
-        levels: [K] float32, ascending values when the grid is a list; the "integers" are then
-            positions in the list and `lowest` is 0. None: the value is the integer itself.
-    """
-
-    rates: Tensor
-    lowest: int
-    escapes: bool = False
-    levels: Tensor | None = None
-
-    @property
-    def size(self) -> int:
-        """K, without the escape."""
-        return self.rates.shape[1] - int(self.escapes)
-
-
-def quantize_block(
-    x: Tensor,
-    factor: Tensor,
-    alphabet: Alphabet,
-    row_class: Tensor,
-    column_class: Tensor,
-    lmbda: Tensor,
-    importance: Tensor,
-    curvature: Tensor,
-    *,
-    exhaustive: bool,
-) -> tuple[Tensor, Tensor]:
+def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, Tensor]:
     """Quantize the columns of one block.
 
     Args:
-        x: [m, B] float32, the block's weights in index space; left as it is.
-        factor: [B, B] float32, V of this block.
-        alphabet: the grid and its rate tables.
-        row_class, column_class: [m] and [B] int64; their sum is the number of the table.
-        lmbda: [m] float32, what a bit costs in each row.
-        importance: [B] float32, omega.
-        curvature: [B] float32, beta.
+        problem: its weights x [m, B] are left as they are.
         exhaustive: scan the whole alphabet. Otherwise only the nearest integers, their
             neighbours and zero are candidates, which finds the same symbols where the tables
             are smooth.
@@ -76,8 +25,9 @@ def quantize_block(
         symbols [m, B] int32 (integers, or positions in `levels`), and the errors
         x - value [m, B] float32 at the moment each column was rounded.
     """
-    work = x.t().clone(memory_format=torch.contiguous_format)
-    symbols = torch.empty(work.shape, dtype=torch.int32, device=x.device)
+    alphabet, factor = problem.alphabet, problem.factor
+    work = problem.x.t().clone(memory_format=torch.contiguous_format)
+    symbols = torch.empty(work.shape, dtype=torch.int32, device=work.device)
     error = torch.empty_like(work)
     choose = _scan_all if exhaustive or alphabet.levels is not None else _scan_near
 
@@ -91,8 +41,9 @@ def quantize_block(
             solve(middle, last)
             return
         for j in range(first, last):
-            table = row_class + column_class[j]
-            symbol, value = choose(work[j], lmbda, importance[j], curvature[j], table, alphabet)
+            table = problem.row_class + problem.column_class[j]
+            omega, beta = problem.importance[j], problem.curvature[j]
+            symbol, value = choose(work[j], problem.lmbda, omega, beta, table, alphabet)
             symbols[j] = symbol
             torch.sub(work[j], value, out=error[j])
             if j + 1 < last:

@@ -7,7 +7,7 @@ ones and zero; symbol k stands for the level
 
 The quantizer follows from a machine with 4 or 8 states that the parity of k drives along the row
 (spec.py, as in VVC). A Viterbi search keeps one survivor per state, each with its own residual
-x inside the block (reference/obs.py has the notation), and minimises over whole paths
+x inside the block (block_problem.py has the notation), and minimises over whole paths
 
     sum_j omega_j (1/2 (x_ij - v_ij)^2 - 1/2 beta_j v_ij^2) + lmbda_i r_ij(k_ij)
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cerwu_gpu.reference.obs import Alphabet
+from cerwu_gpu.block_problem import BlockProblem
 from cerwu_gpu.spec import TRELLIS_NEXT, TRELLIS_QUANTIZER
 
 
@@ -50,80 +50,39 @@ class Machine:
 
 
 def quantize_block_trellis(
-    x: Tensor,
-    factor: Tensor,
-    alphabet: Alphabet,
-    row_class: Tensor,
-    column_class: Tensor,
-    lmbda: Tensor,
-    importance: Tensor,
-    curvature: Tensor,
-    *,
-    states: int,
-    start: Tensor,
-    commit: int,
+    problem: BlockProblem, *, states: int, start: Tensor, commit: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize the first `commit` columns of a block, looking at all of its columns.
 
     Args:
-        x, factor, row_class, column_class, lmbda, importance, curvature: as for
-            `reference.obs.quantize_block`.
-        alphabet: rates [T * 2, K + 1], row 2c + quantizer; the last column is an escape.
+        problem: rates [T * 2, K + 1], row 2c + quantizer; the last column is an escape.
         states: 4 or 8.
         start: [m] int64, the state in which each row enters the block.
-        commit: the decisions of later columns are dropped; they only tell which path is best.
+        commit: the decisions of later columns are dropped; they only decide which path is best.
 
     Returns:
         symbols [m, commit] int32 (k above), errors x - v [m, commit] float32, and the state
         [m] int64 after column `commit`.
     """
-    search = _Search(
-        Machine.of(states, x.device),
-        factor,
-        alphabet,
-        row_class,
-        column_class,
-        lmbda,
-        importance,
-        curvature,
-        x.t()[:, None, :].repeat(1, states, 1),
-        start,
-    )
-    search.solve(0, x.shape[1])
+    search = _Search(problem, Machine.of(states, problem.x.device), start)
+    search.solve(0, problem.x.shape[1])
     return search.best(commit)
 
 
 class _Search:
     """Survivors of all rows: residuals work [B, S, m], costs [S, m] and the way back."""
 
-    def __init__(
-        self,
-        machine: Machine,
-        factor: Tensor,
-        alphabet: Alphabet,
-        row_class: Tensor,
-        column_class: Tensor,
-        lmbda: Tensor,
-        importance: Tensor,
-        curvature: Tensor,
-        work: Tensor,
-        start: Tensor,
-    ) -> None:
+    def __init__(self, problem: BlockProblem, machine: Machine, start: Tensor) -> None:
+        self.problem = problem
         self.machine = machine
-        self.factor = factor
-        self.alphabet = alphabet
-        self.row_class = row_class
-        self.column_class = column_class
-        self.lmbda = lmbda
-        self.importance = importance
-        self.curvature = curvature
-        self.work = work
-        columns, states, rows = work.shape
-        self.cost = torch.full((states, rows), torch.inf, device=work.device)
+        self.work = problem.x.t()[:, None, :].repeat(1, len(machine.quantizer), 1)
+        columns, states, rows = self.work.shape
+        device = self.work.device
+        self.cost = torch.full((states, rows), torch.inf, device=device)
         self.cost.scatter_(0, start[None, :], 0.0)
-        self.symbol = torch.empty((columns, states, rows), dtype=torch.int32, device=work.device)
-        self.error = torch.empty_like(work)
-        self.ancestor = torch.empty((columns, states, rows), dtype=torch.int64, device=work.device)
+        self.symbol = torch.empty((columns, states, rows), dtype=torch.int32, device=device)
+        self.error = torch.empty_like(self.work)
+        self.ancestor = torch.empty((columns, states, rows), dtype=torch.int64, device=device)
 
     def solve(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Extend all survivors over columns first ... last - 1.
@@ -145,7 +104,7 @@ class _Search:
         """Give each survivor the residual of its ancestor, less its own errors' effect."""
         rest = self.work[middle:last]
         rest = rest.gather(1, old.expand_as(rest))
-        effect = self.factor[first:middle, middle:last].t() @ error.flatten(1)
+        effect = self.problem.factor[first:middle, middle:last].t() @ error.flatten(1)
         self.work[middle:last] = rest - effect.view_as(rest)
 
     def _extend(self, j: int) -> tuple[Tensor, Tensor]:
@@ -178,15 +137,15 @@ class _Search:
         quarter = (x.abs() + (offset - 2 * parity)) * 0.25
         outer = 2 * quarter.round().clamp_min(0) + parity
         inner = (outer - 2).clamp_min(parity)
-        base = (self.row_class + self.column_class[j]) * 2
-        base = (base + offset.to(torch.int64)) * self.alphabet.rates.shape[1]
-        omega, beta = self.importance[j], self.curvature[j]
+        base = (self.problem.row_class + self.problem.column_class[j]) * 2
+        base = (base + offset.to(torch.int64)) * self.problem.alphabet.rates.shape[1]
+        omega, beta = self.problem.importance[j], self.problem.curvature[j]
         magnitude = x.abs()
         best_cost = best = None
         for k in (outer, inner):
             level = 2 * k - offset * (k > 0)
             cost = (magnitude - level).square() - beta * level.square()
-            cost = cost.mul_(omega / 2).addcmul_(self.lmbda, self._rate(k * sign, base))
+            cost = cost.mul_(omega / 2).addcmul_(self.problem.lmbda, self._rate(k * sign, base))
             if best_cost is None or best is None:
                 best_cost, best = cost, k
             else:
@@ -197,10 +156,11 @@ class _Search:
         return best_cost, best * sign
 
     def _rate(self, k: Tensor, base: Tensor) -> Tensor:
-        index = k.to(torch.int64) - self.alphabet.lowest
-        outside = (index < 0) | (index >= self.alphabet.size)
-        index = torch.where(outside, self.alphabet.size, index)
-        return self.alphabet.rates.view(-1)[base + index]
+        alphabet = self.problem.alphabet
+        index = k.to(torch.int64) - alphabet.lowest
+        outside = (index < 0) | (index >= alphabet.size)
+        index = torch.where(outside, alphabet.size, index)
+        return alphabet.rates.view(-1)[base + index]
 
     def best(self, commit: int) -> tuple[Tensor, Tensor, Tensor]:
         """Trace the cheapest path of every row back and keep its first `commit` columns."""

@@ -1,45 +1,29 @@
 """Decoding all the way to weights: symbols, their escapes, and the reconstruction rule."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cerwu_gpu.coded import CodedMatrix, Reconstruction
 from cerwu_gpu.errors import CorruptionError
 from cerwu_gpu.reference.ans import SECOND, decode_marked
-from cerwu_gpu.reference.coded import CodedMatrix
 from cerwu_gpu.reference.dequantize import dequantize
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """What the symbols of a matrix [m, n] stand for.
-
-    Attributes:
-        lowest, size: symbol s < size is the integer lowest + s (or the position s in the grid);
-            every other symbol is an escape.
-        escapes: [E] int32, the integers that were escaped, row by row.
-        column_step, row_scale: int16 step codes, [n] or [1] and [m] or [1].
-        grid: [size] float32, or None.
-    """
-
-    lowest: int
-    size: int
-    escapes: Tensor
-    column_step: Tensor
-    row_scale: Tensor
-    grid: Tensor | None = None
-
-
 def decode_weights(
-    batch: Sequence[CodedMatrix], rules: Sequence[Reconstruction], dtype: torch.dtype
+    batch: Sequence[CodedMatrix],
+    rules: Sequence[Reconstruction],
+    dtype: torch.dtype,
+    out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Decode all matrices together.
 
     Args:
-        batch, rules: matrices of any shapes on one device, and what their symbols stand for.
+        batch, rules: matrices of any shapes on one device that `coded.check` accepted, and what
+            their symbols stand for.
         dtype: what the weights are rounded to, once.
+        out: tensors [m, n] of that dtype to write to, with any strides; default: new ones.
 
     Returns:
         One tensor [m, n] per matrix.
@@ -48,17 +32,17 @@ def decode_weights(
         CorruptionError: as `decode`; or a matrix (named) has not as many escapes as values for
             them.
     """
-    return [
+    decoded = [
         weight_of_symbols(coded, rule, indices, dtype)
         for coded, rule, indices in zip(batch, rules, decode_marked(batch), strict=True)
     ]
+    return decoded if out is None else [to.copy_(x) for to, x in zip(out, decoded, strict=True)]
 
 
 def weight_of_symbols(
     coded: CodedMatrix, rule: Reconstruction, indices: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The weights [m, n] of `indices` [m, n] int32 into the alphabet as `decode_marked` gives them;
-    rows of a matrix may come alone, with their own escapes and row scales.
+    """Reconstruct the weights [m, n] of `indices` [m, n] int32 as `decode_marked` gives them.
 
     Raises:
         CorruptionError: there are not as many escapes as values for them, or of another parity.

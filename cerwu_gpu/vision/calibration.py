@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from cerwu_gpu.blocks import InputStatistics, Matrix
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.pipeline import InputStatistics, Matrix
 from cerwu_gpu.progress import tracked
 from cerwu_gpu.vision.layers import matrix_of, store_matrix
 from cerwu_gpu.vision.moments import Moments, lots, trace

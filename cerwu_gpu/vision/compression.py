@@ -10,7 +10,7 @@ from cerwu_gpu.attempt import plain_bytes
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.output import check_output
 from cerwu_gpu.errors import ConfigError
-from cerwu_gpu.pipeline import Clock
+from cerwu_gpu.progress import Clock
 from cerwu_gpu.report import Report
 from cerwu_gpu.vision.calibration import HESSIAN_BYTES, CalibratedLayers
 from cerwu_gpu.vision.layers import find_weights, require_plain

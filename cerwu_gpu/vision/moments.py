@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu import backend
+from cerwu_gpu.blocks import InputStatistics
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.pipeline import InputStatistics
 from cerwu_gpu.vision.products import Product, input_rows, positions
 from cerwu_gpu.vision.running import Batch, Runner, samples
 

@@ -12,7 +12,7 @@ from cerwu_gpu.attempt import plain_bytes
 from cerwu_gpu.baselines.nncodec import pass_through_nncodec
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.reader import open_directory
-from cerwu_gpu.pipeline import Clock
+from cerwu_gpu.progress import Clock
 from cerwu_gpu.sweep.points import Point
 from cerwu_gpu.sweep.subject import Outcome, Quality
 from cerwu_gpu.vision.calibration import CalibratedLayers

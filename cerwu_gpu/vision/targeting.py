@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.attempt import Attempt, plain_bytes
+from cerwu_gpu.blocks import Blocks
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.errors import TargetError
-from cerwu_gpu.pipeline import Blocks, estimate_model, sample_stacks
+from cerwu_gpu.pipeline import estimate_model, sample_stacks
 from cerwu_gpu.quantize.target import Correction, first_lmbda, solve, with_lmbda
 from cerwu_gpu.vision.writing import Writing
 

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from cerwu_gpu import __version__
 from cerwu_gpu.attempt import Attempt, check_stored, directory_bytes, plain_tensors
+from cerwu_gpu.blocks import Blocks
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.pipeline import Blocks, Clock, compress_blocks
+from cerwu_gpu.pipeline import compress_blocks
+from cerwu_gpu.progress import Clock
 from cerwu_gpu.vision.norms import FollowingNorms
 
 

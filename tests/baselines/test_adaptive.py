@@ -94,17 +94,16 @@ def test_states_learn_what_is_usual_and_stop_at_their_limit() -> None:
 def test_the_search_takes_the_cheapest_candidate_under_the_states_so_far(method: str) -> None:
     weight, hessian = layer(20, 10)
     problem = paper_problem(weight, hessian, method=method, levels=30, lmbda=0.5)
-    weights = problem.weights
     x, factor = problem.target.double().numpy().copy(), problem.factor.double().numpy()
     states, expected = StraightStates(), np.zeros(x.shape, dtype=np.int64)
     grid = range(-problem.reach, problem.reach + 1)
     for i in range(x.shape[0]):
         before = 0
         for j in range(x.shape[1]):
-            omega, beta = float(weights.importance[j]), float(weights.curvature[j])
+            omega, beta = float(problem.importance[j]), float(problem.curvature[j])
             costs = [
                 omega * ((x[i, j] - g) ** 2 - beta * g**2) / 2
-                + float(weights.lmbda[i]) * states.cost(g, before, False)
+                + float(problem.lmbda[i]) * states.cost(g, before, False)
                 for g in grid
             ]
             q = grid[int(np.argmin(costs))]

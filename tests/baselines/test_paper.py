@@ -10,7 +10,6 @@ import torch
 from cerwu_gpu.baselines.paper import NEVER, FrozenRate, PaperProblem, paper_problem
 from cerwu_gpu.errors import ConfigError, FactorizationError
 from cerwu_gpu.quantize.layer import relative_loss
-from cerwu_gpu.quantize.passes import Weights
 from tests.reference.straight_line import paper
 
 METHODS = {"cerwu": "cerwu", "optq-rd": "cerwu-gamma0", "optq": "optq"}
@@ -34,8 +33,8 @@ def layer(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.T
 def problem_of(target: torch.Tensor, reach: int) -> PaperProblem:
     """A problem without a Hessian and without a price of bits."""
     rows, columns = target.shape
-    weights = Weights(torch.zeros(rows), torch.ones(columns), torch.zeros(columns))
-    return PaperProblem(target, torch.eye(columns), weights, reach, 1.0)
+    costs = torch.zeros(rows), torch.ones(columns), torch.zeros(columns)
+    return PaperProblem(target, torch.eye(columns), *costs, reach, 1.0)
 
 
 def test_agrees_with_the_authors_code(data: Path) -> None:

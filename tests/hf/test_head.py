@@ -22,7 +22,8 @@ from cerwu_gpu.hf.head import (
 from cerwu_gpu.hf.hessian_cache import HessianCache, cached_blocks
 from cerwu_gpu.hf.sensitivity import output_sensitivities
 from cerwu_gpu.hf.structure import find_weights
-from cerwu_gpu.pipeline import Clock, compress_blocks
+from cerwu_gpu.pipeline import compress_blocks
+from cerwu_gpu.progress import Clock
 from tests.hf.toys import FAMILIES, VOCABULARY, toy, toy_tokens
 
 TOLERANCE = 1e-5

@@ -8,10 +8,7 @@ import pytest
 import torch
 
 import cerwu_gpu
-from cerwu_gpu import CompressionConfig, ConfigError, CorruptionError, ModelError
-from cerwu_gpu.container.reader import open_directory
-from cerwu_gpu.reference.pieces import decode_in_pieces
-from cerwu_gpu.reference.weights import decode_weights
+from cerwu_gpu import CompressionConfig, ConfigError, ModelError
 from tests.hf.toys import toy, toy_tokens
 
 CHEAP: dict[str, Any] = {
@@ -160,45 +157,3 @@ def test_wrong_requests_are_refused(
     only = small("llama", tmp_path / "head", toy_tokenizer, toy_text, include=("*embed*",))
     with pytest.raises(ModelError, match="load it dense"):
         cerwu_gpu.load_compressed(only, resident="compressed")
-
-
-@pytest.mark.parametrize("quantizer", ["scalar", "trellis8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("piece", [700, 1 << 20])
-def test_pieces_give_the_bits_of_the_whole(
-    quantizer: str, dtype: torch.dtype, piece: int, directories: dict[str, Path]
-) -> None:
-    directory = open_directory(directories[quantizer])
-    escapes = 0
-    for name in sorted(directory.compressed())[:3]:
-        for matrix in directory.stored(name).matrices:
-            whole = decode_weights([matrix.coded], [matrix.rule], dtype)[0]
-            pieces = decode_in_pieces(matrix.coded, matrix.rule, dtype, piece)
-            assert torch.equal(pieces, whole)
-            assert pieces.is_contiguous()
-            escapes += len(matrix.rule.escapes)
-    assert escapes > 0, "the matrices have no escape: the hard part is not tested"
-
-
-@pytest.fixture(scope="module")
-def directories(
-    tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Any, toy_text: Path
-) -> dict[str, Path]:
-    """The same model by quantizer, at a rate that leaves outliers outside of the alphabet."""
-    root = tmp_path_factory.mktemp("pieces")
-    return {
-        quantizer: small(
-            "llama", root / quantizer, toy_tokenizer, toy_text, quantizer=quantizer, lmbda=1e-9
-        )
-        for quantizer in ("scalar", "trellis8")
-    }
-
-
-def test_pieces_see_a_stream_that_is_too_long(directories: dict[str, Path]) -> None:
-    directory = open_directory(directories["scalar"])
-    name = min(directory.compressed())
-    (matrix,) = directory.stored(name).matrices
-    words = torch.cat([matrix.coded.words, matrix.coded.words[:1]])
-    longer = type(matrix.coded)(**{**vars(matrix.coded), "words": words})
-    with pytest.raises(CorruptionError, match="wrong number of words"):
-        decode_in_pieces(longer, matrix.rule, torch.float32, 700)

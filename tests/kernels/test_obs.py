@@ -1,13 +1,17 @@
-"""The kernel that rounds a block against its definition in reference/obs.py."""
+"""The kernel and the compiled form that round a block, against reference/obs.py."""
+
+import importlib
+import sys
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cerwu_gpu.block_problem import Alphabet, BlockProblem
 from cerwu_gpu.kernels import obs as kernel
 from cerwu_gpu.reference import obs as reference
-from cerwu_gpu.reference.obs import Alphabet
+from tests.conftest import GPU
 
 FLIPS = 1e-4
 """Share of symbols that may differ at a tie; in a small test none may."""
@@ -24,6 +28,20 @@ SHAPES = [
     pytest.param(33, 53, id="nothing-divides"),
     pytest.param(3, 128, id="a-block"),
 ]
+
+
+@pytest.fixture(params=["kernels", "compiled"], autouse=True)
+def form(request, monkeypatch):
+    """Every test of this file is run on both forms: `kernel` is the module of one of them."""
+    module = importlib.import_module(f"cerwu_gpu.{request.param}.obs")
+    monkeypatch.setattr(sys.modules[__name__], "kernel", module)
+    return request.param
+
+
+@pytest.fixture
+def device(form):
+    """The GPU where there is one and the form can use it, else the CPU."""
+    return torch.device("cuda" if GPU and form == "kernels" else "cpu")
 
 
 def problem(rows, columns, device, *, levels=13, lowest=None, escapes=False, tables=5, spread=2.5):
@@ -72,10 +90,12 @@ def cost(arguments, row, column, symbol, error):
 def assert_agree(arguments, exhaustive):
     """Symbols are equal but for ties; what follows in a row after a tie is not compared."""
     before = arguments["x"].clone()
-    symbols, error = kernel.quantize_block(**arguments, exhaustive=exhaustive)
+    symbols, error = kernel.quantize_block(BlockProblem(**arguments), exhaustive=exhaustive)
     assert torch.equal(arguments["x"], before), "x was written to"
     assert symbols.dtype == torch.int32
-    wanted, wanted_error = reference.quantize_block(**arguments, exhaustive=exhaustive)
+    wanted, wanted_error = reference.quantize_block(
+        BlockProblem(**arguments), exhaustive=exhaustive
+    )
     differ = symbols != wanted
     flips = differ.any(dim=1).nonzero()[:, 0].tolist()
     assert len(flips) <= FLIPS * symbols.numel(), f"{len(flips)} of {symbols.numel()} differ"
@@ -144,8 +164,10 @@ def test_of_equal_costs_the_same_one_wins(exhaustive, device):
     given_["importance"] = torch.ones(24, device=device)
     given_["curvature"] = torch.zeros(24, device=device)
     given_["lmbda"] = torch.zeros(20, device=device)
-    symbols, _ = kernel.quantize_block(**given_, exhaustive=exhaustive)
-    assert torch.equal(symbols, reference.quantize_block(**given_, exhaustive=exhaustive)[0])
+    symbols, _ = kernel.quantize_block(BlockProblem(**given_), exhaustive=exhaustive)
+    assert torch.equal(
+        symbols, reference.quantize_block(BlockProblem(**given_), exhaustive=exhaustive)[0]
+    )
 
 
 @pytest.mark.parametrize("exhaustive", [True, False], ids=["full", "near"])
@@ -163,7 +185,7 @@ def test_without_rate_it_is_nearest_rounding_of_what_is_left(device):
     given_["lmbda"] = torch.zeros(16, device=device)
     given_["curvature"] = torch.zeros(10, device=device)
     given_["factor"] = torch.eye(10, device=device)
-    symbols, _ = kernel.quantize_block(**given_, exhaustive=False)
+    symbols, _ = kernel.quantize_block(BlockProblem(**given_), exhaustive=False)
     assert torch.equal(symbols, given_["x"].round().int())
 
 
@@ -177,8 +199,8 @@ def test_blocks_are_slices_of_larger_matrices(device, poisoned_empty):
     wide["x"] = wide["x"].t().contiguous().t()  # the columns may even be the contiguous ones
     wide["lmbda"] = given_["lmbda"][:1].expand(19)
     given_["lmbda"] = wide["lmbda"].clone()
-    ours = kernel.quantize_block(**wide, exhaustive=False)
-    theirs = kernel.quantize_block(**given_, exhaustive=False)
+    ours = kernel.quantize_block(BlockProblem(**wide), exhaustive=False)
+    theirs = kernel.quantize_block(BlockProblem(**given_), exhaustive=False)
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
@@ -206,7 +228,7 @@ def test_no_rows_and_no_columns(device):
         column = {name: given_[name][:columns] for name in names}
         given_.update(row, **column, x=given_["x"][:rows, :columns])
         given_["factor"] = given_["factor"][:columns, :columns]
-        symbols, error = kernel.quantize_block(**given_, exhaustive=False)
+        symbols, error = kernel.quantize_block(BlockProblem(**given_), exhaustive=False)
         assert symbols.shape == error.shape == (rows, columns)
 
 
@@ -227,7 +249,7 @@ def test_what_does_not_fit_is_named(name, change, device):
     given_ = problem(4, 5, device)
     given_[name] = change(given_[name])
     with pytest.raises(ValueError, match=name):
-        kernel.quantize_block(**given_, exhaustive=False)
+        kernel.quantize_block(BlockProblem(**given_), exhaustive=False)
 
 
 @pytest.mark.gpu

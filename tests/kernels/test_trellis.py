@@ -1,13 +1,17 @@
 """The kernel that searches a trellis against its definition in reference/trellis.py."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 
+from cerwu_gpu.block_problem import Alphabet, BlockProblem
 from cerwu_gpu.kernels import trellis as kernel
 from cerwu_gpu.reference import trellis as reference
 from cerwu_gpu.reference.dequantize import trellis_levels, trellis_states
-from cerwu_gpu.reference.obs import Alphabet
 from cerwu_gpu.spec import TRELLIS_NEXT, TRELLIS_QUANTIZER
+from tests.conftest import GPU
 
 FLIPS = 1e-4
 """Share of symbols that may differ where two paths tie; in a small test none may."""
@@ -25,6 +29,27 @@ SHAPES = [
     pytest.param(3, 18, 17, id="one-column-of-lookahead"),
 ]
 STATES = pytest.mark.parametrize("states", [4, 8])
+
+
+@pytest.fixture(params=["kernels", "compiled"], autouse=True)
+def form(request, monkeypatch):
+    """Every test of this file is run on both forms: `kernel` is the module of one of them."""
+    module = importlib.import_module(f"cerwu_gpu.{request.param}.trellis")
+    monkeypatch.setattr(sys.modules[__name__], "kernel", module)
+    return request.param
+
+
+@pytest.fixture
+def device(form):
+    """The GPU where there is one and the form can use it, else the CPU."""
+    return torch.device("cuda" if GPU and form == "kernels" else "cpu")
+
+
+def solve(form, arguments, commit):
+    """What a form makes of the problem and the other arguments."""
+    options = {name: arguments[name] for name in ("states", "start")}
+    fields = {name: value for name, value in arguments.items() if name not in options}
+    return form.quantize_block_trellis(BlockProblem(**fields), **options, commit=commit)
 
 
 def problem(rows, columns, device, states, *, half=4, tables=4, spread=3.0):
@@ -78,17 +103,17 @@ def path_cost(arguments, row, symbols):
 def assert_agree(arguments, commit):
     """Symbols, errors and the state at the end are the reference's but for paths that tie."""
     before = arguments["x"].clone()
-    symbols, error, end = kernel.quantize_block_trellis(**arguments, commit=commit)
+    symbols, error, end = solve(kernel, arguments, commit)
     assert torch.equal(arguments["x"], before), "x was written to"
     assert (symbols.dtype, end.dtype) == (torch.int32, torch.int64)
-    wanted = reference.quantize_block_trellis(**arguments, commit=commit)
+    wanted = solve(reference, arguments, commit)
     tied = (symbols != wanted[0]).any(dim=1)
     flips = tied.nonzero()[:, 0].tolist()
     assert len(flips) <= FLIPS * symbols.numel(), f"{len(flips)} of {symbols.numel()} differ"
     if flips:  # which path is cheapest shows only in whole ones
         columns = arguments["x"].shape[1]
-        ours = kernel.quantize_block_trellis(**arguments, commit=columns)[0]
-        theirs = reference.quantize_block_trellis(**arguments, commit=columns)[0]
+        ours = solve(kernel, arguments, columns)[0]
+        theirs = solve(reference, arguments, columns)[0]
         for row in flips:
             expected = path_cost(arguments, row, theirs[row])
             assert path_cost(arguments, row, ours[row]) == pytest.approx(expected, rel=TIE)
@@ -107,9 +132,9 @@ def test_equals_the_reference(rows, columns, commit, states, device, poisoned_em
 def test_the_state_after_the_commitment_is_the_machine_s(states, device):
     given = problem(12, 11, device, states)
     given["start"] = torch.zeros(12, dtype=torch.int64, device=device)
-    whole, _, _ = kernel.quantize_block_trellis(**given, commit=11)
+    whole, _, _ = solve(kernel, given, 11)
     for commit in (1, 6):
-        part, _, end = kernel.quantize_block_trellis(**given, commit=commit)
+        part, _, end = solve(kernel, given, commit)
         assert torch.equal(part, whole[:, :commit])
         assert torch.equal(end, trellis_states(whole & 1, states)[:, commit])
 
@@ -134,8 +159,8 @@ def test_of_equal_costs_the_same_path_wins(states, device):
     given["importance"] = torch.ones(12, device=device)
     given["curvature"] = torch.zeros(12, device=device)
     given["lmbda"] = torch.zeros(16, device=device)
-    symbols, _, end = kernel.quantize_block_trellis(**given, commit=9)
-    wanted = reference.quantize_block_trellis(**given, commit=9)
+    symbols, _, end = solve(kernel, given, 9)
+    wanted = solve(reference, given, 9)
     assert torch.equal(symbols, wanted[0])
     assert torch.equal(end, wanted[2])
 
@@ -153,8 +178,8 @@ def test_of_two_symbols_at_one_distance_the_same_one_wins(states, device):
     bits = 64.0 * (torch.arange(-4, 6) % 2).expand(4, 10).clone()
     bits[:, -1] = 200
     given["alphabet"] = Alphabet(bits.to(device), -4, escapes=True)
-    symbols, _, _ = kernel.quantize_block_trellis(**given, commit=5)
-    assert torch.equal(symbols, reference.quantize_block_trellis(**given, commit=5)[0])
+    symbols, _, _ = solve(kernel, given, 5)
+    assert torch.equal(symbols, solve(reference, given, 5)[0])
 
 
 @STATES
@@ -166,8 +191,9 @@ def test_columns_of_zeros_cost_nothing(states, device):
     assert not symbols.any() and not end.any()
 
 
-def test_more_rows_than_a_launch_takes(device, monkeypatch, poisoned_empty):
-    monkeypatch.setattr(kernel, "LAUNCH_ROWS", 16)
+def test_more_rows_than_a_launch_takes(form, device, monkeypatch, poisoned_empty):
+    if form == "kernels":
+        monkeypatch.setattr(kernel, "LAUNCH_ROWS", 16)
     assert_agree(problem(37, 5, device, 4), commit=3)
 
 
@@ -178,8 +204,8 @@ def test_blocks_are_slices_of_larger_matrices(device, poisoned_empty):
         larger = torch.full((30, 40), torch.nan, device=device)
         larger[: len(given[name]), 7:17] = given[name]
         wide[name] = larger[: len(given[name]), 7:17]
-    ours = kernel.quantize_block_trellis(**wide, commit=10)
-    theirs = kernel.quantize_block_trellis(**given, commit=10)
+    ours = solve(kernel, wide, 10)
+    theirs = solve(kernel, given, 10)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -197,7 +223,7 @@ def test_blocks_are_slices_of_larger_matrices(device, poisoned_empty):
 def test_what_does_not_fit_is_named(word, change):
     given = {**problem(4, 6, torch.device("cpu"), 4), "commit": 6, **change}
     with pytest.raises(ValueError, match=word):
-        kernel.quantize_block_trellis(**given)
+        solve(kernel, given, given.pop("commit"))
 
 
 @pytest.mark.gpu

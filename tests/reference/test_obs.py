@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cerwu_gpu.reference.obs import Alphabet, quantize_block
+from cerwu_gpu.block_problem import Alphabet, BlockProblem
+from cerwu_gpu.reference.obs import quantize_block
 from tests.reference.straight_line import obs
 
 
@@ -47,7 +48,7 @@ SHAPES = [
 @pytest.mark.parametrize("exhaustive", [True, False])
 def test_equals_the_straight_line(rows, columns, exhaustive):
     given_ = problem(rows, columns, seed=rows * 100 + columns)
-    symbols, error = quantize_block(**given_, exhaustive=exhaustive)
+    symbols, error = quantize_block(BlockProblem(**given_), exhaustive=exhaustive)
     table = given_["row_class"][:, None] + given_["column_class"]
     expected = obs(
         given_["x"].numpy(),
@@ -76,8 +77,8 @@ def test_near_candidates_find_what_a_full_scan_finds(seed, lmbda, rows):
     rates = 1 + gamma[:, None] / 2 * torch.arange(-6, 7).square() + given_["alphabet"].rates / 4
     given_["alphabet"] = Alphabet(rates, -6)
     given_["curvature"] = given_["lmbda"].min() * 0.2 / given_["importance"]
-    near = quantize_block(**given_, exhaustive=False)[0]
-    full = quantize_block(**given_, exhaustive=True)[0]
+    near = quantize_block(BlockProblem(**given_), exhaustive=False)[0]
+    full = quantize_block(BlockProblem(**given_), exhaustive=True)[0]
     assert torch.equal(near, full)
 
 
@@ -85,7 +86,7 @@ def test_without_rate_or_curvature_it_is_nearest_rounding_of_what_is_left():
     given_ = problem(16, 10, lmbda=0.0)
     given_["curvature"] = torch.zeros(10)
     given_["factor"] = torch.eye(10)
-    symbols, _ = quantize_block(**given_, exhaustive=True)
+    symbols, _ = quantize_block(BlockProblem(**given_), exhaustive=True)
     assert torch.equal(symbols, given_["x"].round().clamp(-6, 6).int())
 
 
@@ -95,7 +96,7 @@ def test_a_list_of_values_gives_positions():
     given_["alphabet"] = Alphabet(torch.zeros(3, 5), 0, levels=levels)
     given_["factor"] = torch.eye(6)
     given_["curvature"] = torch.zeros(6)
-    symbols, error = quantize_block(**given_, exhaustive=False)
+    symbols, error = quantize_block(BlockProblem(**given_), exhaustive=False)
     distance = (given_["x"][:, :, None] - levels).abs()
     assert torch.equal(symbols.long(), distance.argmin(dim=2))
     torch.testing.assert_close(error, given_["x"] - levels[symbols.long()])
@@ -108,7 +109,7 @@ def test_escapes_leave_the_integers_unbounded():
     given_["curvature"] = torch.zeros(4)
     rates = torch.cat([given_["alphabet"].rates, torch.full((3, 1), 20.0)], dim=1)
     given_["alphabet"] = Alphabet(rates, -6, escapes=True)
-    symbols, _ = quantize_block(**given_, exhaustive=False)
+    symbols, _ = quantize_block(BlockProblem(**given_), exhaustive=False)
     assert int(symbols[1, 2]) == 5000
 
 
@@ -118,7 +119,7 @@ def test_a_dearer_bit_never_buys_more_bits():
     spent = []
     for lmbda in (0.0, 0.02, 0.1, 0.5, 5.0):
         given_["lmbda"] = torch.full((64,), lmbda)
-        symbols, _ = quantize_block(**given_, exhaustive=True)
+        symbols, _ = quantize_block(BlockProblem(**given_), exhaustive=True)
         spent.append(float(given_["alphabet"].rates[table, symbols.long() + 6].sum()))
     assert np.all(np.diff(spent) <= 0)
     assert spent[-1] < spent[0]

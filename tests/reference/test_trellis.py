@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from cerwu_gpu.block_problem import Alphabet, BlockProblem
 from cerwu_gpu.reference.dequantize import trellis_levels, trellis_states
-from cerwu_gpu.reference.obs import Alphabet
 from cerwu_gpu.reference.trellis import Machine, quantize_block_trellis
 from cerwu_gpu.spec import TRELLIS_NEXT, TRELLIS_QUANTIZER
 from tests.reference.straight_line import best_trellis_path, trellis_path_cost
@@ -34,7 +34,9 @@ def problem(rows, columns, seed=0, lmbda=0.05, coupling=0.3):
 def solve(given, states, commit=None, start=None):
     rows, columns = given["x"].shape
     start = torch.zeros(rows, dtype=torch.int64) if start is None else start
-    return quantize_block_trellis(**given, states=states, start=start, commit=commit or columns)
+    return quantize_block_trellis(
+        BlockProblem(**given), states=states, start=start, commit=commit or columns
+    )
 
 
 def straight(given, row, states):

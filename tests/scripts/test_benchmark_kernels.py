@@ -1,7 +1,6 @@
 """scripts/benchmark_kernels.py compares before it times, and its page says what was measured."""
 
 import importlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +38,7 @@ def test_every_section_agrees_with_the_definitions(targets, capsys):
 def test_no_time_is_told_of_a_wrong_kernel(section, targets, capsys, monkeypatch):
     from cerwu_gpu.kernels import ans, hessian
 
-    def wrong_weights(batch, rules, steps, scales, dtype):
+    def wrong_weights(batch, rules, dtype, out):
         return [torch.zeros(matrix.shape, dtype=dtype) for matrix in batch]
 
     monkeypatch.setattr(ans, "decode_weights", wrong_weights)
@@ -65,7 +64,7 @@ def test_without_a_gpu_nothing_is_measured(targets):
 
 def test_the_gptq_loop_rounds_as_our_pass_does_without_rates():
     problem = passes.Pass.random(40, 9, torch.device("cpu"))
-    for each in (problem.weights.lmbda, problem.weights.curvature):
+    for each in (problem.columns.lmbda, problem.columns.curvature):
         each.zero_()
     assert torch.equal(passes.column_loop(problem), problem.scalar())
 
@@ -118,5 +117,5 @@ def test_the_page_tells_times_rates_and_ratios():
 
 
 def test_the_page_in_the_repository_is_the_one_of_its_results():
-    results = json.loads(benchmark.RESULTS.read_text()) if benchmark.RESULTS.exists() else None
-    assert benchmark.PAGE.read_text(encoding="utf-8") == writer.page(results)
+    results = writer.kept("benchmark_kernels.json"), writer.kept("cpu.json")
+    assert benchmark.PAGE.read_text(encoding="utf-8") == writer.page(*results)

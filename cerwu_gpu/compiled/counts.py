@@ -1,0 +1,80 @@
+"""Histograms of symbols on one core; `reference.counts` defines the results."""
+
+# mypy: allow-untyped-decorators, allow-untyped-defs
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from cerwu_gpu.spec import TRELLIS_NEXT, TRELLIS_QUANTIZER
+
+
+def symbol_counts(
+    symbols: Tensor,
+    row_class: Tensor,
+    column_class: Tensor,
+    *,
+    tables: int,
+    lowest: int,
+    size: int,
+    escapes: int,
+    states: int,
+) -> Tensor:
+    """Count the symbols of an alphabet under each table; see `reference.counts.symbol_counts`."""
+    quantizers = 2 if states else 1
+    counts = torch.zeros(tables * quantizers, size + escapes, dtype=torch.int64)
+    follow = np.array(TRELLIS_NEXT.get(states, ((0, 0),)), np.int64)
+    quantizer = np.array(TRELLIS_QUANTIZER.get(states, (0,)), np.int64)
+    _count(
+        symbols.contiguous().numpy(),
+        row_class.contiguous().numpy(),
+        column_class.contiguous().numpy(),
+        quantizers,
+        lowest,
+        size,
+        escapes,
+        follow,
+        quantizer,
+        counts.numpy(),
+    )
+    return counts
+
+
+def magnitude_counts(symbols: Tensor, limit: int) -> Tensor:
+    """Count the magnitudes of symbols; see `reference.counts.magnitude_counts`."""
+    counts = torch.zeros(limit + 1, dtype=torch.int64)
+    _count_magnitudes(symbols.contiguous().view(-1).numpy(), limit, counts.numpy())
+    return counts
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _count(
+    symbols,
+    row_class,
+    column_class,
+    quantizers,
+    lowest,
+    size,
+    escapes,
+    follow,
+    quantizer,
+    counts,
+):
+    rows, columns = symbols.shape
+    for i in range(rows):
+        state = 0
+        for j in range(columns):
+            symbol = symbols[i, j]
+            index = symbol - lowest
+            if index < 0 or index >= size:
+                index = size + (symbol & (escapes - 1))
+            table = (row_class[i] + column_class[j]) * quantizers + quantizer[state]
+            counts[table, index] += 1
+            state = follow[state, symbol & 1]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _count_magnitudes(symbols, limit, counts):
+    for i in range(len(symbols)):
+        counts[min(abs(np.int64(symbols[i])), limit)] += 1

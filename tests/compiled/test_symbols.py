@@ -1,0 +1,69 @@
+"""Histograms and weights of symbols in the compiled forms, equal to the definitions' bit by bit."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cerwu_gpu.compiled import counts, dequantize
+from cerwu_gpu.reference import counts as reference_counts
+from cerwu_gpu.reference import dequantize as reference_dequantize
+
+ALPHABETS = [
+    pytest.param(-4, 9, 0, 0, id="bounded"),
+    pytest.param(-4, 9, 1, 0, id="one escape"),
+    pytest.param(0, 1, 1, 0, id="one symbol"),
+    pytest.param(-3, 7, 2, 4, id="4 states"),
+    pytest.param(-3, 7, 2, 8, id="8 states"),
+    pytest.param(-3, 7, 2, 0, id="both escapes without a trellis"),
+]
+SHAPES = [(1, 1), (1, 50), (33, 1), (17, 29)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize(("lowest", "size", "escapes", "states"), ALPHABETS)
+def test_every_symbol_is_counted_under_its_table(rows, columns, lowest, size, escapes, states):
+    reach = 9 if escapes else 4
+    symbols = torch.randint(-reach, reach + 1, (rows, columns), dtype=torch.int32)
+    if escapes:
+        symbols[0, 0], symbols[-1, -1] = -(2**31) + 2, 2**31 - 1
+    classes = torch.randint(0, 3, (rows,)), torch.randint(0, 2, (columns,))
+    alphabet = {"lowest": lowest, "size": size, "escapes": escapes, "states": states}
+    counted = counts.symbol_counts(symbols, *classes, tables=4, **alphabet)
+    assert torch.equal(
+        counted, reference_counts.symbol_counts(symbols, *classes, tables=4, **alphabet)
+    )
+    assert int(counted.sum()) == rows * columns
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 9), st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_magnitudes_from_the_limit_on_count_together(rows, columns, limit, seed):
+    generator = torch.Generator().manual_seed(seed)
+    symbols = torch.randint(-12, 13, (rows, columns), generator=generator, dtype=torch.int32)
+    counted = counts.magnitude_counts(symbols, limit)
+    assert torch.equal(counted, reference_counts.magnitude_counts(symbols, limit))
+    assert counted.shape == (limit + 1,)
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("states", [0, 4, 8])
+@pytest.mark.parametrize("single", [True, False], ids=["one scale", "a scale a row"])
+def test_weights_have_the_definition_s_bits(rows, columns, dtype, states, single):
+    symbols = torch.randint(-(2**20), 2**20, (rows, columns), dtype=torch.int32)
+    step = torch.randint(-9000, 2000, (columns,), dtype=torch.int16)
+    scale = torch.randint(-900, 900, (1 if single else rows,), dtype=torch.int16)
+    weight = dequantize.dequantize(symbols, step, scale, states=states, dtype=dtype)
+    wanted = reference_dequantize.dequantize(symbols, step, scale, states=states, dtype=dtype)
+    assert weight.dtype == dtype
+    assert torch.equal(weight, wanted)
+
+
+def test_weights_of_a_list_have_the_definition_s_bits():
+    positions = torch.randint(0, 5, (13, 7), dtype=torch.int32)
+    grid = torch.tensor([-1.5, -1e-3, 0.1, 1 / 3, 7.7])
+    one = torch.tensor([100], dtype=torch.int16)
+    scale = torch.randint(-900, 900, (13,), dtype=torch.int16)
+    weight = dequantize.dequantize(positions, one, scale, grid=grid)
+    assert torch.equal(weight, reference_dequantize.dequantize(positions, one, scale, grid=grid))
