@@ -30,6 +30,7 @@ __all__ = [
     "decode",
     "decode_weights",
     "dequantize",
+    "form",
     "magnitude_counts",
     "quantize_block",
     "quantize_block_trellis",
@@ -143,16 +144,20 @@ def _form_of(
     Raises:
         ConfigError: CERWU_GPU_BACKEND has an unknown value, or forces what is impossible.
     """
-    form = _form(device, kernel=kernel)
-    if form == "triton":
+    chosen = form(device, kernel=kernel)
+    if chosen == "triton":
         return _kernel(family, reference.__name__, device)
-    if form == "numba":
+    if chosen == "numba":
         return _forced_compiled(family, reference.__name__, device)
     return reference
 
 
-def _form(device: torch.device, *, kernel: bool = True) -> Form:
-    """Return the form of an operation on this device."""
+def form(device: torch.device, *, kernel: bool = True) -> Form:
+    """Return the form of an operation on this device; `kernel`: there is one in Triton.
+
+    Raises:
+        ConfigError: CERWU_GPU_BACKEND has an unknown value.
+    """
     wish = _wish()
     if wish is not None:
         return "torch" if wish == "triton" and not kernel else wish

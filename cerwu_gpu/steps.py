@@ -7,8 +7,13 @@ from torch import Tensor
 
 from cerwu_gpu.spec import STEP_RESOLUTION
 
-_MANTISSAS = [2.0 ** (k / STEP_RESOLUTION) for k in range(STEP_RESOLUTION)]
-_POWERS = [2.0**e for e in range(-32768 // STEP_RESOLUTION, 32768 // STEP_RESOLUTION)]
+_MANTISSAS = torch.tensor(
+    [2.0 ** (k / STEP_RESOLUTION) for k in range(STEP_RESOLUTION)], dtype=torch.float32
+)
+_POWERS = torch.tensor(
+    [2.0**e for e in range(-32768 // STEP_RESOLUTION, 32768 // STEP_RESOLUTION)],
+    dtype=torch.float32,
+)
 
 LEAST_CODE = -126 * STEP_RESOLUTION
 """2^-126: below, float32 is subnormal, and one over it is infinite."""
@@ -17,8 +22,7 @@ LEAST_CODE = -126 * STEP_RESOLUTION
 def step_values(codes: Tensor) -> Tensor:
     """Return the float32 nearest to 2**(s / 256) for every code s (any integer dtype and shape)."""
     wide = codes.to(torch.int64)
-    mantissa = torch.tensor(_MANTISSAS, dtype=torch.float32, device=codes.device)
-    power = torch.tensor(_POWERS, dtype=torch.float32, device=codes.device)
+    mantissa, power = _MANTISSAS.to(codes.device), _POWERS.to(codes.device)
     exponent = torch.div(wide, STEP_RESOLUTION, rounding_mode="floor")
     return mantissa[wide - exponent * STEP_RESOLUTION] * power[exponent + len(_POWERS) // 2]
 

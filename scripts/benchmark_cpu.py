@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -40,7 +41,6 @@ from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.passes import LOOKAHEAD
 from cerwu_gpu.quantize.problem import Problem
-from cerwu_gpu.threads import one_thread
 from scripts.benchmark_coding import coded_of, random_coded
 from scripts.benchmark_page import write_page
 from scripts.benchmark_passes import BLOCK, Pass
@@ -70,6 +70,17 @@ def in_turn(runs: Mapping[str, Callable[[], object]], turns: int = TURNS) -> dic
     return {name: min(times) for name, times in seconds.items()}
 
 
+@contextmanager
+def single() -> Iterator[None]:
+    """One thread and one worker inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def forced(name: str, run: Callable[[], object]) -> Callable[[], object]:
     """Return `run` with the operations in the form `name`."""
 
@@ -96,7 +107,7 @@ def blocks(rows: int) -> Iterator[Row]:
     for case, (problem, search, columns) in cases.items():
         block = problem.columns.block(slice(columns), problem.columns.x[:, :columns])
         block = block.of_rows(slice(rows))
-        with one_thread():
+        with single():
             with form("numba"):
                 ours = search(block)[0]
             with form("torch"):
@@ -130,7 +141,7 @@ def layers(shape: tuple[int, int]) -> Iterator[Row]:
         searching: dict[str, list[float]] = {"torch": [], "numba": []}
 
         def quantize(config: CompressionConfig = config) -> object:
-            return quantize_stack([weight], hessian, config, [alpha])
+            return quantize_stack([weight], hessian, config, [alpha]).limits
 
         def searched(
             name: str,
@@ -140,7 +151,7 @@ def layers(shape: tuple[int, int]) -> Iterator[Row]:
             with form(name), timed_solve(seconds[name]):
                 return run()
 
-        with one_thread():
+        with single():
             runs = {name: partial(searched, name) for name in searching}
             whole = in_turn(runs, turns=3)
         for name, label in (("torch", "torch form"), ("numba", "compiled")):
@@ -216,14 +227,14 @@ def decoders(shape: tuple[int, int]) -> Iterator[Row]:
             out = [torch.empty(m, n, dtype=dtype)]
             run = partial(backend.decode_weights, [matrix], [rule], dtype, out)
             check = matrix.shape[0] * matrix.shape[1] < 1 << 20 or dtype == torch.bfloat16
-            with one_thread():
+            with single():
                 if check:
                     _same_weights(case, [matrix], [rule], dtype)
                 seconds = in_turn({"": forced("numba", run)}, turns=3)[""]
             name = str(dtype).removeprefix("torch.")
             yield _rate(case, f"compiled, {name} weights", m * n, seconds)
         if states == 0:
-            with one_thread():
+            with single():
                 seconds = in_turn({"": forced("torch", partial(backend.decode, [matrix]))}, 1)[""]
             yield _rate(case, "torch form, symbols", m * n, seconds)
     noise = np.random.default_rng(0)
@@ -235,7 +246,7 @@ def decoders(shape: tuple[int, int]) -> Iterator[Row]:
     theirs = partial(decode_constriction, words, lengths, table[0], m, n)
     if not np.array_equal(theirs(), symbols):
         raise Mismatch("constriction decodes other symbols.")
-    with one_thread():
+    with single():
         runs = {"compiled, symbols": forced("numba", partial(backend.decode, [matrix]))}
         for what, seconds in in_turn({**runs, "constriction's own decoder": theirs}, 3).items():
             yield _rate("scalar, one table", what, m * n, seconds)

@@ -1,8 +1,8 @@
 """What resident="compressed" saves in memory and costs in time, beside dense loading.
 
 Each way of loading runs in a fresh process: it imports everything, notes its peak memory, loads the
-model, runs one forward pass over a prompt and generates greedily. Peaks are resource.getrusage's
-ru_maxrss; the memory of the model is the peak less the peak after the imports.
+model, runs one forward pass over a prompt and generates greedily. Peaks are of the resident set;
+the memory of the model is the peak less the peak after the imports.
 
     python scripts/benchmark_resident.py SMALL --original MODEL
 """
@@ -28,7 +28,14 @@ PROMPT_TOKENS = 64
 
 
 def peak_bytes() -> int:
-    """Largest resident set of this process so far."""
+    """Return the largest resident set of this process so far.
+
+    On Linux the peak that getrusage knows may be that of the process which started this one.
+    """
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

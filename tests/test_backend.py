@@ -172,7 +172,7 @@ def test_torch_can_be_forced_on_a_gpu(calls, force):
 )
 def test_the_device_and_the_variable_decide(force, value, device, kernel, expected):
     force(value)
-    assert backend._form(device, kernel=kernel) == expected
+    assert backend.form(device, kernel=kernel) == expected
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -202,7 +202,7 @@ def test_an_unknown_form_is_refused(force):
 def test_without_triton_torch_s_forms_run(force, monkeypatch):
     monkeypatch.setattr(backend, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert backend._form(CUDA) == "torch"
+        assert backend.form(CUDA) == "torch"
     force("triton")
     with pytest.raises(ConfigError, match="pip install triton"):
         backend._form_of("ans", ans.decode, CUDA)
@@ -218,7 +218,7 @@ with warnings.catch_warnings(record=True) as seen:
     for _ in range(2):
         assert backend.magnitude_counts(torch.tensor([[1, -3]]), 2).tolist() == [0, 1, 1]
         assert backend.decode([]) == []
-    assert backend._form(torch.device("cpu")) == "torch"
+    assert backend.form(torch.device("cpu")) == "torch"
 texts = [str(each.message) for each in seen]
 assert len(texts) == 1 and "many times slower" in texts[0] and {!r} in texts[0], texts
 """

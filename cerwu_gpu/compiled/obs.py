@@ -59,7 +59,7 @@ def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, 
         levels = alphabet.levels
         if levels is None:
             levels = torch.arange(alphabet.size, dtype=torch.float32) + alphabet.lowest
-        rates = alphabet.rates.contiguous()
+        rates = alphabet.rates[:, : alphabet.size].t().contiguous()
         _scan_all(*shared, rates.numpy(), levels.contiguous().numpy(), alphabet.lowest)
     else:
         rates = alphabet.rates.contiguous()
@@ -202,14 +202,24 @@ def _scan_near(
 
 
 @njit(**OPTIONS)
-def _try_level(column, table_cost, level, number, omega, beta, least_cost, best, place):
-    """Take the level for the rows [ROWS] in which it costs less than all before it."""
+def _try_level(column, price, bits, level, number, omega, beta, least_cost, place):
+    """Take a level for the rows [ROWS] in which it costs less than all before it."""
     for r in range(ROWS):
         distance = column[r] - level
-        cost = (distance * distance - level * level * beta) * omega + table_cost[r]
+        cost = (distance * distance - level * level * beta) * omega + price[r] * bits[r]
         better = cost < least_cost[r]
         least_cost[r] = cost if better else least_cost[r]
-        best[r] = level if better else best[r]
+        place[r] = number if better else place[r]
+
+
+@njit(**OPTIONS)
+def _try_level_of_one_table(column, price, bits, level, number, omega, beta, least_cost, place):
+    """Do the same where the level costs so many `bits` in each row."""
+    for r in range(ROWS):
+        distance = column[r] - level
+        cost = (distance * distance - level * level * beta) * omega + price[r] * bits
+        better = cost < least_cost[r]
+        least_cost[r] = cost if better else least_cost[r]
         place[r] = number if better else place[r]
 
 
@@ -228,28 +238,34 @@ def _scan_all(
     levels,
     lowest,
 ):
-    """Round to the best of all levels; of equal costs the first."""
+    """Round to the best of all levels; of equal costs the first. `rates` are [K, T]."""
     columns, rows = x.shape
     work, price = np.empty((columns, ROWS), np.float32), np.empty(ROWS, np.float32)
-    table, bits = np.empty(ROWS, np.int64), np.empty(ROWS, np.float32)
+    row_table, table = np.empty(ROWS, np.int64), np.empty(ROWS, np.int64)
+    bits, error = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
     least_cost, place = np.empty(ROWS, np.float32), np.empty(ROWS, np.int32)
-    best, error = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
     for first in range(0, rows, ROWS):
         count = min(ROWS, rows - first)
         for j in range(columns):
             _load(x[j], first, count, work[j])
         _load(lmbda, first, count, price)
-        _load(row_class, first, count, table)
+        _load(row_class, first, count, row_table)
+        one_table = (row_table[:count] == row_table[0]).all()
         for j in range(columns):
             omega, beta = importance[j] * f32(0.5), curvature[j]
             for r in range(ROWS):
-                least_cost[r], best[r], place[r] = f32(np.inf), levels[0], i32(0)
+                table[r] = row_table[r] + column_class[j]
+                least_cost[r], place[r] = f32(np.inf), i32(0)
             for k in range(len(levels)):
+                args = (levels[k], i32(k), omega, beta, least_cost, place)
+                if one_table:
+                    _try_level_of_one_table(work[j], price, rates[k, table[0]], *args)
+                    continue
                 for r in range(ROWS):
-                    bits[r] = price[r] * rates[table[r] + column_class[j], k]
-                _try_level(work[j], bits, levels[k], k, omega, beta, least_cost, best, place)
+                    bits[r] = rates[k, table[r]]
+                _try_level(work[j], price, bits, *args)
             for r in range(ROWS):
-                error[r] = work[j, r] - best[r]
+                error[r] = work[j, r] - levels[place[r]]
             for r in range(count):
                 symbols[j, first + r] = place[r] + lowest
                 errors[j, first + r] = error[r]

@@ -70,6 +70,11 @@ class StoredWeight:
         """Return the parameter with its tensors on `device`."""
         return replace(self, matrices=tuple(matrix.to(device) for matrix in self.matrices))
 
+    def empty(self) -> Tensor:
+        """Return memory for the parameter, in its shape and dtype on its device."""
+        device = self.matrices[0].coded.words.device
+        return torch.empty(self.entry.shape, dtype=getattr(torch, self.entry.dtype), device=device)
+
     def decode(self) -> Tensor:
         """Decode the parameter.
 
@@ -246,17 +251,19 @@ def _stored(
     return StoredWeight(name, entry, tuple(matrices))
 
 
-def decode_stored(batch: Sequence[StoredWeight]) -> Iterator[tuple[str, Tensor]]:
+def decode_stored(
+    batch: Sequence[StoredWeight], memory: Sequence[Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Decode a batch, straight into the memory of its parameters; yield their names with them.
+
+    Args:
+        batch: parameters on one device.
+        memory: what `StoredWeight.empty` gives for each, to be written over; default: new memory.
 
     Raises:
         CorruptionError: a stream is wrong.
     """
-    parameters = []
-    for stored in batch:
-        device = stored.matrices[0].coded.words.device
-        dtype = getattr(torch, stored.entry.dtype)
-        parameters.append(torch.empty(stored.entry.shape, dtype=dtype, device=device))
+    parameters = [stored.empty() for stored in batch] if memory is None else list(memory)
     for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
         matrices: list[StoredMatrix] = []
         places: list[Tensor] = []

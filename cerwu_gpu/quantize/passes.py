@@ -16,9 +16,10 @@ from cerwu_gpu.threads import run
 
 LOOKAHEAD = 32
 """Columns beyond the ones decided that a trellis path is judged by; more brings nothing."""
-CHUNK_ROWS = {"cpu": 256, "cuda": 8192}
-"""Rows in work at a time: on the CPU those of a worker's task, elsewhere as many as the survivors
-of a trellis leave memory for. Fixed, so that results do not depend on the number of workers."""
+CHUNK_ROWS = {"numba": 256, "torch": 2048, "triton": 8192}
+"""Rows in work at a time, by form: few where workers share them, many where each call costs time,
+as many as the survivors of a trellis leave memory for on a GPU. Fixed, so that results do not
+depend on the number of workers."""
 
 
 def scalar_pass(problem: BlockProblem, *, block_size: int, exhaustive: bool) -> Tensor:
@@ -35,7 +36,7 @@ def _by_rows(solve: Callable[[BlockProblem, Tensor], None], problem: BlockProble
     """Return what `solve` writes for the rows of each chunk."""
     device = problem.x.device
     symbols = torch.empty(problem.x.shape, dtype=torch.int32, device=device)
-    step = CHUNK_ROWS.get(device.type, CHUNK_ROWS["cuda"])
+    step = CHUNK_ROWS[backend.form(device)]
     chunks = [slice(first, first + step) for first in range(0, len(problem.x), step)]
     run(partial(solve, problem.of_rows(rows), symbols[rows]) for rows in chunks)
     return symbols

@@ -108,6 +108,33 @@ def test_one_block_at_a_time_is_decoded_and_none_when_it_has_run(llama: Path) ->
     assert block_bytes(model) == at_rest
 
 
+def test_gradients_see_the_weights_of_their_own_block(llama: Path) -> None:
+    """Later blocks write over a block's weights only where no graph will read them again."""
+    gradients = []
+    for resident in ("dense", "compressed"):
+        model: Any = cerwu_gpu.load_compressed(llama, resident=resident)  # type: ignore[call-overload]
+        with torch.no_grad():
+            model(toy_tokens())  # leaves memory to be written over
+        embedded = model.get_input_embeddings()(toy_tokens()).detach().requires_grad_()
+        model(inputs_embeds=embedded).logits.square().sum().backward()
+        gradients.append(embedded.grad)
+    assert torch.equal(*gradients)
+
+
+def test_without_gradients_blocks_share_the_memory_of_one(llama: Path) -> None:
+    model: Any = cerwu_gpu.load_compressed(llama, resident="compressed")
+    addresses = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(
+            lambda module, *_: addresses.append(module.up_proj.weight.data_ptr())
+        )
+    with torch.no_grad():
+        model(toy_tokens())
+        model(toy_tokens())
+    assert len(addresses) == 2 * len(model.model.layers)
+    assert len(set(addresses)) <= 2
+
+
 def test_a_failed_forward_leaves_nothing_decoded(llama: Path) -> None:
     model: Any = cerwu_gpu.load_compressed(llama, resident="compressed")
     at_rest = block_bytes(model)
