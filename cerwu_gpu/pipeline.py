@@ -116,10 +116,11 @@ def _search(
             partial(_search_stack, work[i], layouts, dtypes, statistics, config, gradients, coder)
             for i in order
         ]
+        device = work[0][0].weight.device if work else torch.device("cpu")
         wide = any(len(each.hessian) > SIDE_BY_SIDE_COLUMNS for each in statistics.values())
-        found = [search() for search in searches] if wide else run(searches)
-        limits = run([each.find_limit for stack in found for each in stack])
-    parts = [each for stack in found for each in stack]
+        found = [search() for search in searches] if wide else run(searches, device)
+        parts = [part for stack in found for part in stack]
+        limits = run([part.find_limit for part in parts], device)
     coding = []
     for part, limit in zip(parts, limits, strict=True):
         block.replace(part.coding.name, part.coding.part, part.weight)

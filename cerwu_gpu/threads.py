@@ -5,7 +5,7 @@ them, small operations take a hundred times as long on two threads as on one.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+
+CPU = torch.device("cpu")
 
 _WORKERS: ContextVar[int | None] = ContextVar("workers", default=None)
 """Number of workers inside of `one_thread`; None outside."""
@@ -40,12 +42,15 @@ def worker_count() -> int:
     return _WORKERS.get() or torch.get_num_threads()
 
 
-def run(tasks: Iterable[Callable[[], T]]) -> list[T]:
+def run(tasks: Iterable[Callable[[], T]], device: torch.device = CPU) -> list[T]:
     """Run the tasks on workers of one thread each and return their results in order.
 
-    The first exception in the order of the tasks is raised when all of them have ended.
+    The first exception in the order of the tasks is raised when all of them have ended. Tasks of
+    another device than the CPU run one after the other: their work is queued there anyway.
     """
     tasks = list(tasks)
+    if device.type != "cpu":
+        return [task() for task in tasks]
     count = min(worker_count(), len(tasks))
     with one_thread():
         if count <= 1:
@@ -53,6 +58,11 @@ def run(tasks: Iterable[Callable[[], T]]) -> list[T]:
         begin = partial(_begin_worker, worker_count() // count)
         with ThreadPoolExecutor(count, "cerwu", begin) as pool:
             futures = [pool.submit(task) for task in tasks]
+            try:
+                wait(futures)
+            except BaseException:  # as of Ctrl-C: what has not begun is not wanted any more
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         return [future.result() for future in futures]
 
 

@@ -1,5 +1,7 @@
 """Workers of one thread: results in order, the first error, and torch's threads as they were."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -80,3 +82,29 @@ def test_an_error_leaves_torch_s_threads_as_they_were():
         print(1 / 0)
     assert torch.get_num_threads() == 3
     assert worker_count() == 3
+
+
+def test_tasks_of_another_device_run_one_after_the_other_here():
+    names = run([lambda: threading.current_thread().name] * 3, torch.device("meta"))
+    assert set(names) == {threading.current_thread().name}
+    assert run([torch.get_num_threads] * 2, torch.device("meta")) == [3, 3]
+
+
+INTERRUPTED = """
+import os, signal, threading, time, torch
+from cerwu_gpu.threads import run
+torch.set_num_threads(2)
+threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()
+begin = time.monotonic()
+try:
+    run([lambda: time.sleep(0.3)] * 200)
+except KeyboardInterrupt:
+    assert time.monotonic() - begin < 5
+    print("stopped")
+"""
+
+
+def test_an_interrupt_drops_what_has_not_begun():
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr

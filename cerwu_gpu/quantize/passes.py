@@ -38,7 +38,7 @@ def _by_rows(solve: Callable[[BlockProblem, Tensor], None], problem: BlockProble
     symbols = torch.empty(problem.x.shape, dtype=torch.int32, device=device)
     step = CHUNK_ROWS[backend.form(device)]
     chunks = [slice(first, first + step) for first in range(0, len(problem.x), step)]
-    run(partial(solve, problem.of_rows(rows), symbols[rows]) for rows in chunks)
+    run((partial(solve, problem.of_rows(rows), symbols[rows]) for rows in chunks), device)
     return symbols
 
 
