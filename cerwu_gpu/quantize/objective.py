@@ -23,6 +23,8 @@ DRIFT_DAMPING = 0.01
 """Of the mean diagonal entry, added to H_hat before the regression solves with it."""
 MODERATE = (2.0**-24, 2.0**24)
 """Largest entries of W and H whose products and their sums are well inside of float32's range."""
+TRIANGLE = 192
+"""Columns up to which a triangular matrix is inverted by LAPACK at once."""
 DAMPING_LIMIT = 1.0
 """More damping than this multiple of the diagonal is refused: little of H would be left."""
 
@@ -78,10 +80,27 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     Raises:
         FactorizationError: H is not numerically positive definite.
     """
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     with one_thread():
-        factor: Tensor = torch.linalg.solve_triangular(upper_factor(hessian), identity, upper=True)
-    return factor
+        return _inverse_upper(upper_factor(hessian))
+
+
+def _inverse_upper(upper: Tensor) -> Tensor:
+    """Return the inverse of an upper triangular matrix [n, n], by halves.
+
+    Most of it are matrix products then, which do not touch the zeros below the diagonal:
+
+        [A B; 0 D]^-1 = [A^-1, -A^-1 B D^-1; 0, D^-1].
+    """
+    if len(upper) <= TRIANGLE:
+        identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+        small: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        return small
+    half = len(upper) // 2
+    first, last = _inverse_upper(upper[:half, :half]), _inverse_upper(upper[half:, half:])
+    inverse = torch.zeros_like(upper)
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[:half, half:] = -(first @ upper[:half, half:]) @ last
+    return inverse
 
 
 def upper_factor(hessian: Tensor) -> Tensor:

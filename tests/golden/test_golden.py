@@ -45,8 +45,10 @@ def test_no_directory_is_left_out():
     assert sorted(made) == KINDS
 
 
+@pytest.mark.parametrize("form", ["numba", "torch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_weight_has_the_bits_that_it_had(kind):
+def test_every_weight_has_the_bits_that_it_had(kind, form, monkeypatch):
+    monkeypatch.setenv("CERWU_GPU_BACKEND", form)
     directory = open_directory(HERE / kind)
     read = {**dict(directory.weights()), **dict(directory.plain())}
     assert {name: described(tensor) for name, tensor in read.items()} == WEIGHTS[kind]
