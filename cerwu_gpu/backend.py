@@ -1,4 +1,4 @@
-"""Kernel, compiled or reference, per operation: the only place that asks where the tensors are.
+"""Kernel, compiled or reference, per operation: the place that chooses by where the tensors are.
 
 Tensors on a CUDA device go to the Triton kernels, those on the CPU to the forms that numba
 compiles, all others to the plain torch form. The environment variable

@@ -21,7 +21,7 @@ from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import CalibrationError, CerwuError, ModelError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.progress import Clock
-from cerwu_gpu.quantize.layer import QuantizedStack, quantize_stack
+from cerwu_gpu.quantize.layer import NARROW_COLUMNS, QuantizedStack, quantize_stack
 from cerwu_gpu.quantize.objective import drift_target
 from cerwu_gpu.quantize.sensitivity import row_sensitivity, squared_gradient
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
@@ -29,8 +29,6 @@ from cerwu_gpu.quantize.target import Estimate, Probe, estimate, probe
 from cerwu_gpu.report import LayerReport
 from cerwu_gpu.threads import run, worker_count
 
-SIDE_BY_SIDE_COLUMNS = 4096
-"""Stacks up to this width are searched side by side; beyond, their factors take too much memory."""
 SAMPLED_BLOCKS = 8
 """Blocks that an estimate of the rate looks into."""
 
@@ -109,23 +107,26 @@ def _search(
     with clock.stage("calibrate"):
         statistics = block.statistics()
     work = stacks(block.matrices())
-    with clock.stage("quantize"):
-        # The longest first, so that no worker is left with it alone.
-        order = sorted(range(len(work)), key=lambda i: -_cost(work[i]))
-        searches = [
-            partial(_search_stack, work[i], layouts, dtypes, statistics, config, gradients, coder)
-            for i in order
-        ]
-        device = work[0][0].weight.device if work else torch.device("cpu")
-        wide = any(len(each.hessian) > SIDE_BY_SIDE_COLUMNS for each in statistics.values())
-        found = [search() for search in searches] if wide else run(searches, device)
-        parts = [part for stack in found for part in stack]
-        limits = run([part.find_limit for part in parts], device)
-    coding = []
-    for part, limit in zip(parts, limits, strict=True):
-        block.replace(part.coding.name, part.coding.part, part.weight)
-        coding.append(replace(part.coding, limit=limit))
-    clock.move(sum(part.seconds for part in parts) / worker_count(), "quantize", "code")
+    device = work[0][0].weight.device if work else torch.device("cpu")
+    wide = any(len(each.hessian) > NARROW_COLUMNS for each in statistics.values())
+    # The longest first, so that no worker is left with it alone.
+    order = sorted(work, key=lambda stack: -_cost(stack))
+    coding, seconds = [], 0.0
+    # One after the other they are also written back one after the other, which takes less memory.
+    for together in [order] if device.type == "cpu" and not wide else [[each] for each in order]:
+        with clock.stage("quantize"):
+            found = run(
+                partial(_search_stack, stack, layouts, dtypes, statistics, config, gradients, coder)
+                for stack in together
+            )
+            parts = [part for stack in found for part in stack]
+            limits = run([part.find_limit for part in parts], device)
+        for part, limit in zip(parts, limits, strict=True):
+            block.replace(part.coding.name, part.coding.part, part.weight)
+            coding.append(replace(part.coding, limit=limit))
+            seconds += part.seconds / worker_count()
+        del found, parts
+    clock.move(seconds, "quantize", "code")
     places = {matrix: place for place, matrix in enumerate(_labels(work))}
     return sorted(coding, key=lambda each: places[each.name, each.part])
 

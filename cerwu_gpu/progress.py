@@ -91,5 +91,5 @@ class Clock:
 
     def move(self, seconds: float, source: str, target: str) -> None:
         """Count some of the time spent in stage `source` as that of `target`."""
-        self.seconds[source] -= seconds
+        self.seconds[source] = self.seconds.get(source, 0.0) - seconds
         self.seconds[target] = self.seconds.get(target, 0.0) + seconds

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_workers_that_are_left_are_shared_out():
 
 def test_a_single_task_keeps_all_workers():
     assert run([worker_count]) == [3]
-    assert run([torch.get_num_threads]) == [1]
+    assert run([torch.get_num_threads]) == [3]
     assert run([lambda: run([torch.get_num_threads] * 3)]) == [[1, 1, 1]]
 
 
@@ -108,3 +109,30 @@ def test_an_interrupt_drops_what_has_not_begun():
     command = [sys.executable, "-c", INTERRUPTED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
+
+
+def test_overlapping_callers_leave_the_number_that_was_there():
+    """One leaves while another is inside that came later, and first uses torch then."""
+    inside, done = threading.Event(), threading.Event()
+
+    def other():
+        with one_thread():
+            inside.set()
+            done.wait(30)
+
+    with one_thread():
+        thread = threading.Thread(target=other)
+        thread.start()
+        inside.wait(30)
+    done.set()
+    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 3
+
+
+def test_workers_are_in_inference_mode_if_their_caller_is():
+    with torch.inference_mode():
+        total = torch.zeros(4)
+        run([lambda n=n: total[n].fill_(n) for n in range(4)])
+        assert total.tolist() == [0, 1, 2, 3]
+    assert run([torch.is_inference_mode_enabled] * 3) == [False] * 3

@@ -162,12 +162,14 @@ class _Matrix:
         ]
 
     def _decode_streams(self, first: int, last: int) -> tuple[bool, int, NDArray[np.int64]]:
-        room = 0 if self.rule is None else len(self.rule.escapes)
+        (m, n), streams = self.shape, len(self.streams[1]) - 1
+        symbols = (last - first) * -(-m // streams) * n
+        room = 0 if self.rule is None else min(len(self.rule.escapes), symbols)
         places = np.empty(room, np.int64)
         ended, count = decode_streams(
             *self.streams, first, last, *self.tables, self.trellis, *self.output, places
         )
-        return ended, count, places[: min(count, room)]
+        return ended, count, places[: min(count, room)].copy()
 
     def check_escapes(self, count: int) -> None:
         """Raise CorruptionError unless there are as many escapes as values for them."""

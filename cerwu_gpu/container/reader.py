@@ -119,22 +119,24 @@ class CompressedDirectory:
         """
         total = sum(e.weights for s in self._shards for e in s.manifest.compressed.values())
         with counted(total, what="decoding", unit="w", shown=progress, unit_scale=True) as bar:
-            for batch in self._batches(torch.device(device)):
+            place = _indexed(device)
+            for batch in self._batches(place):
                 # What belongs together is read, compared with its checksums and decoded at once.
-                read = [partial(_stored, *each, device, verify) for each in batch]
+                read = [partial(_stored, *each, place, verify) for each in batch]
                 yield from decode_stored(run(read))
                 bar.update(sum(entry.weights for _, _, entry in batch))
 
     def _batches(self, device: torch.device) -> Iterator[list[tuple[Shard, str, Entry]]]:
         """Yield compressed weights to decode together, in the order of the files."""
         batch: list[tuple[Shard, str, Entry]] = []
-        enough = BATCH_WEIGHTS.get(device.type, BATCH_WEIGHTS["cpu"])
+        weights, enough = 0, BATCH_WEIGHTS.get(device.type, BATCH_WEIGHTS["cpu"])
         for shard in self._shards:
             for name, entry in shard.manifest.compressed.items():
                 batch.append((shard, name, entry))
-                if sum(entry.weights for _, _, entry in batch) >= enough:
+                weights += entry.weights
+                if weights >= enough:
                     yield batch
-                    batch = []
+                    batch, weights = [], 0
         if batch:
             yield batch
 
@@ -157,7 +159,8 @@ class CompressedDirectory:
         self, names: Iterable[str], *, device: torch.device | str = "cpu", verify: bool = True
     ) -> list[StoredWeight]:
         """Read several compressed parameters, as `stored` does, side by side."""
-        return run(partial(self.stored, name, device=device, verify=verify) for name in names)
+        place = _indexed(device)
+        return run(partial(self.stored, name, device=place, verify=verify) for name in names)
 
     def inventory(self) -> Inventory:
         """Where the bytes are."""
@@ -221,6 +224,14 @@ def verify(path: Path | str, *, progress: bool = False) -> None:
         pass
 
 
+def _indexed(device: torch.device | str) -> torch.device:
+    """Return the device with its number: each worker has a current GPU of its own."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def _check_digest(name: str, tensor: Tensor, digest: str) -> None:
     if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != digest:
         raise CorruptionError(f"{name}: its bytes have changed since it was written; get it again.")
@@ -279,8 +290,9 @@ def decode_stored(
             dtype,
             places,
         )
+    parameters.reverse()
     for stored in batch:
-        yield stored.name, parameters.pop(0)
+        yield stored.name, parameters.pop()  # what the caller drops can go
 
 
 def _compressed_entry(name: str, entry: Entry, size: int) -> TensorEntry:

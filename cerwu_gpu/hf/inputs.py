@@ -44,6 +44,7 @@ class InputMoments:
         self._samples = range(0)
         self._recording = self._ends_early = False
         self._recorded: dict[str, Tensor] = {}
+        self._due: dict[str, int] = {}  # how often each input is still to be seen
         self._crosses: dict[str, Tensor] = {}
 
     @contextmanager
@@ -54,6 +55,7 @@ class InputMoments:
         The experts of a mixture are left out, since the two runs may route tokens differently.
         """
         self._recorded.clear()
+        self._due.clear()
         self._recording = True
         try:
             with self.forward(samples):
@@ -70,7 +72,7 @@ class InputMoments:
         """
         self._samples = samples
         # Experts were not recorded: all of them may still be to come.
-        recorded = self._recorded and all(layout.parts == 1 for layout in self._layouts)
+        recorded = self._due and all(layout.parts == 1 for layout in self._layouts)
         self._ends_early = bool(recorded and not self._recording)
         try:
             yield
@@ -96,13 +98,16 @@ class InputMoments:
             )
         if seen == own and not (self._recording and layout.parts > 1):
             self._accumulate(own, x)
-            if self._ends_early and not self._recorded:
-                raise _AllSeen
+            if self._ends_early:
+                self._due[own] -= 1
+                if not any(self._due.values()):
+                    raise _AllSeen
 
     def _accumulate(self, key: str, x: Tensor) -> None:
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         if self._recording:
             self._recorded[key] = rows
+            self._due[key] = self._due.get(key, 0) + 1
             return
         if key not in self._sums:
             n = rows.shape[1]

@@ -1,9 +1,10 @@
 """Running a model whose blocks stay compressed in memory.
 
 Every weight in a transformer block is held as the words of its streams; a block is decoded when it
-runs and forgotten when it has run. On a GPU the next block is decoded on a stream of its own while
-this one computes. What lies outside the blocks (embeddings, head, norms) is dense, in its stored
-dtype: the head's matrix product needs all of it at once, and the embedding is mostly tied to it.
+runs and taken out of the model when it has run. On a CPU the next block is decoded into its memory;
+on a GPU the next block is decoded on a stream of its own while this one computes. What lies outside
+the blocks (embeddings, head, norms) is dense, in its stored dtype: the head's matrix product needs
+all of it at once, and the embedding is mostly tied to it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,9 @@ class Memory:
         """Return memory for a weight, of one that has run if its shape and dtype fit."""
         wanted = torch.Size(stored.entry.shape), getattr(torch, stored.entry.dtype)
         for place, tensor in enumerate(self._free):
-            if (tensor.shape, tensor.dtype) == wanted:
+            # What was made in inference mode can be read and written in inference mode only.
+            usable = torch.is_inference_mode_enabled() or not tensor.is_inference()
+            if usable and (tensor.shape, tensor.dtype) == wanted:
                 return self._free.pop(place)
         return stored.empty()
 

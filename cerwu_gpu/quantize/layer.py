@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -14,7 +15,7 @@ from cerwu_gpu.quantize.classes import Classes
 from cerwu_gpu.quantize.grid import Grid, nearest, scaled
 from cerwu_gpu.quantize.limit import limit_bits
 from cerwu_gpu.quantize.objective import (
-    OutputError,
+    OutputLoss,
     check_finite,
     factor_with_damping,
     quadratic_error,
@@ -23,6 +24,9 @@ from cerwu_gpu.quantize.problem import Problem
 from cerwu_gpu.quantize.refit import Quadratic, refit
 from cerwu_gpu.quantize.symbols import QuantizedMatrix, finish_matrix
 from cerwu_gpu.threads import one_thread
+
+NARROW_COLUMNS = 4096
+"""Columns up to which a stack is one thread's work, beside other stacks where there are any."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def quantize_stack(
         FactorizationError: the Hessian cannot be factored.
         CerwuError: a subclass, where something is not finite, or integers leave their range.
     """
-    with one_thread():
+    # Operations on wide matrices are large enough for all of torch's threads.
+    with one_thread() if len(hessian) <= NARROW_COLUMNS else nullcontext():
         return _quantize(weights, hessian, config, sensitivities)
 
 
@@ -98,7 +103,7 @@ def _quantize(
     matrices, losses, limits = [], [], []
     for first, last in pairwise(bounds):
         rows = slice(first, last)
-        output = OutputError.of(weight[rows], hessian)
+        output = OutputLoss.of(weight[rows], hessian)
         matrix = finish_matrix(symbols[rows], grid, rows, classes, states)
         if raised is not None:
             fitted = Quadratic(output, raised, alpha[rows], config.lmbda)

@@ -80,11 +80,10 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     Raises:
         FactorizationError: H is not numerically positive definite.
     """
-    with one_thread():
-        return _inverse_upper(upper_factor(hessian))
+    return inverse_upper(upper_factor(hessian))
 
 
-def _inverse_upper(upper: Tensor) -> Tensor:
+def inverse_upper(upper: Tensor) -> Tensor:
     """Return the inverse of an upper triangular matrix [n, n], by halves.
 
     Most of it are matrix products then, which do not touch the zeros below the diagonal:
@@ -93,10 +92,11 @@ def _inverse_upper(upper: Tensor) -> Tensor:
     """
     if len(upper) <= TRIANGLE:
         identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-        small: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        with one_thread():
+            small: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
         return small
     half = len(upper) // 2
-    first, last = _inverse_upper(upper[:half, :half]), _inverse_upper(upper[half:, half:])
+    first, last = inverse_upper(upper[:half, :half]), inverse_upper(upper[half:, half:])
     inverse = torch.zeros_like(upper)
     inverse[:half, :half], inverse[half:, half:] = first, last
     inverse[:half, half:] = -(first @ upper[:half, half:]) @ last
@@ -150,10 +150,12 @@ def complete_square(weight: Tensor, hessian: Tensor, penalty: Tensor) -> tuple[T
         penalty: lmbda gamma_j [n] float64.
     """
     factor = inverse_factor(hessian + torch.diag(penalty))
-    narrow, price = factor.to(weight.dtype), penalty.to(weight.dtype)
+    # Half of the penalty goes into C in float64: the products stay in float32's range.
+    narrow, root = factor.to(weight.dtype), penalty.sqrt()
+    scaled, root = (factor * root).to(weight.dtype), root.to(weight.dtype)
     if len(weight) < len(factor):
-        return torch.addmm(weight, (weight * price) @ narrow.t(), narrow, alpha=-1), factor
-    shrink = price[:, None] * (narrow.t() @ narrow)
+        return torch.addmm(weight, (weight * root) @ scaled.t(), narrow, alpha=-1), factor
+    shrink = root[:, None] * (scaled.t() @ narrow)
     return torch.addmm(weight, weight, shrink, alpha=-1), factor
 
 
@@ -209,7 +211,7 @@ def quadratic_error(difference: Tensor, hessian: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class OutputError:
+class OutputLoss:
     """Squared output errors of a matrix W [m, n] under an undamped H, with W H computed once.
 
     Products are float32, of W / unit and H / scale, powers of two that keep them in its range.
@@ -227,12 +229,12 @@ class OutputError:
     scale: float
 
     @staticmethod
-    def of(weight: Tensor, hessian: Tensor) -> "OutputError":
+    def of(weight: Tensor, hessian: Tensor) -> "OutputLoss":
         """From W [m, n] and H [n, n], both finite."""
         unit, scale = _moderate(weight), _moderate(hessian)
         narrow = weight / unit if unit != 1 else weight
         form = (hessian / scale if scale != 1 else hessian).to(torch.float32)
-        return OutputError(narrow, form, narrow @ form, unit, scale)
+        return OutputLoss(narrow, form, narrow @ form, unit, scale)
 
     def times_hessian(self, quantized: Tensor) -> Tensor:
         """Return Q H [m, n] in the units of `product`."""

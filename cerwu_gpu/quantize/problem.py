@@ -13,7 +13,7 @@ from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.quantize import rate
 from cerwu_gpu.quantize.classes import Classes, choose_classes
 from cerwu_gpu.quantize.grid import Grid, nearest, scaled, waterfilled
-from cerwu_gpu.quantize.objective import complete_square, inverse_factor, normalised_factor
+from cerwu_gpu.quantize.objective import complete_square, inverse_upper, normalised_factor
 from cerwu_gpu.quantize.passes import scalar_pass, trellis_pass
 from cerwu_gpu.quantize.rate_models import model_bits
 from cerwu_gpu.quantize.symbols import symbol_range
@@ -86,7 +86,7 @@ class Problem:
         penalty = price * _gaussian_curvature(weight, per_column=not config.bounded)
         penalty = penalty.minimum(PENALTY_LIMIT / diagonal.square())
         if config.method != "cerwu" or lmbda == 0:
-            penalty, factor = torch.zeros_like(penalty), inverse_factor(damped)
+            penalty, factor = torch.zeros_like(penalty), inverse_upper(upper)
         else:
             weight, factor = complete_square(weight, damped, penalty)
         steps, scales = grid.steps(columns), grid.scales(rows)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.coding import side
-from cerwu_gpu.quantize.objective import OutputError, solve
+from cerwu_gpu.quantize.objective import OutputLoss, solve
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.steps import step_codes, step_values
 
@@ -44,7 +44,7 @@ class Quadratic:
         lmbda: the price of a bit.
     """
 
-    output: OutputError
+    output: OutputLoss
     raised: Tensor
     sensitivity: Tensor
     lmbda: float
@@ -71,7 +71,7 @@ def refit(matrix: QuantizedMatrix, problem: Quadratic) -> tuple[QuantizedMatrix,
     """Fit steps, then scales, anew wherever that lowers J.
 
     Returns:
-        The matrix with its new codes, and its weights' product with H as `OutputError` has it.
+        The matrix with its new codes, and its weights' product with H as `OutputLoss` has it.
     """
     return _refit_rows(_refit_columns(matrix, problem), problem)
 

@@ -59,10 +59,6 @@ class SymbolRange:
     escapes: int
 
     @property
-    def total(self) -> int:
-        return self.size + self.escapes
-
-    @property
     def mirrored(self) -> int:
         """How many leading symbols share their codes in pairs."""
         return self.size if self.size % 2 and self.lowest == -(self.size // 2) else 0

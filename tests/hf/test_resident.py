@@ -121,6 +121,17 @@ def test_gradients_see_the_weights_of_their_own_block(llama: Path) -> None:
     assert torch.equal(*gradients)
 
 
+def test_inference_mode_leaves_nothing_behind_that_others_cannot_use(llama: Path) -> None:
+    model: Any = cerwu_gpu.load_compressed(llama, resident="compressed")
+    with torch.inference_mode():
+        expected = model(toy_tokens()).logits.clone()
+    with torch.no_grad():
+        assert torch.equal(model(toy_tokens()).logits, expected)
+    embedded = model.get_input_embeddings()(toy_tokens()).detach().requires_grad_()
+    model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad is not None
+
+
 def test_without_gradients_blocks_share_the_memory_of_one(llama: Path) -> None:
     model: Any = cerwu_gpu.load_compressed(llama, resident="compressed")
     addresses = []

@@ -10,6 +10,7 @@ from cerwu_gpu.quantize.objective import (
     drift_target,
     factor_with_damping,
     inverse_factor,
+    inverse_upper,
 )
 
 
@@ -82,3 +83,19 @@ def test_the_drift_target_goes_its_share_of_the_way_to_least_squares() -> None:
         target.double(), weight + DRIFT_SHARE * (best - weight), rtol=0.02, atol=0.01
     )
     assert miss(best) < miss(target) < miss(weight)
+
+
+@pytest.mark.parametrize("rows", [5, 40], ids=["few rows", "many rows"])
+def test_completing_the_square_stays_in_range(rows) -> None:
+    _, hessian = moments(9, 40)
+    weight, penalty = torch.randn(rows, 9), 1e3 * torch.rand(9, dtype=torch.float64)
+    wanted, _ = complete_square(weight, hessian, penalty)
+    moved, _ = complete_square(weight * 2.0**-80, hessian * 2.0**116, penalty * 2.0**116)
+    torch.testing.assert_close(moved * 2.0**80, wanted)
+
+
+def test_a_triangular_inverse_by_halves_is_the_inverse() -> None:
+    upper = torch.randn(450, 450, dtype=torch.float64).triu() / 30 + torch.eye(450)
+    inverse = inverse_upper(upper)
+    assert torch.equal(inverse, inverse.triu())
+    torch.testing.assert_close(upper @ inverse, torch.eye(450, dtype=torch.float64))

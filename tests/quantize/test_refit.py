@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.quantize import layer
-from cerwu_gpu.quantize.objective import OutputError, damp, quadratic_error
+from cerwu_gpu.quantize.objective import OutputLoss, damp, quadratic_error
 from cerwu_gpu.quantize.refit import Quadratic, refit
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.steps import step_values
@@ -48,7 +48,7 @@ def posed(
 ) -> Quadratic:
     damped = damp(hessian, config.damping, config.damping_by)
     raised = (damped - hessian).diagonal().to(torch.float32)
-    return Quadratic(OutputError.of(weight, hessian), raised, torch.ones(len(weight)), lmbda)
+    return Quadratic(OutputLoss.of(weight, hessian), raised, torch.ones(len(weight)), lmbda)
 
 
 @settings(max_examples=20, deadline=None)
