@@ -50,7 +50,7 @@ class CodedMatrix:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What the symbols of a matrix [m, n] stand for.
+    """The rule by which the symbols of a matrix [m, n] become weights.
 
     Attributes:
         lowest, size: symbol s < size is the integer lowest + s (or the position s in the grid);

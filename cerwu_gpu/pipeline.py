@@ -143,7 +143,7 @@ def _cost(stack: Sequence[Matrix]) -> float:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a search gives of a matrix.
+    """A matrix that was searched.
 
     Attributes:
         weight: [m, n] float32, as it is stored.

@@ -1,4 +1,4 @@
-"""What the decoder reads on the GPU: the matrices of a batch in flat arrays.
+"""The arrays that the decoder reads on the GPU: the matrices of a batch in flat arrays.
 
 Everything is done for all matrices at once and where the tensors are: a matrix costs no launches of
 its own. `coded.check` keeps a matrix's numbers within those of the kernel.

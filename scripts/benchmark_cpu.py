@@ -1,4 +1,4 @@
-"""How fast the search, the decoder and loading are on this machine's CPU.
+"""Measure the search, the decoder and loading on this machine's CPU.
 
     python scripts/benchmark_cpu.py                  # search and decoder; about three minutes
     python scripts/benchmark_cpu.py --model SMALL    # and loading and running SMALL

@@ -12,7 +12,7 @@ from cerwu_gpu.spec import PRECISION, WORD_BITS
 LANES = 8
 """Streams that one worker decodes at the same time."""
 SYMBOL, FLOAT32, BFLOAT16, FLOAT16 = range(4)
-"""What is written."""
+"""Forms of the output: symbols, or weights rounded to a dtype."""
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 f32, u32, u64, i64 = np.float32, np.uint32, np.uint64, np.int64

@@ -28,7 +28,7 @@ from cerwu_gpu.steps import step_codes, step_values
 UNITS = (64, 32, 16, 8, 4, 2, 1)
 """Resolutions that are tried: codes that are multiples of so many 2**(1/256)."""
 LEAST_SHARE = 0.5
-"""Of the bits under their own frequencies, codes hardly take less: classes and runs save some."""
+"""Share of the bits under their own frequencies below which codes are hardly ever stored."""
 RIDGE = 1e-6
 """Of A's mean diagonal entry: columns whose integers are all zero have no equation."""
 
