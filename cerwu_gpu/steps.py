@@ -7,13 +7,13 @@ from torch import Tensor
 
 from cerwu_gpu.spec import STEP_RESOLUTION
 
-_MANTISSAS = torch.tensor(
+_VALUES = torch.tensor(
     [2.0 ** (k / STEP_RESOLUTION) for k in range(STEP_RESOLUTION)], dtype=torch.float32
-)
-_POWERS = torch.tensor(
+).repeat(65536 // STEP_RESOLUTION) * torch.tensor(
     [2.0**e for e in range(-32768 // STEP_RESOLUTION, 32768 // STEP_RESOLUTION)],
     dtype=torch.float32,
-)
+).repeat_interleave(STEP_RESOLUTION)
+"""Values of the codes -32768 ... 32767; a mantissa times a power of two is rounded once."""
 
 LEAST_CODE = -126 * STEP_RESOLUTION
 """2^-126: below, float32 is subnormal, and one over it is infinite."""
@@ -21,10 +21,7 @@ LEAST_CODE = -126 * STEP_RESOLUTION
 
 def step_values(codes: Tensor) -> Tensor:
     """Return the float32 nearest to 2**(s / 256) for every code s (any integer dtype and shape)."""
-    wide = codes.to(torch.int64)
-    mantissa, power = _MANTISSAS.to(codes.device), _POWERS.to(codes.device)
-    exponent = torch.div(wide, STEP_RESOLUTION, rounding_mode="floor")
-    return mantissa[wide - exponent * STEP_RESOLUTION] * power[exponent + len(_POWERS) // 2]
+    return _VALUES.to(codes.device)[codes.to(torch.int32) + 32768]
 
 
 def step_codes(steps: Tensor, unit: int = 1) -> Tensor:
