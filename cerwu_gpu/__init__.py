@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cerwu_gpu.hf import registration
 
 if TYPE_CHECKING:
+    from cerwu_gpu.api import compress
     from cerwu_gpu.config import CompressionConfig
     from cerwu_gpu.container.reader import verify
     from cerwu_gpu.errors import (
@@ -25,11 +26,10 @@ if TYPE_CHECKING:
         TargetError,
         VersionError,
     )
-    from cerwu_gpu.hf.compression import compress
     from cerwu_gpu.hf.evaluation import perplexity
     from cerwu_gpu.hf.loading import decompress, load_compressed
+    from cerwu_gpu.models.folding import fold_batch_norm
     from cerwu_gpu.report import LayerReport, Report
-    from cerwu_gpu.vision.folding import fold_batch_norm
 
 __version__ = "0.1.0"
 
@@ -60,9 +60,9 @@ _MODULES = {
     "CompressionConfig": "cerwu_gpu.config",
     "LayerReport": "cerwu_gpu.report",
     "Report": "cerwu_gpu.report",
-    "compress": "cerwu_gpu.hf.compression",
+    "compress": "cerwu_gpu.api",
     "decompress": "cerwu_gpu.hf.loading",
-    "fold_batch_norm": "cerwu_gpu.vision.folding",
+    "fold_batch_norm": "cerwu_gpu.models.folding",
     "load_compressed": "cerwu_gpu.hf.loading",
     "perplexity": "cerwu_gpu.hf.evaluation",
     "verify": "cerwu_gpu.container.reader",

@@ -79,7 +79,7 @@ class CompressionConfig:
     """Take each block's inputs from the already quantized blocks instead of the original ones."""
     correct_drift: bool | None = None
     """Quantize for the inputs that the compressed model has, toward the original's outputs; of
-    classifiers, have batch norms follow the weights (vision/norms.py). None: where steps follow
+    classifiers, have batch norms follow the weights (models/norms.py). None: where steps follow
     from lmbda, except with `sequential` and with Hessians kept for other runs.
     """
     seed: int = 0

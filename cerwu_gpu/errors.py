@@ -39,3 +39,10 @@ class CorruptionError(FormatError):
 
 class VersionError(FormatError):
     """A compressed directory was made by a newer cerwu_gpu."""
+
+
+def reason(error: BaseException) -> str:
+    """Return what another library's exception says, short enough for one sentence of ours: the
+    first line of its message that has words in it, or else the exception's kind."""
+    lines = (line.strip().rstrip(".:") for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)

@@ -1,21 +1,36 @@
 """How a parameter holds its matrices; pure tensor code, which the container needs too."""
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # the command line reads layouts of manifests, and torch takes seconds
+    from torch import Tensor
+
+Label = tuple[str, int]
+"""(parameter name, part): one matrix."""
 
 
 @dataclass(frozen=True)
 class WeightLayout:
     """One parameter that is compressed, and where its matrices [m, n] lie in it.
 
-    Rows of a matrix are outputs, columns are inputs.
+    Rows of a matrix are outputs, columns are inputs. The elements of matrix after matrix are those
+    of the parameter in their own order:
+
+    - [m, n], a linear layer: one matrix;
+    - [experts, m, n]: one matrix per expert;
+    - [out, in/g, kh, kw], a convolution of g groups: g matrices [out/g, in/g * kh * kw] over
+      unfolded patches.
 
     Attributes:
         name: parameter name in the model.
-        shape: the parameter's own shape: two axes, or three with the matrices along the first.
-        parts: how many matrices the parameter holds (the experts of a mixture); 1 otherwise.
-        transposed: the last two axes are [inputs, outputs] (GPT-2's Conv1D, gpt_oss's experts).
+        shape: the parameter's own shape: two axes, three (experts) or four (a convolution).
+        parts: how many matrices the parameter holds (experts, groups); 1 otherwise.
+        transposed: a matrix's two axes are [inputs, outputs] (GPT-2's Conv1D, gpt_oss's experts).
+
+    Raises:
+        ValueError: the shape does not hold so many matrices.
     """
 
     name: str
@@ -24,34 +39,45 @@ class WeightLayout:
     transposed: bool
 
     def __post_init__(self) -> None:
-        leading = self.shape[:-2]
-        if leading != () and leading != (self.parts,):
-            raise ValueError(f"{self.name}: shape {self.shape} does not hold {self.parts} matrices")
-        if len(self.shape) < 2 or (leading == () and self.parts != 1):
+        axes = len(self.shape)
+        holds = (
+            (axes == 2 and self.parts == 1)
+            or (axes == 3 and self.parts == self.shape[0])
+            or (axes == 4 and self.parts >= 1 and self.shape[0] % self.parts == 0)
+        )
+        if not holds or (axes == 4 and self.transposed):
             raise ValueError(f"{self.name}: shape {self.shape} does not hold {self.parts} matrices")
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(m, n) of each matrix."""
+        """(m, n) of the matrices."""
+        if len(self.shape) == 4:
+            return self.shape[0] // self.parts, math.prod(self.shape[1:])
         rows, columns = self.shape[-2:]
         return (columns, rows) if self.transposed else (rows, columns)
 
-    def key(self, part: int) -> str:
-        """A name for one matrix: the parameter's, with "[part]" where there are several."""
-        return f"{self.name}[{part}]" if len(self.shape) == 3 else self.name
+    @property
+    def several(self) -> bool:
+        """Whether a part needs its number in its name."""
+        return self.parts > 1 or len(self.shape) == 3
 
-    def matrix(self, parameter: Tensor, part: int) -> Tensor:
-        """Matrix number `part` as a view [m, n] of `parameter`, in its dtype, on its device.
+    def key(self, part: int) -> str:
+        """Return a name for one matrix: the parameter's, with "[part]" where there are several."""
+        return f"{self.name}[{part}]" if self.several else self.name
+
+    def matrix(self, parameter: "Tensor", part: int) -> "Tensor":
+        """Return matrix number `part` [m, n] of `parameter`, in its dtype, on its device.
+
+        It is a view, except of convolutions whose memory is in another order than their axes.
 
         Raises:
             IndexError: `part` is not in 0 ... parts - 1.
         """
-        if not 0 <= part < self.parts:
-            raise IndexError(f"{self.name} has {self.parts} matrices, there is no number {part}")
-        stored = parameter[part] if len(self.shape) == 3 else parameter
+        piece = self._piece(parameter, part)
+        stored = piece.flatten(1) if piece.dim() == 4 else piece
         return stored.T if self.transposed else stored
 
-    def store(self, parameter: Tensor, part: int, matrix: Tensor) -> None:
+    def store(self, parameter: "Tensor", part: int, matrix: "Tensor") -> None:
         """Write `matrix` [m, n] into `parameter` in place, rounded once to its dtype.
 
         Raises:
@@ -62,4 +88,14 @@ class WeightLayout:
             raise ValueError(
                 f"{self.name}: a matrix {tuple(matrix.shape)} does not fit {self.matrix_shape}"
             )
-        self.matrix(parameter.detach(), part).copy_(matrix)
+        piece = self._piece(parameter.detach(), part)
+        piece.copy_((matrix.T if self.transposed else matrix).reshape(piece.shape))
+
+    def _piece(self, parameter: "Tensor", part: int) -> "Tensor":
+        """Return the elements of a matrix in the parameter's own axes."""
+        if not 0 <= part < self.parts:
+            raise IndexError(f"{self.name} has {self.parts} matrices, there is no number {part}")
+        if len(self.shape) == 3:
+            return parameter[part]
+        rows = self.shape[0] // self.parts
+        return parameter[part * rows : (part + 1) * rows]

@@ -74,6 +74,11 @@ def counted(
     return bar
 
 
+def note(text: str) -> None:
+    """Print a line on stderr, above any bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
 class Clock:
     """Seconds per stage."""
 

@@ -23,7 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars; read when they are imported
 
-import cerwu_gpu.hf.compression  # noqa: F401  once, here: the runs are forks of this process
+import cerwu_gpu.api  # noqa: F401  once, here: the runs are forks of this process
 from cerwu_gpu.cli import main as command
 from cerwu_gpu.container.work import work_path
 

@@ -25,9 +25,9 @@ from torch.nn import functional
 from cerwu_gpu import CerwuError, CompressionConfig, ModelError
 from cerwu_gpu.cli.sweep import corrections, numbers
 from cerwu_gpu.cli.sweep_tables import minimum_table, points_table, time_words
+from cerwu_gpu.sweep.model import module_subject
 from cerwu_gpu.sweep.points import Axes, check_available, grid_points
-from cerwu_gpu.sweep.run import TABLE, check_folder, run_sweep
-from cerwu_gpu.vision.subject import PlainModule
+from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
 
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 250
@@ -172,12 +172,13 @@ def main(
     check_folder(output, {"the data": folder})
     test, labels = load_images(folder / "test.npz", images)
     calibration, _ = load_images(folder / "train2k.npz", calibration_images)
-    subject = PlainModule(
+    subject = module_subject(
         network.value,
         load_network(folder, network),
         torch.split(calibration, BATCH),
         lambda module: accuracy(module, test, labels),
         base=base,
+        hessian_cache=output / HESSIANS,
         data=f"accuracy on the first {len(test)} images of test.npz",
         progress=True,
     )

@@ -95,6 +95,11 @@ def data() -> Path:
 
 @pytest.fixture(scope="session")
 def toy_tokenizer() -> "PreTrainedTokenizerFast":
+    """The tokenizer of all toy models."""
+    return trained_tokenizer()
+
+
+def trained_tokenizer() -> "PreTrainedTokenizerFast":
     """A byte-level BPE tokenizer of 320 tokens, trained on TEXT; it can encode any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -260,8 +260,14 @@ def read_entry(name: str, entry: Any) -> list[Matrix]:
     matrices = [Matrix(part, f"{name} (part {i})") for i, part in enumerate(parts)]
     sizes = {(x.rows, x.columns)[::step] for x in matrices}
     check(len(sizes) == 1, name, "no parts, or parts of several sizes")
-    fits = all(type(x) is int for x in shape) and tuple(shape[-2:]) in sizes
-    check(fits and (shape[:-2] or [1]) == [len(parts)], name, f"shape is {shape}")
+    fits = all(type(x) is int for x in shape)
+    if len(shape) == 4:  # a convolution
+        rows, columns = next(iter(sizes))
+        filled = [rows * len(parts), columns] == [shape[0], math.prod(shape[1:])]
+        fits = fits and step == 1 and filled and min(shape) > 0
+    else:
+        fits = fits and tuple(shape[-2:]) in sizes and (shape[:-2] or [1]) == [len(parts)]
+    check(fits, name, f"shape is {shape}")
     return matrices
 
 

@@ -245,7 +245,7 @@ def test_an_old_output_goes_back_before_the_work_begins(
     command: Command, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "small").rename(place / f".small.0123abcd{REPLACED}")
-    monkeypatch.setattr("cerwu_gpu.hf.compression.load_model", None)
+    monkeypatch.setattr("cerwu_gpu.api.load_model", None)
     options = ("-o", place / "small", "--calibration", place / "text.txt", *FEW)
     assert_refused(command("compress", place / "model", *options), "not empty")
     cerwu_gpu.verify(place / "small")

@@ -210,6 +210,6 @@ def test_an_interrupt_ends_with_130(
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cerwu_gpu.hf.compression.compress", interrupted)
+    monkeypatch.setattr("cerwu_gpu.api.compress", interrupted)
     outcome = command("compress", "model", "-o", tmp_path / "out")
     assert outcome == (130, "", "cerwu-gpu: interrupted.\n")

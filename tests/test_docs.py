@@ -59,7 +59,7 @@ NOT_RUN = {
     "python convert_hf_to_gguf.py": "belongs to llama.cpp",
     "python scripts/fidelity.py": "its data are no part of the project; see scripts/test_fidelity",
     "python scripts/limit.py": "its data are no part of the project; see scripts/test_limit",
-    "python scripts/sweep_cifar.py": "needs CIFAR-10; see vision/test_cifar",
+    "python scripts/sweep_cifar.py": "needs CIFAR-10; see sweep/test_cifar",
     "python scripts/plot.py sweep/sweep.csv cifar20/sweep.csv": "needs sweeps of CIFAR-10",
     "--bits": "a target takes many passes over a model this small; see hf/test_compression",
     "--max-size": "the same",
@@ -108,7 +108,7 @@ def place(
 ) -> Path:
     """The current directory, with what the pages name; `compress` of Python takes few samples."""
     from cerwu_gpu.hf import compression
-    from tests.vision.toys import toy
+    from tests.models.toys import toy
 
     compress, text = compression.compress, toy_text.read_text(encoding="utf-8")
 

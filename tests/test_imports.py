@@ -11,9 +11,12 @@ SOURCES = sorted((ROOT / "cerwu_gpu").rglob("*.py")) + sorted((ROOT / "kernels")
 
 ORDER = (
     {"cli"},
+    {"api"},
     {"hf"},
-    {"vision"},
-    {"attempt", "pipeline", "sweep"},
+    {"sweep"},
+    {"models"},
+    {"calibration"},
+    {"compression"},
     {"baselines", "container"},
     {"quantize"},
     {"coding"},
@@ -21,12 +24,11 @@ ORDER = (
     {"compiled", "kernels", "reference"},
     {
         "block_problem",
-        "blocks",
         "coded",
         "config",
+        "device",
         "errors",
         "layout",
-        "patterns",
         "progress",
         "report",
         "report_page",
@@ -40,8 +42,6 @@ ORDER = (
 `quantize` stands above `coding` because the search counts bits with the coder's own tables."""
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 LEAVES = ORDER[-1]
-
-MAX_LINES = 400
 
 
 def name_of(path: Path) -> str:
@@ -113,15 +113,10 @@ def test_imports_are_absolute(path: Path) -> None:
 
 
 @each_file
-def test_only_hf_knows_transformers(path: Path) -> None:
-    if part_of(name_of(path)) != "hf":
+def test_only_hf_and_the_doors_know_transformers(path: Path) -> None:
+    if part_of(name_of(path)) not in ("hf", "api"):
         roots = {name.partition(".")[0] for name in imports(path.read_text(encoding="utf-8"))}
         assert not roots & {"transformers", "tokenizers", "datasets", "gguf"}
-
-
-@each_file
-def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
 def test_nothing_imports_a_bare_kernels() -> None:

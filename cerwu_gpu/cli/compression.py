@@ -163,8 +163,8 @@ def compress(
     if grid is not None and isfile(grid):
         check_apart(output_places(output.expanduser().resolve()), {"the grid": Path(grid)})
     set_verbosity(quiet=quiet)
-    from cerwu_gpu.hf.compression import compress as run  # after the settings: torch takes seconds
-    from cerwu_gpu.hf.report_files import report_paths
+    from cerwu_gpu.api import compress as run  # after the settings: torch takes seconds
+    from cerwu_gpu.compression.report_files import report_paths
 
     with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
         done = run(

@@ -83,7 +83,7 @@ def decompress(
     """Write DIRECTORY as a plain safetensors model for tools that do not know cerwu_gpu."""
     import torch
 
-    from cerwu_gpu.attempt import directory_bytes
+    from cerwu_gpu.compression.run import directory_bytes
     from cerwu_gpu.hf.loading import decompress as run
 
     run(

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeVar, cast, get_args
 
@@ -152,7 +153,7 @@ def sweep(
     points = grid_points(axes, base)
     check_available(points)
     set_verbosity(quiet=quiet)
-    from cerwu_gpu.hf.subject import LanguageModel  # after the settings: torch takes seconds
+    from cerwu_gpu.hf.subject import language_subject  # after the settings: torch takes seconds
     from cerwu_gpu.hf.text import load_text, text_file
 
     output = output.expanduser()
@@ -165,12 +166,11 @@ def sweep(
         },
     )
     with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
-        subject = LanguageModel(
+        subject = language_subject(
             model,
-            base,
+            replace(base, keep_head=all(axes.keep_heads)),
             load_text(text, part="evaluation"),
             output / HESSIANS,
-            head=not all(axes.keep_heads),
             context_length=context_length,
             max_windows=max_windows,
             device=device,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cerwu_gpu.errors import FormatError, VersionError
+from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.spec import FORMAT_VERSION, METADATA_KEY
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -134,10 +135,11 @@ class Entry:
         if not self.parts:
             raise FormatError(f"{name}: it has no parts; the file is broken.")
         matrix = (self.parts[0].rows, self.parts[0].columns)
-        tail = matrix[::-1] if self.transposed else matrix
-        wanted = tail if len(self.shape) == 2 else (len(self.parts), *tail)
-        fits = len(self.shape) == 3 or (len(self.shape) == 2 and len(self.parts) == 1)
-        if not fits or self.shape != wanted:
+        try:
+            layout = WeightLayout(name, self.shape, len(self.parts), self.transposed)
+        except ValueError:
+            layout = None
+        if layout is None or layout.matrix_shape != matrix or min(self.shape) < 1:
             raise FormatError(f"{name}: its parts do not fill its shape; the file is broken.")
         if any((part.rows, part.columns) != matrix for part in self.parts):
             raise FormatError(f"{name}: its parts differ in shape; the file is broken.")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
 from transformers import PreTrainedModel
 
 from cerwu_gpu import __version__
@@ -142,7 +143,7 @@ class Card:
 
 
 def card_of(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | nn.Module,
     files: Path | None,
     original_bytes: int,
     calibration: str | None = None,
@@ -168,7 +169,7 @@ def _public_name(calibration: str | None) -> str | None:
     return SHORT_NAMES.get(calibration, calibration)
 
 
-def _base_model(model: str | Path | PreTrainedModel) -> str | None:
+def _base_model(model: str | Path | nn.Module) -> str | None:
     """The hub name that was given, or that the model in memory was loaded by; never a path."""
     name = str(model.config.name_or_path if isinstance(model, PreTrainedModel) else model)
     return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else None

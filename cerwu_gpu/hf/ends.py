@@ -1,6 +1,6 @@
 """What a model does before its first block and after its last one, by the model's own code."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from cerwu_gpu.calibration.capture import replaced, split
 from cerwu_gpu.errors import CalibrationError
-from cerwu_gpu.hf.capture import replaced, split
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,25 @@ class Ends:
         model: PreTrainedModel,
         blocks: Sequence[tuple[str, nn.Module]],
         wrap: Callable[[Tensor], Any],
+        inputs: Callable[[Tensor], Tensor],
+        options: Mapping[str, Any],
     ) -> None:
-        """`wrap` turns hidden states into what a block returns (capture.Capture)."""
+        """Prepare.
+
+        Args:
+            wrap: turns hidden states into what a block returns (capture.Capture).
+            inputs: returns what the model is run on for tokens, int64 [batch, sequence].
+            options: arguments of a run beside the tokens.
+        """
         self._model = model
         self._blocks = [block for _, block in blocks]
         self._wrap = wrap
+        self._inputs = inputs
+        self._options = options
 
     @torch.no_grad()
     def head_input(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """What the head is applied to [batch, sequence, d] after the blocks gave `hidden`.
+        """Return what the head is applied to [batch, sequence, d] after the blocks gave `hidden`.
 
         No logits are computed.
 
@@ -100,7 +110,7 @@ class Ends:
         return Passage(lookup.rows, first, last, head_input, scores, logits)
 
     def _run(self, tokens: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """(the first block's input, the logits) with `last` for the last block's output."""
+        """Return (the first block's input, the logits) with `last` for the last block's output."""
         firsts: list[Tensor] = []
 
         def stand_in(index: int) -> Callable[..., Any]:
@@ -114,12 +124,13 @@ class Ends:
             return forward
 
         with replaced(self._blocks, [stand_in(index) for index in range(len(self._blocks))]):
-            output = self._model(input_ids=tokens.to(self._model.device), use_cache=False)
+            ids = self._inputs(tokens).to(self._model.device)
+            output = self._model(input_ids=ids, **self._options)
         return firsts[0], output.logits
 
     @contextmanager
     def _head_noted(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """A list that is filled with the head's input and output at each of its runs."""
+        """Yield a list that is filled with the head's input and output at each of its runs."""
         noted: list[tuple[Tensor, Tensor]] = []
         head = output_embeddings(self._model)
         if head is None:
@@ -135,13 +146,13 @@ class Ends:
 
 
 def output_embeddings(model: PreTrainedModel) -> nn.Module | None:
-    """The module of the head; None where there is none."""
+    """Return the module of the head; None where there is none."""
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return head
 
 
 class _Lookup(TorchFunctionMode):
-    """Makes a leaf of the rows that are looked up in one embedding.
+    """A mode that makes a leaf of the rows that are looked up in one embedding.
 
     A hook on the module would see them scaled where the module also scales (Gemma 3).
     """
@@ -176,7 +187,7 @@ def ends_placed(
 
 
 def _outside(module: nn.Module, blocks: set[int]) -> Iterator[nn.Module]:
-    """The largest modules that hold no block and lie in none."""
+    """Yield the largest modules that hold no block and lie in none."""
     for child in module.children():
         if id(child) in blocks:
             continue
@@ -187,7 +198,7 @@ def _outside(module: nn.Module, blocks: set[int]) -> Iterator[nn.Module]:
 
 
 def _home(module: nn.Module) -> torch.device | None:
-    """Where the module lies; None where it holds nothing."""
+    """Return where the module lies; None where it holds nothing."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return None

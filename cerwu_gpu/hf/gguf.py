@@ -19,8 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cerwu_gpu.errors import ModelError
-from cerwu_gpu.hf.reason import reason
+from cerwu_gpu.errors import ModelError, reason
 
 MAGIC = b"GGUF"
 STRING, ARRAY = 8, 9

@@ -18,10 +18,10 @@ How they count, in the units of design.md 2.3 (cost per token of an error e in r
 
 Frequencies are smoothed by one additional occurrence of every token, so that no row is free. The
 blocks' statistics hold what needs no gradient: H of the head, (2 / vocabulary) I of the embedding;
-`BlocksWithLookups` adds what G changes, kept as LOOKUP among the sensitivities.
+what G changes are additions to Hessians among the sensitivities.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,18 +29,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cerwu_gpu.blocks import Block, Blocks, InputStatistics
-from cerwu_gpu.errors import ModelError
-from cerwu_gpu.hf.ends import Ends, output_embeddings
-from cerwu_gpu.hf.inputs import InputMoments, Label
-from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.calibration.blockwise import OuterBlocks, Stream
+from cerwu_gpu.calibration.capture import Capture
+from cerwu_gpu.calibration.moments import InputMoments
+from cerwu_gpu.calibration.products import Product
+from cerwu_gpu.calibration.running import placed
+from cerwu_gpu.compression.blocks import Block, BlockWeights, InputStatistics, KnownBlock
+from cerwu_gpu.errors import CalibrationError, ModelError
+from cerwu_gpu.hf.ends import Ends, Passage, ends_placed, output_embeddings
+from cerwu_gpu.layout import Label, WeightLayout
+from cerwu_gpu.quantize.sensitivity import Sensitivities
 from cerwu_gpu.threads import one_thread
 
-LOOKUP = -1
-"""Among sensitivities, (name, LOOKUP) of the input embedding: what is added to its Hessian [d, d]
-where the gradients at the looked-up rows are known."""
-
 NEGLIGIBLE = 1e-6
+"""Share of the mean diagonal entry that is added to a Hessian before it is inverted."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,13 @@ class HeadWeights:
 
 
 def find_head(model: PreTrainedModel) -> HeadWeights:
-    """The input embedding and the head.
+    """Return the names of the input embedding and the head.
 
     Raises:
         ModelError: the model lacks one, or it is no plain nn.Embedding or nn.Linear.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = []
+    weights = []
     for module, kind, what in (
         (model.get_input_embeddings(), nn.Embedding, "input embedding"),
         (output_embeddings(model), nn.Linear, "head"),
@@ -83,12 +85,12 @@ def find_head(model: PreTrainedModel) -> HeadWeights:
                 f"{type(model).__name__} has no {what} that can be compressed: "
                 "leave embeddings and head as they are."
             )
-        found.append(names[id(weight)])
-    return HeadWeights(*found)
+        weights.append(names[id(weight)])
+    return HeadWeights(*weights)
 
 
 def head_layouts(model: PreTrainedModel) -> list[WeightLayout]:
-    """The head and, unless it is the same parameter, the input embedding.
+    """Return the layouts of the head and, unless it is the same parameter, the input embedding.
 
     Raises:
         ModelError: as `find_head`.
@@ -102,8 +104,8 @@ def head_layouts(model: PreTrainedModel) -> list[WeightLayout]:
 def head_modules(
     model: PreTrainedModel, layouts: Sequence[WeightLayout]
 ) -> list[tuple[str, nn.Module]]:
-    """The modules that own the head and the embedding, with their names, if `layouts` has them:
-    what is treated like further blocks after the last one."""
+    """Return the modules that own the head and the embedding, with their names, if `layouts` has
+    them: they are treated like further blocks after the last one."""
     chosen = {layout.name for layout in layouts}
     embeddings = (model.get_input_embeddings(), output_embeddings(model))
     owned = {id(parameter) for module in embeddings if module for parameter in module.parameters()}
@@ -113,55 +115,82 @@ def head_modules(
     return [(owner, model.get_submodule(owner)) for owner in owners]
 
 
-def head_statistics(
-    model: PreTrainedModel,
-    layout: WeightLayout,
-    ends: Ends,
-    batches: Sequence[Tensor],
-    hidden: Sequence[Tensor],
-    drifted: Sequence[Tensor] | None = None,
-) -> tuple[dict[Label, str], dict[str, InputStatistics]]:
-    """The inputs and statistics of the head or the embedding, as of a block that holds only it.
+class HeadBlocks(OuterBlocks):
+    """The head and the input embedding, where they are to be compressed, as a block each."""
 
-    Args:
-        layout: of the head or the input embedding.
-        ends: of the model, on the device of `hidden`.
-        batches, hidden: the tokens [batch, sequence] and the last block's output for them.
-        drifted: that of the compressed blocks, where both streams are carried.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[tuple[str, nn.Module]],
+        layouts: Sequence[WeightLayout],
+        ends: Callable[[Capture], Ends],
+    ) -> None:
+        self._ends = ends
+        self._model = model
+        self._blocks = blocks
+        self._layouts = {layout.name: layout for layout in layouts}
+        self._modules = head_modules(model, layouts)
+        self._head = find_head(model) if self._modules else None
+        owners = {name for name, _ in self._modules}
+        self.needs_outputs = self._head is not None and self._head.head.rpartition(".")[0] in owners
 
-    Raises:
-        CalibrationError: an activation is not finite.
-    """
-    device = hidden[0].device
-    if layout.name != find_head(model).head:
-        rows, columns = layout.shape
-        hessian = torch.eye(columns, device=device) * (2 / rows)
-        count = sum(tokens.numel() for tokens in batches)
-        key = layout.key(0)
-        return {(layout.name, 0): key}, {key: InputStatistics(hessian, count)}
-    moments = InputMoments([layout])
-    first = 0
-    for index, (tokens, outputs) in enumerate(zip(batches, hidden, strict=True)):
-        samples = range(first, first + len(tokens))
-        first = samples.stop
-        if drifted is not None:
-            with moments.record(samples):
-                moments.add(layout, 0, ends.head_input(tokens, outputs))
-            outputs = drifted[index]
-        with moments.forward(samples):
-            moments.add(layout, 0, ends.head_input(tokens, outputs))
-    return moments.keys, moments.statistics(device)
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    @property
+    def head(self) -> HeadWeights | None:
+        """The names, where one of the two is to be compressed."""
+        return self._head
+
+    def of(self, stream: Stream, captured: Capture) -> Iterator[Block]:
+        ends = self._ends(captured)
+        for name, module in self._modules:
+            layout = next(x for x in self._layouts.values() if x.name.startswith(f"{name}."))
+            with ends_placed(self._model, self._blocks, stream.device):
+                inputs, statistics = self._statistics(layout, ends, stream)
+            with placed(module, stream.device):
+                weights = BlockWeights(self._model, [layout], stream.device)
+                yield KnownBlock(name, weights, inputs, statistics)
+
+    def _statistics(
+        self, layout: WeightLayout, ends: Ends, stream: Stream
+    ) -> tuple[dict[Label, str], dict[str, InputStatistics]]:
+        """Return the inputs and statistics of the head or the embedding.
+
+        Raises:
+            CalibrationError: an activation is not finite.
+        """
+        assert self._head is not None
+        if layout.name != self._head.head:
+            rows, columns = layout.shape
+            hessian = torch.eye(columns, device=stream.device) * (2 / rows)
+            count = sum(tokens.numel() for tokens in stream.batches)
+            key = layout.key(0)
+            return {(layout.name, 0): key}, {key: InputStatistics(hessian, count)}
+        moments = InputMoments([layout])
+        first = 0
+        for index, (tokens, hidden) in enumerate(zip(stream.batches, stream.hidden, strict=True)):
+            samples = range(first, first + len(tokens))
+            first = samples.stop
+            outputs = hidden
+            if stream.drifted is not None:
+                with moments.record(samples):
+                    moments.add(Product(layout.name, ends.head_input(tokens, outputs), None))
+                outputs = stream.drifted[index]
+            with moments.forward(samples):
+                moments.add(Product(layout.name, ends.head_input(tokens, outputs), None))
+        return moments.keys, moments.statistics(stream.device)
 
 
 def lookup_frequencies(tokens: Tensor, vocabulary: int) -> Tensor:
-    """f [vocabulary] float64, sum 1: each token's share of `tokens` (int64, any shape) after one
-    more occurrence of every token."""
+    """Return f [vocabulary] float64, sum 1: the tokens' shares of `tokens` (int64, any shape) after
+    one more occurrence of every token."""
     counts = torch.bincount(tokens.flatten().cpu(), minlength=vocabulary).double() + 1
     return counts / counts.sum()
 
 
 def lookup_sensitivities(frequencies: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Of an embedding that is only looked up (see above), float64.
+    """Return the sensitivities of an embedding that is only looked up (see above), float64.
 
     Args:
         frequencies: f [vocabulary].
@@ -181,7 +210,7 @@ def lookup_sensitivities(frequencies: Tensor, moment: Tensor) -> tuple[Tensor, T
 def tied_sensitivities(
     logits: Tensor, frequencies: Tensor, moment: Tensor, hessian: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of a head that is also the input embedding (see above), float64.
+    """Return the sensitivities of a head that is also the input embedding (see above), float64.
 
     Args:
         logits: alpha [vocabulary].
@@ -205,42 +234,82 @@ def tied_sensitivities(
     return (1 - share) * logits + share * total * frequencies, addition
 
 
-class BlocksWithLookups:
-    """The same blocks, their Hessians with what `sensitivities` holds as LOOKUP added."""
+class HeadGradients:
+    """Expected squares at the logits, and second moments of the head's inputs and of the gradients
+    at the looked-up rows, over batches of tokens."""
 
-    def __init__(self, blocks: Blocks, sensitivities: Mapping[Label, Tensor]) -> None:
-        self._blocks = blocks
-        self._additions = {
-            name: added for (name, part), added in sensitivities.items() if part == LOOKUP
-        }
+    def __init__(self, head: HeadWeights) -> None:
+        self.head = head
+        self._tokens = 0
+        self._squares: Tensor | float = 0.0
+        self._inputs: Tensor | float = 0.0
+        self._gradients: Tensor | float = 0.0
 
-    def __len__(self) -> int:
-        return len(self._blocks)
+    def note(self, passage: Passage, predicting: Callable[[Tensor], Tensor]) -> None:
+        """Add a passage, before its graph is used up.
 
-    def __iter__(self) -> Iterator[Block]:
-        for block in self._blocks:
-            yield _WithLookups(block, self._additions) if self._additions else block
+        Args:
+            predicting: from logits [batch, sequence, ...] those that predict a token.
+
+        Raises:
+            CalibrationError: the model has no head that is applied once.
+        """
+        if passage.scores is None or passage.head_input is None:
+            raise CalibrationError("the model does not apply its head once: leave the head out.")
+        self._tokens += passage.rows.shape[0] * passage.rows.shape[1]
+        self._inputs = self._inputs + _second_moment(passage.head_input)
+        self._squares = self._squares + _expected_squares(
+            passage.scores, passage.logits, predicting
+        )
+
+    def note_rows(self, gradient: Tensor) -> None:
+        """Add the gradient at the looked-up rows [batch, sequence, d]."""
+        self._gradients = self._gradients + _second_moment(gradient)
+
+    def sensitivities(self, layout: WeightLayout, tokens: Tensor) -> Sensitivities:
+        """Return those of the head or the input embedding.
+
+        Raises:
+            CalibrationError: something is not finite.
+        """
+        logits, hessian, moment = (
+            torch.as_tensor(total).cpu() / self._tokens
+            for total in (self._squares, 2 * self._inputs, self._gradients)
+        )
+        if not all(bool(torch.isfinite(mean).all()) for mean in (logits, hessian, moment)):
+            raise CalibrationError(
+                f"the gradient at {layout.name} is not finite: "
+                "check the weights, or save the model as float32 and compress that."
+            )
+        if layout.name != self.head.embedding:
+            return Sensitivities({(layout.name, 0): logits.float()})
+        frequencies = lookup_frequencies(tokens, layout.shape[0])
+        alpha, addition = (
+            tied_sensitivities(logits, frequencies, moment, hessian)
+            if self.head.tied
+            else lookup_sensitivities(frequencies, moment)
+        )
+        return Sensitivities({(layout.name, 0): alpha.float()}, {layout.name: addition.float()})
 
 
-class _WithLookups:
-    """A block (pipeline.Block) with more in its Hessians."""
+def _second_moment(x: Tensor) -> Tensor:
+    """Return the sum over tokens of x x^T [d, d] float64, of x [..., d]."""
+    rows = x.detach().reshape(-1, x.shape[-1]).float()
+    return (rows.T @ rows).double()
 
-    def __init__(self, block: Block, additions: Mapping[str, Tensor]) -> None:
-        self.name = block.name
-        self.matrices = block.matrices
-        self.pass_by = block.pass_by
-        self.replace = block.replace
-        self._block = block
-        self._additions = additions
 
-    def statistics(self) -> dict[str, InputStatistics]:
-        """Key -> statistics; an input is named after the matrix that sees it first, so that of an
-        embedding or head has the parameter's name."""
-        statistics = self._block.statistics()
-        for name in statistics.keys() & self._additions.keys():
-            found = statistics[name]
-            added = self._additions[name].to(found.hessian)
-            cross = None if found.cross is None else found.cross + added
-            joined = InputStatistics(found.hessian + added, found.tokens, cross)
-            statistics = {**statistics, name: joined}
-        return statistics
+def _expected_squares(
+    scores: Tensor, logits: Tensor, predicting: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the sum over tokens of the expected squared gradient [vocabulary] float64 at the
+    head's output.
+
+    The next token is drawn from the model's own distribution p: (slope)^2 p (1 - p). Logits are an
+    elementwise function of `scores` (softcapping, a scale) with this slope.
+    """
+    p = torch.softmax(predicting(logits.detach()).float(), dim=-1)
+    squares = p - p.square()
+    if logits is not scores:
+        (slope,) = torch.autograd.grad(logits.sum(), scores, retain_graph=True)
+        squares *= predicting(slope).float().square()
+    return squares.sum(dim=0).double()

@@ -16,14 +16,14 @@ from transformers import (
 
 from cerwu_gpu.container.output import check_apart, check_output, new_directory, put_in_place
 from cerwu_gpu.container.reader import CompressedDirectory, open_directory
-from cerwu_gpu.errors import ConfigError, FormatError, ModelError
-from cerwu_gpu.hf.classifiers import in_shapes_of, model_class
-from cerwu_gpu.hf.device import find_device
-from cerwu_gpu.hf.reason import reason
+from cerwu_gpu.device import find_device
+from cerwu_gpu.errors import ConfigError, FormatError, ModelError, reason
+from cerwu_gpu.hf.kinds import model_class
+from cerwu_gpu.hf.models import is_conv1d
 from cerwu_gpu.hf.resident import keep_compressed, placeholder, stored_in_blocks
-from cerwu_gpu.hf.structure import find_blocks
+from cerwu_gpu.models.module import fill
+from cerwu_gpu.models.selection import find_blocks
 from cerwu_gpu.spec import QUANT_METHOD
-from cerwu_gpu.vision.loading import fill
 
 Resident = Literal["dense", "compressed"]
 Module = TypeVar("Module", bound=nn.Module)
@@ -143,9 +143,9 @@ def _local(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path)))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"{path} is no local directory and cannot be had from the hub ({reason}): check it."
+            f"{path} is no local directory and cannot be had from the hub ({reason(error)}): "
+            "check it."
         ) from error
 
 
@@ -174,7 +174,7 @@ def _compressed_in_memory(
     """The model with its blocks compressed and all else dense."""
     config, kind = _described(folder)
     with torch.device("meta"):
-        prefixes = [prefix for prefix, _ in find_blocks(kind(config))]
+        prefixes = [prefix for prefix, _ in find_blocks(kind(config), is_conv1d)]
     stored = stored_in_blocks(directory, prefixes, device, verify)
     if not stored:
         raise ModelError(f"{folder}: no weight in its blocks is compressed: load it dense.")
@@ -187,7 +187,7 @@ def _compressed_in_memory(
             outside = directory.stored(name, device=device, verify=verify)
             state[name] = _cast(outside.decode(), dtype)
     model = _built(folder, state, dtype, torch.device("cpu"))
-    keep_compressed(model, find_blocks(model), stored, dtype)
+    keep_compressed(model, find_blocks(model, is_conv1d), stored, dtype)
     return model
 
 
@@ -200,7 +200,6 @@ def _built(
 ) -> PreTrainedModel:
     """The model of config.json with these weights, built without a second copy of them."""
     config, kind = _described(folder)
-    state = in_shapes_of(kind, config, state)
     try:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(  # type: ignore[assignment]
             None,

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
-from cerwu_gpu.errors import ModelError
+from cerwu_gpu.compression.run import plain_bytes
+from cerwu_gpu.errors import ModelError, reason
 from cerwu_gpu.hf.gguf import check_gguf, gguf_model, gguf_tokenizer, read_once
-from cerwu_gpu.hf.reason import reason
-from cerwu_gpu.hf.structure import holds_matrices
+from cerwu_gpu.models.selection import holds_matrices
 from cerwu_gpu.spec import QUANT_METHOD
 
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
@@ -78,7 +79,7 @@ def load_model(
         raise ModelError(f"{path} does not exist: check the path.")
     else:
         loaded = _load_directory(_download(source), trust_remote_code, dtype)
-    if not holds_matrices(loaded.model):
+    if not holds_matrices(loaded.model, is_conv1d):
         raise ModelError(f"{source} has no linear layer: there is nothing to compress.")
     loaded.model.train(False)
     return loaded
@@ -93,20 +94,6 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTo
     if tokenizer is None:
         raise ModelError("the model has no tokenizer: text cannot be used without one.")
     return tokenizer
-
-
-def check_weights(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Refuse parameters with these names that are not finite.
-
-    Raises:
-        ModelError: one holds NaN or infinity.
-    """
-    for name in names:
-        if not bool(torch.isfinite(model.get_parameter(name)).all()):
-            raise ModelError(
-                f"{name} holds weights that are NaN or infinite: fetch the model again, "
-                "or exclude it."
-            )
 
 
 def check_tokens(model: PreTrainedModel, tokens: Tensor, length: int) -> None:
@@ -223,3 +210,16 @@ def _load_tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerB
     except Exception as error:
         raise ModelError(f"the tokenizer in {path} cannot be read: {reason(error)}") from error
     return tokenizer
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is GPT-2's linear layer, whose weight is [inputs, outputs]."""
+    return isinstance(module, Conv1D)
+
+
+def bytes_of_original(source: str | Path | nn.Module, module: nn.Module) -> int:
+    """Return the bytes of a .gguf file, else of the dense weights as they were loaded, tied ones
+    once."""
+    if not isinstance(source, nn.Module) and Path(source).suffix == ".gguf":
+        return Path(source).expanduser().stat().st_size
+    return plain_bytes(module, {})

@@ -7,11 +7,10 @@ import torch
 from huggingface_hub import hf_hub_download
 from transformers import AutoTokenizer
 
-from cerwu_gpu.errors import ModelError
-from cerwu_gpu.hf.device import find_device
+from cerwu_gpu.device import find_device
+from cerwu_gpu.errors import ModelError, reason
 from cerwu_gpu.hf.loading import load_compressed
 from cerwu_gpu.hf.models import LoadedModel, load_model
-from cerwu_gpu.hf.reason import reason
 from cerwu_gpu.spec import QUANT_METHOD
 
 

@@ -25,7 +25,6 @@ from cerwu_gpu.container.reader import (
 )
 from cerwu_gpu.errors import FormatError, ModelError
 from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
-from cerwu_gpu.vision.loading import in_own_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,10 +120,7 @@ class Decode(ConversionOps):
         target, model = context["full_layer_name"], context["model"]
         (words, *_), *_ = input_dict.values()
         weight = self._weights.take(target, model.base_model_prefix, words.device)
-        own = model.get_parameter(target)
-        if weight.shape != own.shape:  # a convolution's matrix
-            weight = in_own_shapes(model, {target: weight})[target]
-        return {target: weight.to(own.dtype)}
+        return {target: weight.to(model.get_parameter(target).dtype)}
 
 
 class DecodedWeights:

@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cerwu_gpu.errors import ConfigError
-from cerwu_gpu.hf.reason import reason
+from cerwu_gpu.errors import ConfigError, reason
 
 TASK_SUFFIXES = (".yaml", ".yml")
 

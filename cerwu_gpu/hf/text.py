@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.errors import CalibrationError, reason
 from cerwu_gpu.hf.models import require_tokenizer
-from cerwu_gpu.hf.reason import reason
 from cerwu_gpu.hf.sampling import sampled_tokens
 
 SHORT_NAMES = {"wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1"}

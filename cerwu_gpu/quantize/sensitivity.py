@@ -14,37 +14,53 @@ errors far beyond its reach, as in small networks for images, balanced holds the
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cerwu_gpu.config import Sensitivity
+from cerwu_gpu.layout import Label
 from cerwu_gpu.quantize.objective import quadratic_error
 
 FLOOR = 0.05
-"""A row counts at least this share of the layer's mean: gradients of few tokens are noisy."""
+"""Least share of the layer's mean that a row counts: gradients of few tokens are noisy."""
 
 
-def squared_gradient(
-    gradients: Mapping[tuple[str, int], Tensor], name: str, part: int
-) -> Tensor | None:
-    """What `gradients` has for a matrix, [m]; the mean of all others where none reached it.
+@dataclass(frozen=True)
+class Sensitivities:
+    """What the loss of a model depends on, as far as it is known.
 
-    Args:
-        gradients: (name, part) -> mean over tokens of (dL/dy_i)^2; parts below 0 are no matrices.
+    Attributes:
+        squared_gradients: matrix -> mean over tokens of (dL/dy_i)^2 [m] at its outputs; zeros
+            where no gradient reached them.
+        hessian_additions: name of an input, as in a block's statistics -> what is added to its
+            Hessian [n, n].
     """
-    own = gradients.get((name, part))
-    if own is None or bool(own.any()):
-        return own
-    means = [float(other.mean()) for (_, number), other in gradients.items() if number >= 0]
-    positive = [mean for mean in means if mean > 0]
-    return torch.full_like(own, sum(positive) / max(len(positive), 1))
+
+    squared_gradients: Mapping[Label, Tensor] = field(default_factory=dict)
+    hessian_additions: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def squared_gradient(self, name: str, part: int) -> Tensor | None:
+        """Return [m] of a matrix, the mean of all others where no gradient reached it; None where
+        nothing is known."""
+        gradient = self.squared_gradients.get((name, part))
+        if gradient is None or bool(gradient.any()):
+            return gradient
+        means = [float(other.mean()) for other in self.squared_gradients.values()]
+        positive = [mean for mean in means if mean > 0]
+        return torch.full_like(gradient, sum(positive) / max(len(positive), 1))
+
+    def reaches(self, name: str, part: int) -> bool:
+        """Return whether a gradient reached the outputs of a matrix, as far as is known."""
+        gradient = self.squared_gradients.get((name, part))
+        return gradient is None or bool(gradient.any())
 
 
 def row_sensitivity(
     kind: Sensitivity, weight: Tensor, hessian: Tensor, squared_gradient: Tensor | None
 ) -> Tensor:
-    """alpha [m] float32 > 0 of a matrix.
+    """Return alpha [m] float32 > 0 of a matrix.
 
     Args:
         kind: see above.
@@ -74,6 +90,6 @@ def row_sensitivity(
 
 
 def _relative(weight: Tensor, hessian: Tensor) -> float:
-    """One over the mean of a row's output energy; 1 where there is none."""
+    """Return one over the mean of a row's output energy; 1 where there is none."""
     energy = float(quadratic_error(weight, hessian).mean())
     return 1 / energy if energy > 0 else 1.0

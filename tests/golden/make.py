@@ -38,6 +38,8 @@ from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.container.shard import tensor_bytes
 from cerwu_gpu.container.writer import DirectoryWriter
+from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
 
@@ -236,6 +238,47 @@ def make_corners() -> dict[str, dict[str, Any]]:
     return {name: described(weights[name]) for name in sorted(weights)}
 
 
+CONVOLUTIONS = {
+    "plain": ((6, 3, 3, 3), 1, "trellis8"),
+    "grouped": ((6, 2, 3, 5), 3, "scalar"),
+    "depthwise": ((4, 1, 3, 3), 4, "scalar"),
+}
+"""Name -> shape of a 2-D convolution's weight, number of groups, quantizer."""
+
+
+def make_convolutions() -> dict[str, dict[str, Any]]:
+    """A directory of convolutions' weights, four axes each."""
+    generator = torch.Generator().manual_seed(4)
+    weights = {}
+    with DirectoryWriter(HERE / "convolutions", generator="golden") as writer:
+        for name, (shape, groups, quantizer) in CONVOLUTIONS.items():
+            layout = WeightLayout(name, shape, groups, False)
+            weight = torch.randn(shape, generator=generator)
+            hessian = torch.eye(layout.matrix_shape[1])
+            config = CompressionConfig(lmbda=3e-2, quantizer=quantizer, sensitivity="none")
+            coded = []
+            for part in range(groups):
+                stack = quantize_stack([layout.matrix(weight, part)], hessian, config)
+                coded.append(encode_matrix(stack.matrices[0], stack.relative_losses[0]))
+                layout.store(weight, part, stack.matrices[0].weight(torch.float32))
+            side = b"".join(x.side for x in coded)
+            writer.add_compressed(
+                name,
+                shape=shape,
+                dtype=torch.float32,
+                transposed=False,
+                parts=tuple(x.part for x in coded),
+                words=torch.from_numpy(np.concatenate([x.words for x in coded])),
+                side=torch.frombuffer(bytearray(side), dtype=torch.uint8),
+            )
+            weights[name] = weight
+        writer.complete()
+        content = {"quantization_config": {"quant_method": QUANT_METHOD, "format": FORMAT_VERSION}}
+        (writer.folder / "config.json").write_text(json.dumps(content) + "\n")
+        writer.publish()
+    return {name: described(weights[name]) for name in sorted(weights)}
+
+
 def described(tensor: torch.Tensor) -> dict[str, Any]:
     """dtype, shape and the SHA-256 of the bytes, row-major and little-endian."""
     return {
@@ -258,5 +301,6 @@ if __name__ == "__main__":
     file = HERE / "weights.json"
     weights = json.loads(file.read_text()) if file.exists() else {}
     for kind in sys.argv[1:]:
-        weights[kind] = make_corners() if kind == "corners" else make(kind)
+        special = {"corners": make_corners, "convolutions": make_convolutions}
+        weights[kind] = special[kind]() if kind in special else make(kind)
         file.write_text(lines(weights))

@@ -12,9 +12,9 @@ import cerwu_gpu
 from cerwu_gpu import CompressionConfig, ConfigError
 from cerwu_gpu.container.reader import inventory
 from cerwu_gpu.hf.card import Quality, card_of
+from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.evaluation import mean_loss, perplexity_of
 from cerwu_gpu.hf.models import load_model
-from cerwu_gpu.hf.source import Source
 from cerwu_gpu.hf.text import token_windows
 from tests.conftest import TEXT
 from tests.hf.toys import toy
@@ -113,18 +113,10 @@ def test_an_increase_that_was_asked_for_is_judged_by_the_text_that_it_holds_out(
     toy_directory: Path, tmp_path: Path
 ) -> None:
     config = CompressionConfig(**{**CHEAP, "samples": 10_000}, max_perplexity_increase=0.5)
-    source = Source.prepare(
-        load_model(toy_directory),
-        (),
-        config,
-        text=TEXT,
-        device=torch.device("cpu"),
-        hessian_cache=None,
-        progress=False,
-        judged=True,
-    )
-    assert len(source.held_out) > 0
-    assert not any("the card has no perplexity" in event for event in source.events)
+    adapter = CausalLM(load_model(toy_directory), config, device=torch.device("cpu"))
+    adapter.calibrate(config, text=TEXT, judged=True)
+    assert len(adapter.data.held_out) > 0
+    assert not any("the card has no perplexity" in event for event in adapter.events)
 
 
 def card_lines(folder: Path) -> list[str]:

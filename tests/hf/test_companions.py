@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer, LlamaConfig
 
-from cerwu_gpu.hf.attempt import write_companions
+from cerwu_gpu import CompressionConfig
+from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.models import LoadedModel, load_model
 from tests.hf.toys import toy
+
+
+def write_companions(loaded: LoadedModel, folder: Path) -> None:
+    CausalLM(loaded, CompressionConfig(), device=torch.device("cpu")).write_files(folder)
 
 
 @pytest.mark.parametrize("files", [False, True], ids=["in memory", "copied"])

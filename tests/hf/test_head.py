@@ -6,24 +6,22 @@ import pytest
 import torch
 from torch.nn import functional
 
+from cerwu_gpu.calibration.cache import CachedBlocks, HessianCache
+from cerwu_gpu.compression.pipeline import compress_blocks, with_additions
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import CalibrationError, ConfigError, ModelError
-from cerwu_gpu.hf.calibration import CalibratedBlocks
 from cerwu_gpu.hf.head import (
-    LOOKUP,
-    BlocksWithLookups,
     find_head,
     lookup_frequencies,
     lookup_sensitivities,
     tied_sensitivities,
 )
-from cerwu_gpu.hf.hessian_cache import HessianCache, cached_blocks
-from cerwu_gpu.hf.sensitivity import output_sensitivities
-from cerwu_gpu.hf.structure import find_weights
-from cerwu_gpu.pipeline import compress_blocks
 from cerwu_gpu.progress import Clock
+from cerwu_gpu.quantize.sensitivity import Sensitivities
+from tests.hf.calibrated import cached_blocks, find_weights, sensitivities_of
+from tests.hf.calibrated import calibrated_blocks as CalibratedBlocks
 from tests.hf.toys import FAMILIES, VOCABULARY, toy, toy_tokens
 
 TOLERANCE = 1e-5
@@ -145,8 +143,9 @@ def test_either_can_be_chosen_alone():
         layouts = [layout for layout in head_of(model) if layout.name == name]
         blocks = list(CalibratedBlocks(model, layouts, tokens))
         assert [[matrix.name for matrix in block.matrices()] for block in blocks[3:]] == [[name]]
-        labels = {(name, 0), (name, LOOKUP)} if "embed" in name else {(name, 0)}
-        assert output_sensitivities(model, layouts, tokens).keys() == labels
+        known = sensitivities_of(model, layouts, tokens)
+        assert known.squared_gradients.keys() == {(name, 0)}
+        assert known.hessian_additions.keys() == ({name} if "embed" in name else set())
 
 
 def test_every_token_has_a_frequency():
@@ -197,12 +196,12 @@ def test_a_tied_heads_sensitivities_are_those_of_plain_autograd(family):
     squares, moment = plain_ends(model, tokens)
     x = head_inputs(model, tokens)
     hessian = 2 / len(x) * x.T @ x
-    got = output_sensitivities(model, head_of(model), tokens, batch_size=2)
-    assert got.keys() == {(name, 0), (name, LOOKUP)}
-    assert_near(got[name, LOOKUP], 2 / squares.sum() * moment)
+    got = sensitivities_of(model, head_of(model), tokens, batch_size=2)
+    assert got.squared_gradients.keys() == {(name, 0)}
+    assert_near(got.hessian_additions[name], 2 / squares.sum() * moment)
     frequencies = lookup_frequencies(tokens, VOCABULARY)
     expected = tied_sensitivities(squares, frequencies, moment, hessian)[0]
-    torch.testing.assert_close(got[name, 0].double(), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(got.squared_gradients[name, 0].double(), expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "qwen3", "phi"])
@@ -210,12 +209,12 @@ def test_the_sensitivities_of_untied_ones_are_those_of_plain_autograd(family):
     model, tokens = toy(family), toy_tokens(3, 6)
     head = find_head(model)
     squares, moment = plain_ends(model, tokens)
-    got = output_sensitivities(model, head_of(model), tokens, batch_size=2)
-    assert_near(got[head.head, 0], squares)
+    got = sensitivities_of(model, head_of(model), tokens, batch_size=2)
+    assert_near(got.squared_gradients[head.head, 0], squares)
     frequencies = lookup_frequencies(tokens, VOCABULARY)
     alpha, addition = lookup_sensitivities(frequencies, moment)
-    assert_near(got[head.embedding, 0], alpha)
-    assert_near(got[head.embedding, LOOKUP], addition)
+    assert_near(got.squared_gradients[head.embedding, 0], alpha)
+    assert_near(got.hessian_additions[head.embedding], addition)
 
 
 def random_problem(columns=6, rows=40):
@@ -260,16 +259,17 @@ def test_a_tied_heads_rows_cost_what_errors_of_the_inverse_hessians_shape_cost()
 def test_lookups_are_added_to_the_hessian_of_the_embedding_alone(family):
     model, tokens = toy(family), toy_tokens()
     layouts = find_weights(model, head=True).chosen
-    sensitivities = output_sensitivities(model, layouts, tokens)
+    sensitivities = sensitivities_of(model, layouts, tokens)
     name = find_head(model).embedding
     plain = [block.statistics() for block in CalibratedBlocks(model, layouts, tokens)]
-    blocks = BlocksWithLookups(CalibratedBlocks(model, layouts, tokens), sensitivities)
+    blocks = CalibratedBlocks(model, layouts, tokens)
     for block, before in zip(blocks, plain, strict=True):
-        for key, found in block.statistics().items():
-            added = sensitivities[name, LOOKUP] if key == name else 0
+        statistics = with_additions(block.statistics(), sensitivities)
+        for key, found in statistics.items():
+            added = sensitivities.hessian_additions[name] if key == name else 0
             assert torch.equal(found.hessian, before[key].hessian + added)
             assert found.tokens == before[key].tokens
-    assert bool(torch.linalg.eigvalsh(block.statistics()[name].hessian.double())[0] > 0)
+    assert bool(torch.linalg.eigvalsh(statistics[name].hessian.double())[0] > 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -285,7 +285,7 @@ def test_the_cache_gives_head_and_sensitivities_back(family, tmp_path):
     first = cached_blocks(model, layouts, cache, calibrate)
     originals = [(block.name, block.matrices(), block.statistics()) for block in first]
     again = cached_blocks(model, layouts, cache, lambda: pytest.fail("calibrated again"))
-    assert again.from_cache and len(again) == len(first) == len(originals)
+    assert isinstance(again, CachedBlocks) and len(again) == len(first) == len(originals)
     for block, (name, matrices, statistics) in zip(again, originals, strict=True):
         assert block.name == name
         assert [m.input for m in block.matrices()] == [m.input for m in matrices]
@@ -293,12 +293,14 @@ def test_the_cache_gives_head_and_sensitivities_back(family, tmp_path):
             assert torch.equal(found.hessian, statistics[key].hessian)
             assert found.tokens == statistics[key].tokens
 
-    sensitivities = output_sensitivities(model, layouts, tokens)
+    sensitivities = sensitivities_of(model, layouts, tokens)
     cache.write_sensitivities(sensitivities)
     found = cache.read_sensitivities()
-    assert list(found) == list(sensitivities)
-    assert all(torch.equal(found[label], alpha) for label, alpha in sensitivities.items())
-    assert cached_blocks(model, layouts, cache, calibrate).from_cache
+    for name in ("squared_gradients", "hessian_additions"):
+        ours, theirs = getattr(sensitivities, name), getattr(found, name)
+        assert list(theirs) == list(ours)
+        assert all(torch.equal(theirs[label], value) for label, value in ours.items())
+    assert isinstance(cached_blocks(model, layouts, cache, calibrate), CachedBlocks)
 
 
 def test_a_cache_without_the_head_is_not_complete(tmp_path):
@@ -320,7 +322,7 @@ def test_a_cache_without_the_head_is_not_complete(tmp_path):
 
 def test_damaged_sensitivities_are_named(tmp_path):
     cache = HessianCache(tmp_path, "key")
-    cache.write_sensitivities({("a", 0): torch.ones(3), ("b", 1): torch.zeros(2)})
+    cache.write_sensitivities(Sensitivities({("a", 0): torch.ones(3), ("b", 1): torch.zeros(2)}))
     (file,) = (tmp_path / "key").iterdir()
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(CalibrationError, match=r"sensitivities\.safetensors is damaged: delete"):
@@ -331,16 +333,14 @@ def test_damaged_sensitivities_are_named(tmp_path):
 def test_the_pipeline_stores_them_like_any_matrix(family, tmp_path):
     model, tokens = toy(family), toy_tokens()
     layouts = {layout.name: layout for layout in find_weights(model, head=True).chosen}
-    sensitivities = output_sensitivities(model, list(layouts.values()), tokens)
+    sensitivities = sensitivities_of(model, list(layouts.values()), tokens)
     original = {name: model.get_parameter(name).detach().clone() for name in layouts}
-    blocks = BlocksWithLookups(
-        CalibratedBlocks(model, list(layouts.values()), tokens), sensitivities
-    )
+    blocks = CalibratedBlocks(model, list(layouts.values()), tokens)
     dtypes = dict.fromkeys(layouts, torch.float32)
     config = CompressionConfig(lmbda=1e-8, sensitivity="row")
     with DirectoryWriter(tmp_path / "out", generator="test", overwrite=False) as writer:
         reports = compress_blocks(
-            blocks, layouts, dtypes, writer, config, Clock(), gradients=sensitivities
+            blocks, layouts, dtypes, writer, config, Clock(), sensitivities=sensitivities
         )
         (writer.folder / "config.json").write_text(json.dumps({}))
         writer.complete()

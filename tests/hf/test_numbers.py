@@ -9,9 +9,8 @@ import torch
 import cerwu_gpu
 from cerwu_gpu import CompressionConfig
 from cerwu_gpu.errors import CalibrationError, ConfigError, ModelError
-from cerwu_gpu.hf.calibration import CalibratedBlocks
-from cerwu_gpu.hf.sensitivity import output_sensitivities
-from cerwu_gpu.hf.structure import find_blocks, find_weights
+from tests.hf.calibrated import calibrated_blocks as CalibratedBlocks
+from tests.hf.calibrated import find_blocks, find_weights, output_sensitivities
 from tests.hf.toys import toy, toy_tokens
 
 FEW: dict[str, Any] = {"samples": 4, "sequence_length": 32, "batch_size": 2, "lmbda": 1e-4}

@@ -9,10 +9,17 @@ import transformers.models
 import cerwu_gpu
 from cerwu_gpu import CompressionConfig
 from cerwu_gpu.container.output import foreign_content
-from cerwu_gpu.hf import attempt, card, classifiers
+from cerwu_gpu.hf import card, classifier, companions
 from tests.hf.toys import toy
 
-COPIED = sorted({*attempt.COPIED_FILES, *classifiers.COPIED_FILES, card.CARD_FILE})
+COPIED = sorted(
+    {
+        *companions.COPIED_FILES,
+        *companions.LICENCE_PATTERNS,
+        *classifier.COPIED_FILES,
+        card.CARD_FILE,
+    }
+)
 
 
 def vocabularies() -> set[str]:

@@ -1,0 +1,1 @@
+"""Statistics of a module's inputs and outputs over calibration data, by how they are obtained."""

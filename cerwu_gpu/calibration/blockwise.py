@@ -1,0 +1,293 @@
+"""Calibration block by block: one block at a time is on the device, with its Hessians.
+
+A backbone runs its blocks one after the other on hidden states. What it does before the first and
+after the last one is its adapter's to know (`Backbone`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cerwu_gpu.calibration.capture import Call, Capture, capture
+from cerwu_gpu.calibration.moments import InputMoments
+from cerwu_gpu.calibration.products import module_products
+from cerwu_gpu.calibration.running import placed
+from cerwu_gpu.compression.blocks import Block, BlockWeights, InputStatistics, KnownBlock, Matrix
+from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.layout import Label, WeightLayout
+from cerwu_gpu.progress import counted
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How much the calibration inputs of a block depend on the blocks before it.
+
+    Attributes:
+        sequential: each block is fed with the outputs of the replaced blocks before it, instead of
+            the original ones.
+        corrected: both streams are carried; statistics are of the inputs behind the replaced
+            blocks, with their moments against the original ones (InputStatistics.cross).
+    """
+
+    sequential: bool = False
+    corrected: bool = False
+
+
+class OuterBlocks:
+    """Matrices outside of the blocks (a head, an embedding): none, unless an adapter has some.
+
+    Attributes:
+        needs_outputs: whether the last block's output is an input of one of them.
+    """
+
+    needs_outputs = False
+
+    def __len__(self) -> int:
+        return 0
+
+    def of(self, stream: "Stream", captured: Capture) -> Iterator[Block]:
+        """Yield them as blocks, with the hidden states behind the last block in `stream`."""
+        return iter(())
+
+    def unrun(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield name and module of each, in the same order, where nothing is run."""
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A module that runs its blocks one after the other.
+
+    Attributes:
+        module: the whole model, in eval mode.
+        blocks: names and modules, in the order in which they run.
+        layouts: of the weights to compress.
+        run: runs the whole module on a batch, int64 [batch, sequence], whatever it returns.
+        outer: matrices outside of the blocks.
+        single_products: a context in which the module shows the input of every single matrix;
+            fused implementations of experts do not.
+    """
+
+    module: nn.Module
+    blocks: list[tuple[str, nn.Module]]
+    layouts: tuple[WeightLayout, ...]
+    run: Callable[[Tensor], object]
+    outer: OuterBlocks
+    single_products: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    def home(self) -> torch.device:
+        """The device on which the module lies."""
+        return next(self.module.parameters()).device
+
+    def weights(self, prefix: str, device: torch.device) -> BlockWeights:
+        """Return the chosen weights whose names begin with `prefix`."""
+        chosen = [x for x in self.layouts if x.name.startswith(f"{prefix}.")]
+        return BlockWeights(self.module, chosen, device)
+
+    def capture(self, batches: Sequence[Tensor], device: torch.device) -> Capture:
+        """Return what the module hands to its blocks (capture.capture)."""
+        return capture(self.run, self.blocks, batches, device)
+
+
+class CalibratedBlock:
+    """One block on its device (blocks.Block).
+
+    Its calibration inputs are streamed through once, with the original weights, when matrices,
+    statistics or replace is first asked for.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, weights: BlockWeights, stream: "Stream"
+    ) -> None:
+        self.name = name
+        self._module = module
+        self._weights = weights
+        self._stream = stream
+        self._moments = InputMoments(weights.layouts)
+        self._statistics: dict[str, InputStatistics] | None = None
+        self._propagated = False
+
+    @property
+    def inputs(self) -> dict[Label, str]:
+        """(parameter name, part) -> key of its input in `statistics`."""
+        self.statistics()
+        return self._moments.keys
+
+    def matrices(self) -> list[Matrix]:
+        return self._weights.matrices(self.inputs)
+
+    def statistics(self) -> dict[str, InputStatistics]:
+        """Return key -> statistics of that input.
+
+        Raises:
+            CalibrationError: an activation is not finite.
+        """
+        if self._statistics is None:
+            with module_products(self._weights, self._moments.add, before=True):
+                self._stream.observe(self._module, self._moments)
+            self._statistics = self._moments.statistics(self._stream.device)
+            self._propagated = True
+        return self._statistics
+
+    def propagate(self) -> None:
+        """Stream the inputs through the block without accumulating statistics, unless that was
+        done."""
+        if not self._propagated:
+            self._stream.observe(self._module, self._moments)
+            self._propagated = True
+
+    def known(
+        self, inputs: Mapping[Label, str], statistics: dict[str, InputStatistics]
+    ) -> KnownBlock:
+        """Return the same block after `propagate`, with statistics of an earlier run."""
+        return KnownBlock(self.name, self._weights, inputs, statistics)
+
+    def replace(self, name: str, part: int, weight: Tensor) -> None:
+        self.propagate()
+        self._weights.store(name, part, weight)
+
+    def finish(self) -> None:
+        """Take the stream past the block."""
+        if not self._propagated:
+            self.statistics()
+        self._stream.advance(self._module)
+
+
+class CalibratedBlocks:
+    """The blocks in order (blocks.Blocks), then the matrices outside of them.
+
+    The weights change in place as blocks are replaced, so iterate once. One block at a time is on
+    `device`, with its Hessians and the calibration activations; the module stays where it is.
+    Blocks behind the last chosen weight are not run.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokens: Tensor,
+        *,
+        device: torch.device | str | None = None,
+        batch_size: int = 8,
+        drift: Drift | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Prepare; nothing is run yet.
+
+        Args:
+            backbone: with its original weights.
+            tokens: int64 [samples, sequence], the calibration inputs.
+            device: where blocks are worked on; None: where the module is.
+            batch_size: samples that run through a block together.
+            drift: which inputs a block sees; default: the original ones.
+            progress: show a bar over the blocks on stderr.
+
+        Raises:
+            CalibrationError: no tokens.
+        """
+        if tokens.numel() == 0:
+            raise CalibrationError("there are no calibration tokens: give a longer text.")
+        self._backbone = backbone
+        self._batches = torch.split(tokens, batch_size)
+        self._device = backbone.home if device is None else torch.device(device)
+        self._drift = drift or Drift()
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return len(self._backbone.blocks) + len(self._backbone.outer)
+
+    def __iter__(self) -> Iterator[Block]:
+        backbone = self._backbone
+        captured = backbone.capture(self._batches, self._device)
+        stream = Stream(backbone, self._batches, captured.hidden, self._device, self._drift)
+        needed = self._needed()
+        with counted(
+            len(self), what="blocks", unit="block", shown=self._progress, every=0
+        ) as shown:
+            for index, (name, module) in enumerate(backbone.blocks):
+                stream.calls = captured.calls[index]
+                weights = backbone.weights(name, self._device)
+                if index >= needed:
+                    yield KnownBlock(name, weights, {}, {})
+                else:
+                    with placed(module, self._device):
+                        block = CalibratedBlock(name, module, weights, stream)
+                        yield block
+                        if index + 1 < needed or backbone.outer.needs_outputs:
+                            block.finish()
+                shown.update()
+            for outer in backbone.outer.of(stream, captured):
+                yield outer
+                shown.update()
+
+    def _needed(self) -> int:
+        """Return how many blocks have to run: up to the last one with a chosen weight, or all."""
+        backbone = self._backbone
+        if backbone.outer.needs_outputs:
+            return len(backbone.blocks)
+        chosen = [bool(backbone.weights(name, self._device).layouts) for name, _ in backbone.blocks]
+        return max((index + 1 for index, some in enumerate(chosen) if some), default=0)
+
+
+class Stream:
+    """The calibration activations in front of a block.
+
+    Attributes:
+        device: where they are.
+        batches: the tokens that they belong to.
+        hidden: per batch, the original activations [batch, sequence, width], or with
+            Drift.sequential those behind the replaced blocks.
+        drifted: those behind the replaced blocks, where both are carried.
+        calls: batch size -> how the model calls the block.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        batches: Sequence[Tensor],
+        hidden: list[Tensor],
+        device: torch.device,
+        drift: Drift,
+    ) -> None:
+        self.device = device
+        self.batches = batches
+        self.hidden = hidden
+        self.drifted: list[Tensor] | None = list(hidden) if drift.corrected else None
+        self.calls: dict[int, Call] = {}
+        self._backbone = backbone
+        self._sequential = drift.sequential
+
+    def observe(self, block: nn.Module, moments: InputMoments) -> None:
+        """Run the block with its original weights.
+
+        Its outputs are the next block's inputs, unless the replaced block is to give them. With
+        drift, both streams are run.
+        """
+        first = 0
+        for index, hidden in enumerate(self.hidden):
+            samples = range(first, first + hidden.shape[0])
+            first = samples.stop
+            if self.drifted is not None:
+                with moments.record(samples):
+                    output = self._run(block, hidden)
+                with moments.forward(samples):
+                    self._run(block, self.drifted[index])
+            else:
+                with moments.forward(samples):
+                    output = self._run(block, hidden)
+            if not self._sequential:
+                self.hidden[index] = output
+
+    def advance(self, block: nn.Module) -> None:
+        """Put the activations in front of the next block."""
+        behind = self.hidden if self._sequential else self.drifted or []
+        for index, hidden in enumerate(behind):
+            behind[index] = self._run(block, hidden)
+
+    @torch.no_grad()
+    def _run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        with self._backbone.single_products():
+            return self.calls[hidden.shape[0]].run(block, hidden)

@@ -1,0 +1,240 @@
+"""Hessians kept on disk, so that the next run with the same model and inputs skips calibration."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cerwu_gpu.compression.blocks import Block, Blocks, BlockWeights, InputStatistics, KnownBlock
+from cerwu_gpu.container.output import atomic
+from cerwu_gpu.errors import CalibrationError, OutputError
+from cerwu_gpu.layout import Label, WeightLayout
+from cerwu_gpu.quantize.sensitivity import Sensitivities
+
+VERSION = 2
+"""Version of the files' meaning; part of every key."""
+METADATA_KEY = "cerwu_hessians"
+
+
+def hessian_key(
+    module: nn.Module, description: object, layouts: Sequence[WeightLayout], inputs: str
+) -> str:
+    """Return the SHA-256 (hexadecimal) of all that the Hessians depend on.
+
+    Args:
+        module: every parameter's and buffer's bytes are counted.
+        description: what else is known of the module (its configuration), ready for JSON.
+        layouts: the weights to compress.
+        inputs: a digest of the calibration inputs, or of how they are sampled.
+    """
+    weights = [[w.name, w.shape, w.parts, w.transposed] for w in layouts]
+    header = {"version": VERSION, "module": description, "weights": weights, "inputs": inputs}
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True, default=str).encode())
+    digest.update(tensors_digest(dict(module.state_dict())).encode())
+    return digest.hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Any] | Iterable[Tensor]) -> str:
+    """Return the SHA-256 (hexadecimal) of tensors, with names if they have some."""
+    digest = hashlib.sha256()
+    pairs = tensors.items() if isinstance(tensors, Mapping) else (("", x) for x in tensors)
+    for name, tensor in pairs:
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+class HessianCache:
+    """The files of one key: `directory`/`key`/block-00000.safetensors and so on, matrices outside
+    of the blocks counted like blocks after the last one, and sensitivities.safetensors."""
+
+    def __init__(self, directory: Path | str, key: str) -> None:
+        self.path = Path(directory).expanduser() / key
+
+    def file(self, index: int) -> Path:
+        """Return the path of block number `index`."""
+        return self.path / f"block-{index:05d}.safetensors"
+
+    def holds(self, index: int) -> bool:
+        """Return whether block number `index` is there."""
+        return self.file(index).is_file()
+
+    def complete(self, blocks: int) -> bool:
+        """Return whether all blocks are there."""
+        return all(map(self.holds, range(blocks)))
+
+    def write(
+        self,
+        index: int,
+        name: str,
+        inputs: Mapping[Label, str],
+        statistics: Mapping[str, InputStatistics],
+    ) -> None:
+        """Keep one block, under a temporary name until it is whole on disk.
+
+        Raises:
+            OutputError: the directory cannot be written.
+        """
+        contents = {
+            "name": name,
+            "inputs": [[name, part, key] for (name, part), key in inputs.items()],
+            "tokens": {key: value.tokens for key, value in statistics.items()},
+        }
+        hessians = {key: value.hessian.cpu() for key, value in statistics.items()}
+        self._write(self.file(index), hessians, contents)
+
+    def _write(self, target: Path, tensors: dict[str, Tensor], contents: object) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with atomic(target) as temporary:
+                save_file(tensors, temporary, {METADATA_KEY: json.dumps(contents)})
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{self.path} cannot be written ({error}): "
+                "free some space or choose another directory."
+            ) from error
+
+    def read(
+        self, index: int, device: torch.device
+    ) -> tuple[str, dict[Label, str], dict[str, InputStatistics]]:
+        """Return what `write` was given, the Hessians on `device`.
+
+        Raises:
+            CalibrationError: the file is damaged.
+        """
+        with self._opened(self.file(index), device) as (file, contents):
+            statistics = {
+                key: InputStatistics(file.get_tensor(key), tokens)
+                for key, tokens in contents["tokens"].items()
+            }
+            inputs = {(name, part): key for name, part, key in contents["inputs"]}
+            block = str(contents["name"])
+        return block, inputs, statistics
+
+    def write_sensitivities(self, sensitivities: Sensitivities) -> None:
+        """Keep sensitivities, whole or not at all.
+
+        Raises:
+            OutputError: the directory cannot be written.
+        """
+        gradients, additions = sensitivities.squared_gradients, sensitivities.hessian_additions
+        tensors = {f"gradient {i}": x.cpu() for i, x in enumerate(gradients.values())}
+        tensors |= {f"addition {i}": x.cpu() for i, x in enumerate(additions.values())}
+        contents = {"gradients": list(gradients), "additions": list(additions)}
+        self._write(self._sensitivities, tensors, contents)
+
+    def read_sensitivities(self) -> Sensitivities | None:
+        """Return what `write_sensitivities` was given, on the CPU; None where it was not called.
+
+        Raises:
+            CalibrationError: the file is damaged.
+        """
+        if not self._sensitivities.is_file():
+            return None
+        with self._opened(self._sensitivities, torch.device("cpu")) as (file, contents):
+            return Sensitivities(
+                {
+                    (name, part): file.get_tensor(f"gradient {i}")
+                    for i, (name, part) in enumerate(contents["gradients"])
+                },
+                {
+                    name: file.get_tensor(f"addition {i}")
+                    for i, name in enumerate(contents["additions"])
+                },
+            )
+
+    @property
+    def _sensitivities(self) -> Path:
+        return self.path / "sensitivities.safetensors"
+
+    @contextmanager
+    def _opened(self, path: Path, device: torch.device) -> Iterator[tuple[Any, Any]]:
+        """Yield the open file and the description of its contents."""
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                yield file, json.loads(file.metadata()[METADATA_KEY])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(
+                f"{path} is damaged: delete {self.path} and calibrate again."
+            ) from error
+
+
+@runtime_checkable
+class Calibrating(Protocol):
+    """A block that runs the model for its statistics."""
+
+    def propagate(self) -> None:
+        """Take the calibration inputs past the block without accumulating statistics."""
+        ...
+
+    def known(
+        self, inputs: Mapping[Label, str], statistics: dict[str, InputStatistics]
+    ) -> KnownBlock:
+        """Return the same block with statistics of an earlier run."""
+        ...
+
+
+class CachingBlocks:
+    """Blocks whose statistics are written to the cache as they pass; those that an earlier run
+    wrote are read from it."""
+
+    def __init__(self, blocks: Blocks, cache: HessianCache, device: torch.device) -> None:
+        self._blocks = blocks
+        self._cache = cache
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        for index, block in enumerate(self._blocks):
+            if isinstance(block, Calibrating) and self._cache.holds(index):
+                block.propagate()
+                yield block.known(*self._cache.read(index, self._device)[1:])
+                continue
+            statistics = block.statistics()
+            self._cache.write(index, block.name, block.inputs, statistics)
+            yield block
+
+
+class CachedBlocks:
+    """Blocks with statistics from the cache; nothing of the model is run."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layouts: Sequence[WeightLayout],
+        cache: HessianCache,
+        count: int,
+        device: torch.device,
+    ) -> None:
+        """Take the first `count` blocks of the cache, and of their weights those in `layouts`."""
+        self._module = module
+        self._layouts = tuple(layouts)
+        self._cache = cache
+        self._count = count
+        self._device = device
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Block]:
+        for index in range(self._count):
+            block, inputs, statistics = self._cache.read(index, self._device)
+            names = {name for name, _ in inputs}
+            layouts = [layout for layout in self._layouts if layout.name in names]
+            weights = BlockWeights(self._module, layouts, self._device)
+            yield KnownBlock(block, weights, inputs, statistics)

@@ -1,0 +1,341 @@
+"""Second moments of inputs, and which weights share an input, seen while a module runs.
+
+`InputMoments` is for blocks that run one by one, `ModuleMoments` for a module that runs whole.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cerwu_gpu import backend
+from cerwu_gpu.calibration.products import Product, input_rows, positions
+from cerwu_gpu.calibration.running import Batch, Runner, samples
+from cerwu_gpu.compression.blocks import InputStatistics
+from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.layout import Label, WeightLayout
+
+ROWS = 1 << 17
+"""Number of inputs of a weight that are used, about. Where all samples have more, each one gives as
+many positions as it takes, drawn at random: neighbouring patches are much alike."""
+
+
+class _AllSeen(Exception):
+    """End of a run whose outputs nobody needs."""
+
+
+class InputMoments:
+    """Sums of x x^T per distinct input of a block that runs by itself, in float64.
+
+    Two matrices share an input when the model hands the same tensor object to both; the input is
+    named after the matrix that sees it first.
+
+    Attributes:
+        keys: matrix -> name of its input, for the matrices seen so far.
+    """
+
+    def __init__(self, layouts: Sequence[WeightLayout]) -> None:
+        self.keys: dict[Label, str] = {}
+        self._layouts = tuple(layouts)
+        self._by_name = {layout.name: layout for layout in layouts}
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._seen: dict[tuple[int, int], tuple[Tensor, str]] = {}
+        self._samples = range(0)
+        self._recording = self._ends_early = False
+        self._recorded: dict[str, Tensor] = {}
+        self._due: dict[str, int] = {}  # how often each input is still to be seen
+        self._crosses: dict[str, Tensor] = {}
+
+    @contextmanager
+    def record(self, samples: range) -> Iterator[None]:
+        """Watch one run on the original model's inputs, kept for the `forward` that follows: that
+        one then also sums x x_hat^T, x of this run and x_hat of its own.
+
+        The experts of a mixture are left out, since the two runs may route tokens differently.
+        """
+        self._recorded.clear()
+        self._due.clear()
+        self._recording = True
+        try:
+            with self.forward(samples):
+                yield
+        finally:
+            self._recording = False
+
+    @contextmanager
+    def forward(self, samples: range) -> Iterator[None]:
+        """Watch one run of the block over the calibration samples with these numbers.
+
+        After `record` the run ends when every input that was recorded has been seen again: nobody
+        needs what the block would give.
+        """
+        self._samples = samples
+        # Experts were not recorded: all of them may still be to come.
+        recorded = self._due and all(layout.parts == 1 for layout in self._layouts)
+        self._ends_early = bool(recorded and not self._recording)
+        try:
+            yield
+        except _AllSeen:
+            pass
+        finally:
+            self._ends_early = False
+            self._seen.clear()
+
+    def add(self, product: Product) -> None:
+        """Note that a matrix is applied to x [..., n].
+
+        Raises:
+            CalibrationError: x is not finite, or two matrices share their input only sometimes.
+        """
+        x, label, layout = product.x, (product.name, product.part), self._by_name[product.name]
+        matrix = layout.key(product.part)
+        # `_version` detects a change in place; a reference to x keeps its id from being reused.
+        key = self._seen.setdefault((id(x), x._version), (x, matrix))[1]
+        if self.keys.setdefault(label, key) != key:
+            raise CalibrationError(
+                f"{matrix} shares its input with {self.keys[label]} in some runs only: exclude it."
+            )
+        if key == matrix and not (self._recording and layout.parts > 1):
+            self._accumulate(key, x)
+            if self._ends_early:
+                self._due[key] -= 1
+                if not any(self._due.values()):
+                    raise _AllSeen
+
+    def _accumulate(self, key: str, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if self._recording:
+            self._recorded[key] = rows
+            self._due[key] = self._due.get(key, 0) + 1
+            return
+        if key not in self._sums:
+            n = rows.shape[1]
+            self._sums[key] = torch.zeros(n, n, dtype=torch.float64, device=rows.device)
+        backend.accumulate_hessian(self._sums[key], rows)
+        if not bool(torch.isfinite(self._sums[key].diagonal()).all()):
+            raise CalibrationError(not_finite(f"the input of {key}", x, self._samples))
+        self._tokens[key] = self._tokens.get(key, 0) + rows.shape[0]
+        original = self._recorded.pop(key, None)
+        if original is not None:
+            cross = (original.T @ rows).double()
+            if not bool(torch.isfinite(cross).all()):
+                what = f"the original model's input of {key}"
+                raise CalibrationError(not_finite(what, original.to(x.dtype), self._samples))
+            self._crosses[key] = self._crosses[key] + cross if key in self._crosses else cross
+
+    def statistics(self, device: torch.device) -> dict[str, InputStatistics]:
+        """Return H [n, n] float32 per input, key -> statistics; the sums are given up.
+
+        A matrix that was never applied has an input of its own: tokens 0, H zero.
+
+        Raises:
+            CalibrationError: not one matrix of an experts' parameter was seen in use.
+        """
+        result = {}
+        for layout in self._layouts:
+            used = [part for part in range(layout.parts) if (layout.name, part) in self.keys]
+            if layout.parts > 1 and not used:
+                raise CalibrationError(
+                    f"{layout.name}: how its experts are used cannot be followed: exclude it."
+                )
+            for part in range(layout.parts):
+                key = self.keys.setdefault((layout.name, part), layout.key(part))
+                if key not in result:
+                    result[key] = self._finished(key, layout.matrix_shape[1], device)
+        return result
+
+    def _finished(self, key: str, columns: int, device: torch.device) -> InputStatistics:
+        tokens = self._tokens.get(key, 0)
+        if tokens == 0:
+            return InputStatistics(torch.zeros(columns, columns, device=device), 0)
+        moment = self._sums.pop(key)
+        hessian = (moment + moment.T) / tokens  # (2/p) X X^T, exactly symmetric
+        cross = self._crosses.pop(key, None)
+        if cross is not None:
+            cross = (2 / tokens * cross).float()
+        return InputStatistics(hessian.float(), tokens, cross)
+
+
+def not_finite(what: str, x: Tensor, samples: range) -> str:
+    """Return the sentence for x [..., n], activations of these calibration samples."""
+    rows = x.detach().reshape(-1, x.shape[-1]).float()
+    where = f"one of the calibration samples {samples[0]} to {samples[-1]}"
+    if rows.shape[0] % len(samples) == 0:  # experts see some tokens only
+        energy = rows.square().sum(dim=1).reshape(len(samples), -1).sum(dim=1)
+        bad = (~torch.isfinite(energy)).nonzero().flatten().tolist()
+        if bad:
+            where = f"calibration sample {samples[bad[0]]}"
+    remedy = "check the weights and the text."
+    if x.dtype == torch.float16:
+        remedy = "it overflows float16: save the model as bfloat16 or float32 and compress that."
+    return f"{what} has no finite square for {where}: {remedy}"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How a module uses its weights.
+
+    Attributes:
+        leader: parameter name -> the weight that is used first on the very same inputs, every
+            time; q, k and v of an attention have one leader. In the order of their first use.
+    """
+
+    leader: dict[str, str]
+
+    @property
+    def leaders(self) -> list[str]:
+        """One weight per distinct input, as called."""
+        return list(dict.fromkeys(self.leader.values()))
+
+    @property
+    def shared(self) -> set[str]:
+        """Leaders whose inputs other weights see, too."""
+        return {leader for name, leader in self.leader.items() if name != leader}
+
+
+@torch.no_grad()
+def trace(runner: Runner, batch: Batch) -> Trace:
+    """Run one batch; return which weights are applied to the same tensors in the same way."""
+    products: list[Product] = []  # keeps every input alive, so that no identity occurs twice
+    runner.run(batch, products.append)
+    uses: dict[str, list[object]] = {}
+    for product in products:
+        uses.setdefault(product.name, []).append(product.identity)
+    first: dict[tuple[object, ...], str] = {}
+    return Trace({name: first.setdefault(tuple(own), name) for name, own in uses.items()})
+
+
+class ModuleMoments:
+    """Sums of x x^T of some distinct inputs of a whole module, [groups, n, n] float64 each."""
+
+    def __init__(
+        self,
+        layouts: Sequence[WeightLayout],
+        traced: Trace,
+        leaders: Iterable[str],
+        *,
+        expected: int,
+        seed: int,
+    ) -> None:
+        """`expected`: how many samples there will be, in all batches together."""
+        self._layouts = {layout.name: layout for layout in layouts}
+        self._trace = traced
+        self._leaders = frozenset(leaders)
+        self._seed = seed
+        self._most = -(-ROWS // expected)
+        self._sums: dict[str, Tensor] = {}
+        self._samples = 0
+        self._batches = 0
+        self._products = 0
+        self._uses: dict[str, int] = {}
+        self._open: dict[str, list[Product]] = {}
+
+    @torch.no_grad()
+    def add(self, runner: Runner, batch: Batch) -> None:
+        """Run one batch.
+
+        Raises:
+            CalibrationError: an input is not finite, or weights share an input only sometimes.
+        """
+        self._products = 0
+        self._uses.clear()
+        runner.run(batch, self._note)
+        self._open.clear()
+        self._batches += 1
+        self._samples += samples(batch)
+
+    def _note(self, product: Product) -> None:
+        self._products += 1
+        leader = self._trace.leader.get(product.name)
+        if leader is None:
+            raise CalibrationError(f"{product.name} is used for some batches only: exclude it.")
+        number = self._uses.get(product.name, 0)
+        self._uses[product.name] = number + 1
+        if leader in self._trace.shared:
+            uses = self._open.setdefault(leader, [])
+            if product.name == leader:
+                uses.append(product)
+            elif number >= len(uses) or uses[number].identity != product.identity:
+                raise CalibrationError(
+                    f"{product.name} shares its input with {leader} in some runs only: exclude it."
+                )
+        if product.name == leader and leader in self._leaders:
+            self._accumulate(leader, product)
+
+    def _accumulate(self, name: str, product: Product) -> None:
+        layout, count = self._layouts[name], positions(product)
+        sampled = self._positions(count, product.x.device)
+        scale = 1.0 if sampled is None else count / len(sampled)
+        if name not in self._sums:
+            n = layout.matrix_shape[1]
+            self._sums[name] = torch.zeros(
+                layout.parts, n, n, dtype=torch.float64, device=product.x.device
+            )
+        total = self._sums[name]
+        added = total if sampled is None else torch.zeros_like(total)
+        for rows in input_rows(product, sampled):
+            if len(rows) == 1:
+                backend.accumulate_hessian(added[0], rows[0])
+            else:
+                added += torch.bmm(rows.mT, rows)
+        if sampled is not None:
+            total.add_(added, alpha=scale)
+        if not bool(torch.isfinite(total.diagonal(dim1=1, dim2=2)).all()):
+            raise CalibrationError(
+                f"the input of {name} is not finite in float32 in calibration batch "
+                f"{self._batches}: check the inputs and the weights."
+            )
+
+    def _positions(self, count: int, device: torch.device) -> Tensor | None:
+        """Draw some of `count` positions, ascending, by the seed, the batch and the product's
+        number; None: all."""
+        if count <= self._most:
+            return None
+        generator = torch.Generator().manual_seed(
+            (self._seed * 1_000_003 + self._batches * 100_003 + self._products) % 2**63
+        )
+        chosen = torch.randperm(count, generator=generator)[: self._most]
+        return chosen.sort().values.to(device)
+
+    def statistics(self) -> dict[str, InputStatistics]:
+        """Return key -> statistics of that input; the sums are given up.
+
+        A token is a sample: H = (2/p) sum of x x^T over all positions of p samples. The mean
+        squared error of a layer is then that of a whole image, and layers compare.
+        """
+        result = {}
+        for name in list(self._sums):
+            sums = self._sums.pop(name)
+            for part, moment in enumerate(sums):
+                hessian = (moment + moment.T) / self._samples
+                key = self._layouts[name].key(part)
+                result[key] = InputStatistics(hessian.float(), self._samples)
+        return result
+
+
+def hessian_bytes(layout: WeightLayout) -> int:
+    """Return the bytes of an input's statistics: the sum in float64, H in float32."""
+    return 12 * layout.parts * layout.matrix_shape[1] ** 2
+
+
+def layer_groups(
+    layouts: Mapping[str, WeightLayout], traced: Trace, budget: int, *, single: bool
+) -> list[list[str]]:
+    """Return the leaders in the order of their first use, cut so that the Hessians of a group take
+    at most `budget` bytes.
+
+    A Hessian that is larger than that is a group of its own; with `single` every one is.
+    """
+    groups: list[list[str]] = []
+    room = 0
+    for leader in traced.leaders:
+        size = hessian_bytes(layouts[leader])
+        if not groups or single or size > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(leader)
+        room -= size
+    return groups

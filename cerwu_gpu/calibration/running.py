@@ -1,0 +1,117 @@
+"""Runs of a whole module on batches of inputs, and where modules are meanwhile."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cerwu_gpu.calibration.products import Product, Products
+from cerwu_gpu.errors import CalibrationError, reason
+
+Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""Inputs only: a tensor, positional arguments, or keyword arguments of the module."""
+
+
+def materialized(batches: Iterable[Batch]) -> list[Batch]:
+    """Return all batches as a list, since they are run more than once.
+
+    Raises:
+        CalibrationError: there is none, or one holds no tensor.
+    """
+    inputs: list[Batch] = [batches] if isinstance(batches, Tensor) else list(batches)
+    if not inputs or isinstance(batches, Mapping):
+        raise CalibrationError("batches must be an iterable of inputs, and hold at least one.")
+    for batch in inputs:
+        samples(batch)
+    return inputs
+
+
+def samples(batch: Batch) -> int:
+    """Return how many samples a batch holds: the first axis of its first tensor.
+
+    Raises:
+        CalibrationError: it has no tensor with a sample.
+    """
+    if isinstance(batch, Tensor):
+        values: list[Any] = [batch]
+    else:
+        values = list(batch.values() if isinstance(batch, Mapping) else batch)
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() > 0 and len(value) > 0:
+            return len(value)
+    raise CalibrationError("a calibration batch holds no tensor with samples along its first axis.")
+
+
+def _ignore(_: Product) -> None:
+    """Watch no product."""
+
+
+class Runner:
+    """A module in eval mode on its device, with the weights to be watched."""
+
+    def __init__(
+        self, module: nn.Module, weights: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        self._module = module
+        self._weights = weights
+        self.device = device
+
+    def run(self, batch: Batch, note: Callable[[Product], None] = _ignore) -> Any:
+        """Return the module's output; `note` gets every product with the weights.
+
+        Raises:
+            CalibrationError: the module does not take the batch.
+        """
+        inputs = moved(batch, self.device)
+        with Products(self._weights, note):
+            try:
+                if isinstance(inputs, Mapping):
+                    return self._module(**inputs)
+                if isinstance(inputs, Tensor):
+                    return self._module(inputs)
+                return self._module(*inputs)
+            except (TypeError, ValueError, RuntimeError, IndexError) as error:
+                raise CalibrationError(
+                    f"{type(self._module).__name__} cannot be run on a batch ({reason(error)}): "
+                    "batches hold the inputs alone, as a tensor, a tuple or a dict."
+                ) from error
+
+
+@contextmanager
+def evaluating(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have the module in eval mode on `device` for a while; modes and places come back."""
+    training = [child for child in module.modules() if child.training]
+    tensors: Sequence[Tensor] = [*module.parameters(), *module.buffers()]
+    home = tensors[0].device
+    module.eval()
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+        for child in training:
+            child.training = True
+
+
+@contextmanager
+def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have the module on `device` for a while."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return a nest of tuples, lists and mappings with its tensors on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(moved(item, device) for item in value)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    return value

@@ -1,0 +1,389 @@
+r"""What an error of each output costs a model: mean squared gradients of its loss.
+
+**Block by block** (`blockwise_sensitivities`): one backward pass in which each block is run again
+on its kept input, so that memory holds the graph of one block and one batch's hidden states between
+the blocks. What is behind the last block (a head, the loss) belongs to its adapter (`Tail`).
+
+**Whole modules** (`module_sensitivities`). With a loss of the user's, L is the sum of what it gives
+for the samples. Without one the output is taken for the logits of classes, and L for the negative
+log likelihood of a label drawn from the model's own distribution p, softened by TEMPERATURE. The
+expectation over labels of the squared gradient is that of the logits' gradient S v, for
+S S^T = diag(p) - p p^T and any v with independent entries +-1:
+
+    S = (I - p 1^T) diag(sqrt(p)),   E_v[(J^T S v)_i^2] = (J^T (diag(p) - p p^T) J)_ii.
+
+One v per sample takes one backward pass, whatever the number of classes, and unlike drawn labels
+it says something about samples of which the model is all but certain.
+
+A convolution makes the same error at all positions of a sample, and where the network pools them
+the errors add up; as the gradients at different positions are alike, so are their products. So not
+the squares at single positions are counted but those of their sum: with x_p the inputs and g_ip the
+gradients at output i at the positions p of a sample,
+
+    alpha_i = mean over samples |sum_p g_ip x_p|^2 / mean over samples sum_p |x_p|^2,
+
+the squared gradient of the loss by the weights of row i over the trace of H/2. With one position
+per sample, or with independent gradients, it is the mean of g_i^2.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cerwu_gpu.calibration.blockwise import Backbone
+from cerwu_gpu.calibration.capture import Call, Capture
+from cerwu_gpu.calibration.moments import InputMoments, not_finite
+from cerwu_gpu.calibration.products import (
+    Product,
+    input_rows,
+    module_products,
+    output_rows,
+    positions,
+)
+from cerwu_gpu.calibration.running import Batch, Runner, evaluating, placed, samples
+from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.layout import Label, WeightLayout
+from cerwu_gpu.progress import tracked
+
+Loss = Callable[[Any, Any], Tensor]
+"""(the module's output, the batch) -> one loss per sample [samples], in nats."""
+
+TEMPERATURE = 4.0
+"""Temperature of the softmax. Networks are all but certain of images that they were trained on, and
+the curvature of the loss there says little about others: at 1, ResNet-20 needs more bits."""
+SENSITIVITY_SAMPLES = 1024
+"""Number of samples used to estimate a whole module's sensitivities. They span orders of magnitude
+across outputs, so a small sample suffices."""
+GRADIENT_ELEMENTS = 1 << 24
+"""Elements of gradients by weights that are computed at a time, at least for one sample."""
+
+
+class SquaredGradients:
+    """Sums of squares per output [m] float64, and what they are divided by."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Label, Tensor] = {}
+        self._weights: dict[Label, Tensor | int] = {}
+
+    def watch_outputs(self, product: Product) -> None:
+        """Add the squares of the gradient at a product's output [..., m], over its rows, when it
+        is computed.
+
+        Raises:
+            CalibrationError: then, where its square is not finite.
+        """
+        label = product.name, product.part
+
+        def note(gradient: Tensor) -> None:
+            rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+            self.add(label, rows.square().sum(dim=0).double(), len(rows))
+
+        _when_computed(product, note)
+
+    def watch_weights(self, product: Product, groups: int) -> None:
+        """Add the squares of the gradient by the weight, over samples, when the gradient at the
+        product's output is computed; `groups` is how many matrices the parameter holds.
+
+        Raises:
+            CalibrationError: then, where something is not finite in float32.
+        """
+
+        def note(gradient: Tensor) -> None:
+            squares, energy = gradient_squares(product, gradient)
+            for part, square in enumerate(squares.chunk(groups)):
+                self.add((product.name, part), square, energy[part])
+
+        _when_computed(product, note)
+
+    def add(self, label: Label, squares: Tensor, weight: Tensor | int) -> None:
+        """Add a sum of squares [m] float64 and what it is to be divided by.
+
+        Raises:
+            CalibrationError: they are not finite.
+        """
+        if not bool(torch.isfinite(squares).all() & torch.isfinite(torch.as_tensor(weight)).all()):
+            name, part = label
+            raise CalibrationError(
+                f"the gradient at the output of {name}{f'[{part}]' if part else ''} is not finite: "
+                "check the weights, or save the model as float32 and compress that."
+            )
+        self._sums[label] = self._sums[label] + squares if label in self._sums else squares
+        self._weights[label] = self._weights.get(label, 0) + weight
+
+    def mean(self, label: Label, rows: int) -> Tensor:
+        """Return the mean squares [rows] float32 on the CPU; zeros without any."""
+        weight = self._weights.get(label, 0)
+        if not float(weight) > 0:
+            return torch.zeros(rows)
+        return (self._sums[label] / weight).cpu().float()
+
+
+def _when_computed(product: Product, note: Callable[[Tensor], None]) -> None:
+    """Have `note` called with the gradient at a product's output."""
+    assert product.output is not None
+    if product.output.requires_grad:  # else no loss depends on it
+        product.output.register_hook(note)  # type: ignore[no-untyped-call]
+
+
+class Tail(Protocol):
+    """What a model does outside of its blocks, for a backward pass over one batch."""
+
+    def gradient(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Return the loss's gradient at the blocks' output `hidden` [batch, sequence, width]."""
+        ...
+
+    def note_inputs(self, gradient: Tensor) -> None:
+        """Take the gradient at the first block's input; `gradient` was called before."""
+        ...
+
+
+def blockwise_sensitivities(
+    backbone: Backbone,
+    tokens: Tensor,
+    tail: Callable[[Capture], Tail],
+    outer: AbstractContextManager[None],
+    *,
+    to_inputs: bool,
+    device: torch.device | str | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> dict[Label, Tensor]:
+    """Return alpha_i = mean over tokens of (dL/dy_i)^2 for every output y_i of every chosen matrix
+    in the blocks.
+
+    L is the sum of the losses [nats] of a sequence's tokens, so the gradient at a token includes
+    its effect on all others. The mean runs over the tokens that reach the matrix; an expert that no
+    token reaches gets zeros. Gradients are in the model's dtype, squares are summed in float64.
+
+    Args:
+        backbone: with its original weights.
+        tokens: int64 [samples, sequence], the calibration inputs.
+        tail: makes what is outside of the blocks, for what was captured of a batch.
+        outer: a context in which all but the blocks are on the device.
+        to_inputs: carry the gradient to the first block's input for `tail`.
+        device: where blocks are worked on; None: where the model is.
+        batch_size: samples that run through a block together.
+        progress: show a bar over the batches on stderr.
+
+    Returns:
+        (parameter name, part) -> alpha [m] float32 on the CPU.
+
+    Raises:
+        CalibrationError: no tokens, sequences of one token, or a gradient that is not finite.
+    """
+    if tokens.numel() == 0 or tokens.shape[1] < 2:
+        raise CalibrationError(
+            "sensitivities need sequences of at least 2 tokens: give a longer text."
+        )
+    work = backbone.home if device is None else torch.device(device)
+    backward = _Backward(backbone, tail, work, to_inputs)
+    batches = torch.split(tokens, batch_size)
+    with torch.inference_mode(False), outer:
+        for batch in tracked(batches, what="sensitivities", unit="batch", shown=progress):
+            backward.add(batch)
+    return {
+        (layout.name, part): backward.squares.mean((layout.name, part), layout.matrix_shape[0])
+        for layout in backbone.layouts
+        for part in range(layout.parts)
+    }
+
+
+class _Backward:
+    """Forward and backward passes, batch after batch."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tail: Callable[[Capture], Tail],
+        device: torch.device,
+        to_inputs: bool,
+    ) -> None:
+        self._backbone = backbone
+        self._tail = tail
+        self._device = device
+        self.squares = SquaredGradients()
+        chosen = [bool(backbone.weights(name, device).layouts) for name, _ in backbone.blocks]
+        # No gradient is asked for in front of the first chosen weight.
+        self._first = 0 if to_inputs or True not in chosen else chosen.index(True)
+        self._to_inputs = to_inputs
+        self._samples = 0
+
+    def add(self, tokens: Tensor) -> None:
+        """Add the gradients of one batch, int64 [batch, sequence]."""
+        backbone, blocks = self._backbone, self._backbone.blocks
+        with placed(blocks[0][1], self._device):  # capture runs the first block
+            captured = backbone.capture([tokens], self._device)
+        tail = self._tail(captured)
+        calls = [calls[len(tokens)] for calls in captured.calls]
+        hidden = captured.hidden[0]
+        inputs = []
+        with backbone.single_products():
+            for (name, block), call in zip(blocks, calls, strict=True):
+                inputs.append(hidden)
+                with placed(block, self._device), torch.no_grad():
+                    hidden = call.run(block, hidden)
+                    if not bool(torch.isfinite(hidden).all()):
+                        self._blame(name, block, call, inputs[-1], hidden)
+            self._samples += len(tokens)
+            gradient = tail.gradient(tokens, hidden)
+            for index in reversed(range(self._first, len(blocks))):
+                (name, block), call = blocks[index], calls[index]
+                x = inputs.pop().detach().requires_grad_()
+                weights = backbone.weights(name, self._device)
+                with (
+                    placed(block, self._device),
+                    module_products(weights, self.squares.watch_outputs),
+                    torch.enable_grad(),
+                ):
+                    (gradient,) = torch.autograd.grad(call.run(block, x), x, gradient)
+        if self._to_inputs:
+            tail.note_inputs(gradient)
+
+    def _blame(
+        self, name: str, block: nn.Module, call: Call, hidden: Tensor, output: Tensor
+    ) -> NoReturn:
+        """Name the first input of a chosen weight that is not finite, or else the output.
+
+        Raises:
+            CalibrationError: always.
+        """
+        numbers = range(self._samples, self._samples + len(hidden))
+        weights = self._backbone.weights(name, self._device)
+        moments = InputMoments(weights.layouts)
+        with module_products(weights, moments.add, before=True), moments.forward(numbers):
+            call.run(block, hidden)
+        raise CalibrationError(not_finite(f"the output of {name}", output, numbers))
+
+
+def module_sensitivities(
+    module: nn.Module,
+    layouts: Sequence[WeightLayout],
+    batches: Sequence[Batch],
+    *,
+    loss: Loss | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[Label, Tensor]:
+    """Return alpha of every output of every chosen weight, see above.
+
+    One backward pass over the first SENSITIVITY_SAMPLES samples. Gradients are in the module's
+    dtype, products in float32, squares are summed in float64. Several uses of a weight count as
+    independent. A weight that the loss does not depend on gets zeros.
+
+    Args:
+        module: run in eval mode with its original weights; no gradient is left in it.
+        layouts: the weights to compress (models.selection).
+        batches: the inputs of the whole module (running.materialized).
+        loss: see above.
+        seed: draws the directions v.
+
+    Returns:
+        (parameter name, part) -> alpha [m] float32 on the CPU.
+
+    Raises:
+        CalibrationError: the outputs are no logits [samples, classes] and there is no loss, the
+            loss is not one number per sample, or a gradient is not finite.
+    """
+    squares = SquaredGradients()
+    parts = {layout.name: layout.parts for layout in layouts}
+    weights: dict[str, Tensor] = {name: module.get_parameter(name) for name in parts}
+    target = torch.device(device)
+    generator = torch.Generator().manual_seed(seed)
+    count = 0
+
+    def watch(product: Product) -> None:
+        squares.watch_weights(product, parts[product.name])
+
+    with evaluating(module, target), _requiring_grad(weights), torch.inference_mode(False):
+        runner = Runner(module, weights, target)
+        for batch in tracked(batches, what="sensitivities", unit="batch", shown=progress):
+            if count >= SENSITIVITY_SAMPLES:
+                break
+            with torch.enable_grad():
+                output = runner.run(batch, watch)
+                total = _total(output, batch, loss, generator)
+                torch.autograd.grad(total, list(weights.values()), allow_unused=True)
+            count += samples(batch)
+    return {
+        (layout.name, part): squares.mean((layout.name, part), layout.matrix_shape[0])
+        for layout in layouts
+        for part in range(layout.parts)
+    }
+
+
+def _total(output: Any, batch: Batch, loss: Loss | None, generator: torch.Generator) -> Tensor:
+    """Return the scalar whose gradient at the outputs is wanted."""
+    if loss is not None:
+        return losses(loss, output, batch).sum()
+    logits = _logits(output)
+    if logits is None or logits.dim() != 2 or logits.shape[1] < 2:
+        raise CalibrationError(
+            "the module's output is no tensor of logits [samples, classes]: give a loss, or take "
+            "sensitivity none or relative."
+        )
+    p = torch.softmax(logits.detach().float() / TEMPERATURE, dim=1)
+    signs = torch.randint(0, 2, p.shape, generator=generator).to(p.device, p.dtype) * 2 - 1
+    drawn = p.sqrt() * signs
+    return (logits.float() * (drawn - p * drawn.sum(dim=1, keepdim=True))).sum()
+
+
+def losses(loss: Loss, output: Any, batch: Batch) -> Tensor:
+    """Return what a loss of the user's gives for a batch, [samples].
+
+    Raises:
+        CalibrationError: it is not one number per sample.
+    """
+    values = loss(output, batch)
+    if not isinstance(values, Tensor) or values.shape != (samples(batch),):
+        raise CalibrationError(
+            "the loss must give one number per sample, without a mean or a sum over them."
+        )
+    return values
+
+
+def _logits(output: Any) -> Tensor | None:
+    """Return a tensor, or what an output object of transformers calls its logits."""
+    named = isinstance(output, Mapping) and "logits" in output
+    logits = output["logits"] if named else output
+    return logits if isinstance(logits, Tensor) else None
+
+
+@contextmanager
+def _requiring_grad(weights: Mapping[str, Tensor]) -> Any:
+    """Have the weights take part in autograd for a while."""
+    frozen = [weight for weight in weights.values() if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def gradient_squares(product: Product, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum over samples of |sum_p g_ip x_p|^2 [m], and of sum_p |x_p|^2 [groups],
+    float64."""
+    count = positions(product)
+    flat = output_rows(product, gradient.detach())
+    m = flat.shape[1]
+    g = flat.reshape(-1, count, m)
+    squares, energy, first = g.new_zeros(m, dtype=torch.float64), torch.zeros(()), 0
+    for rows in input_rows(product, None):
+        groups, n = len(rows), rows.shape[2]
+        x = rows.reshape(groups, -1, count, n)
+        taken = x.shape[1]
+        slope = g[first : first + taken].reshape(taken, count, groups, -1)
+        first += taken
+        energy = energy + x.square().sum(dim=(1, 2, 3)).double()
+        step = max(1, GRADIENT_ELEMENTS // (m * n))
+        for inputs, slopes in zip(
+            torch.split(x, step, dim=1), torch.split(slope, step), strict=True
+        ):
+            weights = torch.einsum("gspn,spgm->gsmn", inputs, slopes)
+            squares += weights.square().sum(dim=(1, 3)).flatten().double()
+    return squares, energy

@@ -1,0 +1,91 @@
+"""What a kind of model is to a run: the interface between models and `cerwu_gpu.compression`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cerwu_gpu.compression.blocks import Blocks
+from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.quantize.sensitivity import Sensitivities
+
+
+class Adapter(ABC):
+    """A model with its calibration data, ready to be compressed as often as it takes.
+
+    A new kind of model is one subclass. Whatever only some kinds need has a default.
+
+    Attributes:
+        module: the model; a run changes its weights in place.
+        layouts: of the weights to compress, by name, in the order of the model.
+        events: what did not go as planned before the run.
+        left: name of every other parameter with two axes or more -> why it is left alone.
+        drifts: whether correct_drift changes what is quantized: a sample of the rows then does not
+            show the whole effect of lmbda.
+    """
+
+    module: nn.Module
+    layouts: Mapping[str, WeightLayout]
+    events: tuple[str, ...] = ()
+    left: Mapping[str, str] = {}
+    drifts = False
+
+    def __init__(self) -> None:
+        self._originals: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def select(self, config: CompressionConfig) -> None:
+        """Choose the weights that these settings compress: `layouts`, `left` and their events."""
+
+    @abstractmethod
+    def sensitivities(self, config: CompressionConfig) -> Sensitivities:
+        """Return the sensitivities, where the settings use them; of the original weights."""
+
+    @abstractmethod
+    def blocks(self, config: CompressionConfig) -> Blocks:
+        """Return the blocks with their Hessians, calibrated now or read from a cache."""
+
+    def sample_blocks(self, config: CompressionConfig) -> Blocks:
+        """Return the same for a look at the model that quantizes nothing: original inputs do."""
+        return self.blocks(config)
+
+    @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """Return digests of the model, its weights still the original ones, and of its data."""
+
+    @torch.no_grad()
+    def keep_originals(self) -> None:
+        """Keep a copy of the weights, for `restore`; only the first call does."""
+        for name in self.layouts:
+            if name not in self._originals:
+                self._originals[name] = self.module.get_parameter(name).detach().clone()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back the weights as they were at `keep_originals`, where it was called."""
+        for name, original in self._originals.items():
+            self.module.get_parameter(name).copy_(original)
+
+    def finish(self, config: CompressionConfig) -> None:  # noqa: B027
+        """Adapt what is stored as floats to the quantized weights."""
+
+    def loss(self) -> float | None:
+        """Return the mean loss [nats] of the module as it is on held-out data; None without any."""
+        return None
+
+    def write_files(self, folder: Path) -> None:  # noqa: B027
+        """Write what a directory holds beside weights: configuration, tokenizer, licences."""
+
+    def write_card(self, folder: Path, before: float | None, after: float | None) -> None:
+        """Write a model card into a complete directory.
+
+        Args:
+            before, after: what `loss` gave for the original and for the compressed model.
+
+        Raises:
+            ConfigError: this kind of model has none.
+        """
+        raise NotImplementedError

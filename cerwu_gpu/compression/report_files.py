@@ -1,0 +1,174 @@
+"""What every compression leaves beside its output: report.json, and report.html drawn from it."""
+
+import json
+import os
+import platform
+import shlex
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cerwu_gpu
+from cerwu_gpu.compression.resume import LIBRARIES
+from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.container.breakdown import breakdown
+from cerwu_gpu.container.output import write_text, written
+from cerwu_gpu.errors import OutputError
+from cerwu_gpu.report import Report, finite
+from cerwu_gpu.report_page.page import is_page, page
+
+JSON_FILE, HTML_FILE = "report.json", "report.html"
+REPORT_KEYS = {"model", "output", "finished", "layers", "settings", "machine"}
+"""Keys by which a report.json of ours is known."""
+PAGE_START = 4096
+"""Number of characters by which a report.html of ours is known."""
+OPPOSITES = {"correct_drift": "--ignore-drift"}
+"""Options for False of settings whose default is not False."""
+
+
+def report_paths(output: Path, folder: Path | None) -> tuple[Path, Path]:
+    """Return where report.json and report.html go: into `folder`, or beside the output by its name.
+
+    Raises:
+        OutputError: `folder` is a file.
+    """
+    if folder is None:
+        data, html = (output.parent / f"{output.name}.{name}" for name in (JSON_FILE, HTML_FILE))
+        return data, html
+    place = folder.expanduser().resolve()
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"{place} is a file: choose a directory for the report.")
+    return place / JSON_FILE, place / HTML_FILE
+
+
+def check_reports(paths: tuple[Path, Path]) -> None:
+    """Refuse places of report.json and report.html where something else is.
+
+    Raises:
+        OutputError: there is a directory, or a file that is no report of ours.
+    """
+    for path, is_ours in zip(paths, (_is_report, _is_page), strict=True):
+        if path.is_dir():
+            raise OutputError(f"{path} is a directory: choose another place for the report.")
+        if os.path.lexists(path) and not (path.is_file() and is_ours(path)):
+            raise OutputError(
+                f"{path} is no report of cerwu_gpu and would be replaced by one: move it away, or "
+                "choose another place for the report."
+            )
+
+
+def _is_report(path: Path) -> bool:
+    """Return whether a file is a report.json that `write_report` wrote."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content.keys() >= REPORT_KEYS and "cerwu_gpu" in content["machine"]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return False
+
+
+def _is_page(path: Path) -> bool:
+    """Return whether a file is a report.html that `write_report` wrote."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return is_page(file.read(PAGE_START))
+    except (OSError, ValueError):
+        return False
+
+
+def write_report(
+    paths: tuple[Path, Path],
+    report: Report,
+    config: CompressionConfig,
+    device: torch.device,
+    *,
+    model: str | None,
+    output: Path,
+    given: Path,
+    options: dict[str, bool],
+) -> None:
+    """Write both files for the published directory `output`, each whole or not at all.
+
+    Args:
+        model: hub name or path as it was given; None where only Python can repeat the run (a
+            model in memory, a text or batches that were handed over).
+        given: the output as it was given.
+        options: --card and its like, name -> whether it was given.
+
+    Raises:
+        OutputError: the disk refuses, or something else is there by now; the compressed directory
+            is complete all the same.
+    """
+    check_reports(paths)
+    content = finite(
+        {
+            "model": model,
+            "output": str(given),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            **report.to_dict(),
+            "bytes": breakdown(output),
+            "settings": asdict(config),
+            "changed": sorted(_changed(config)),
+            "command": None if model is None else _command(model, given, config, device, options),
+            "python": _python(config),
+            "machine": _machine(device),
+        }
+    )
+    texts = (json.dumps(content, indent=2, allow_nan=False) + "\n", page(content))
+    for path, text in zip(paths, texts, strict=True):
+        with written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+
+
+def _changed(config: CompressionConfig) -> dict[str, Any]:
+    """The settings that are not the default."""
+    default = CompressionConfig()
+    return {
+        field.name: value
+        for field in fields(config)
+        if (value := getattr(config, field.name)) != getattr(default, field.name)
+    }
+
+
+def _command(
+    model: str,
+    output: Path,
+    config: CompressionConfig,
+    device: torch.device,
+    options: dict[str, bool],
+) -> str:
+    """The command line that does the same again."""
+    words = ["cerwu-gpu", "compress", model, "-o", str(output)]
+    for name, value in _changed(config).items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(option if value else OPPOSITES[name])
+        elif name == "grid":
+            words.append(f"{option}={','.join(map(repr, value))}")  # it may begin with a minus
+        elif isinstance(value, tuple):
+            words += [word for each in value for word in (option, each)]
+        else:
+            words += [option, str(value)]
+    words += ["--device", str(device)]
+    words += [f"--{name.replace('_', '-')}" for name, given in options.items() if given]
+    return shlex.join(words)
+
+
+def _python(config: CompressionConfig) -> str:
+    given = ", ".join(f"{name}={value!r}" for name, value in _changed(config).items())
+    return f"CompressionConfig({given})"
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "cerwu_gpu": cerwu_gpu.__version__,
+        **{name: version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "device": f"{device} ({kind})",
+    }

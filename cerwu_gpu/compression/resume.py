@@ -1,0 +1,38 @@
+"""What the bytes of a compressed directory depend on, so that a run is continued only as it was."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import cerwu_gpu
+from cerwu_gpu.config import CompressionConfig
+
+LIBRARIES = ("torch", "transformers", "constriction", "numpy")
+
+
+def settings_fingerprint(config: CompressionConfig, device: torch.device) -> Mapping[str, str]:
+    """Return what is known before anything is loaded: settings, code and the machine's kind."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        **{name: str(value) for name, value in asdict(config).items()},
+        "device": kind,
+        "cerwu_gpu": cerwu_gpu.__version__,
+        "the version of cerwu_gpu's code": _code_digest(),
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+@cache
+def _code_digest() -> str:
+    """Return the SHA-256 of the package's own source files."""
+    digest = hashlib.sha256()
+    folder = Path(cerwu_gpu.__file__).parent
+    for path in sorted((*folder.rglob("*.py"), *(folder / "kernels").glob("*.py"))):
+        digest.update(f"{path.relative_to(folder)}".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

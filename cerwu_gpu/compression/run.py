@@ -1,0 +1,236 @@
+"""Full passes over a model: every weight quantized, coded and stored, not yet published."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cerwu_gpu import __version__
+from cerwu_gpu.compression.adapter import Adapter
+from cerwu_gpu.compression.pipeline import compress_blocks
+from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.container.journal import Journal
+from cerwu_gpu.container.output import written
+from cerwu_gpu.container.reader import open_directory
+from cerwu_gpu.container.writer import DirectoryWriter
+from cerwu_gpu.errors import ConfigError, CorruptionError
+from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.progress import Clock
+from cerwu_gpu.quantize.sensitivity import Sensitivities
+from cerwu_gpu.report import LayerReport, Report
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A whole directory under its hidden name.
+
+    Attributes:
+        lmbda: what it was made with.
+        layers: what was stored of each matrix.
+        directory_bytes: of all its files.
+        writer: holds it.
+    """
+
+    lmbda: float
+    layers: tuple[LayerReport, ...]
+    directory_bytes: int
+    writer: DirectoryWriter
+
+    @property
+    def weights(self) -> int:
+        """Number of quantized weights."""
+        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+
+    @property
+    def coded_bytes(self) -> int:
+        """Bytes of everything stored for them."""
+        return sum(layer.words_bytes + layer.side_bytes for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of everything stored for a quantized weight."""
+        return 8 * self.coded_bytes / self.weights
+
+    def events(self, layouts: Mapping[str, WeightLayout]) -> tuple[str, ...]:
+        """Return what did not go as planned, by matrix."""
+        return tuple(
+            f"{layouts[layer.name].key(layer.part)}: {event}"
+            for layer in self.layers
+            for event in layer.events
+        )
+
+
+class Run:
+    """Makes attempts for one output; leaving the context removes those that were not published.
+
+    Attributes:
+        adapter: the model and its data.
+        output: where the directory goes.
+        clock: gets the seconds of all stages.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        output: Path,
+        *,
+        clock: Clock,
+        overwrite: bool = False,
+        verify: bool = True,
+        card: bool = False,
+        work: Path | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Prepare; nothing is written yet.
+
+        Args:
+            overwrite: replace a compressed directory at `output`.
+            verify: decode what was written and compare it with the weights in memory.
+            card: write a model card into every attempt.
+            work: this run's own directory (container/work.py), where finished blocks are kept;
+                None: they are not.
+            progress: show bars on stderr.
+        """
+        self.adapter = adapter
+        self.output = output
+        self.clock = clock
+        self._overwrite = overwrite
+        self._verify = verify
+        self._card = card
+        self._work = work
+        self._progress = progress
+        self._stack = ExitStack()
+        self._sensitivities: Sensitivities | None = None
+        self._original_loss: float | None = None
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def sensitivities(self, config: CompressionConfig) -> Sensitivities:
+        """Return the sensitivities, computed once."""
+        if self._sensitivities is None:
+            if not config.needs_gradients:
+                return Sensitivities()
+            with self.clock.stage("sensitivity"):
+                self._sensitivities = self.adapter.sensitivities(config)
+        return self._sensitivities
+
+    def attempt(self, config: CompressionConfig) -> Attempt:
+        """Quantize the whole model from its original weights, which are restored first.
+
+        Raises:
+            CerwuError: a subclass that says what is wrong.
+        """
+        adapter, layouts, clock = self.adapter, self.adapter.layouts, self.clock
+        self._stack.close()  # what an earlier attempt wrote
+        adapter.restore()
+        if config.targeted:
+            adapter.keep_originals()
+        sensitivities = self.sensitivities(config)
+        if self._card and self._original_loss is None:
+            self._original_loss = self._loss()
+        writer = self._stack.enter_context(
+            DirectoryWriter(
+                self.output,
+                generator=f"cerwu_gpu {__version__}",
+                overwrite=self._overwrite,
+                inside=self._work,
+            )
+        )
+        parameters = {name: adapter.module.get_parameter(name) for name in layouts}
+        dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+        journal = Journal(self._work / f"lmbda-{config.lmbda!r}") if self._work else None
+        with clock.stage("calibrate"):
+            blocks = adapter.blocks(config)
+        layers = compress_blocks(
+            blocks, layouts, dtypes, writer, config, clock, sensitivities, journal
+        )
+        with clock.stage("quantize"):
+            adapter.finish(config)
+        loss = self._loss() if self._card else None
+        with clock.stage("write"):
+            for name, tensor in plain_tensors(adapter.module, layouts).items():
+                writer.add_plain(name, tensor)
+            adapter.write_files(writer.folder)
+            writer.complete()
+            if self._card:
+                with written(writer.folder):
+                    adapter.write_card(writer.folder, self._original_loss, loss)
+        if self._verify:
+            with clock.stage("verify"):
+                check_stored(writer.folder, parameters, progress=self._progress)
+        return Attempt(config.lmbda, tuple(layers), directory_bytes(writer.folder), writer)
+
+    def report(self, attempt: Attempt, original_bytes: int) -> Report:
+        """Return the report of an attempt."""
+        adapter = self.adapter
+        return Report(
+            layers=attempt.layers,
+            lmbda=attempt.lmbda,
+            bits_per_weight=attempt.bits_per_weight,
+            directory_bytes=attempt.directory_bytes,
+            original_bytes=original_bytes,
+            seconds=self.clock.seconds,
+            events=(*adapter.events, *attempt.events(adapter.layouts)),
+            left=dict(adapter.left),
+        )
+
+    def _loss(self) -> float | None:
+        with self.clock.stage("evaluate"):
+            return self.adapter.loss()
+
+
+def plain_tensors(module: nn.Module, layouts: Mapping[str, WeightLayout]) -> dict[str, Tensor]:
+    """Return what is stored as it is: every other entry of the state dict, tied and shared ones
+    once.
+
+    Raises:
+        ConfigError: an entry of the state dict is no tensor.
+    """
+    compressed = {id(module.get_parameter(name)) for name in layouts}
+    seen: set[int] = set()
+    plain = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"{name} in the module's state is no tensor and cannot be stored.")
+        if id(tensor) not in seen and id(tensor) not in compressed:
+            plain[name] = tensor
+        seen.add(id(tensor))
+    return plain
+
+
+def plain_bytes(module: nn.Module, layouts: Mapping[str, WeightLayout]) -> int:
+    """Return the bytes of what is stored as it is; with no layouts, of the whole module."""
+    tensors = plain_tensors(module, layouts).values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def directory_bytes(path: Path) -> int:
+    """Return the bytes of all files below `path`."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def check_stored(folder: Path, parameters: Mapping[str, Tensor], *, progress: bool = False) -> None:
+    """Check that plain tensors have their checksums, and compressed weights the bits in memory.
+
+    Raises:
+        CorruptionError: one has not.
+    """
+    directory = open_directory(folder)
+    for _ in directory.plain():
+        pass
+    missing = parameters.keys() - directory.compressed().keys()
+    if missing:
+        raise CorruptionError(f"{min(missing)} was not written: please report it.")
+    for name, weight in directory.weights(progress=progress):
+        if not torch.equal(weight, parameters[name].detach().cpu().reshape(weight.shape)):
+            raise CorruptionError(
+                f"{name} does not decode to the weight that was quantized: "
+                "this is a defect of cerwu_gpu; please report it."
+            )

@@ -1,0 +1,304 @@
+"""Reach a wanted rate, size or quality: a search on a sample, then a few full passes.
+
+Bits fall and losses grow with lmbda, smoothly: at high rate half a bit per factor 4. A sample of
+stacks, each reduced to some of its rows, gives both as functions of lmbda in seconds; what full
+passes then measure corrects the sample's bias.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from cerwu_gpu.compression.estimate import (
+    LMBDA_RANGE,
+    Estimate,
+    estimate,
+    first_lmbda,
+    sample_stacks,
+)
+from cerwu_gpu.compression.run import Attempt, Run, directory_bytes, plain_bytes, plain_tensors
+from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.errors import ConfigError, TargetError
+
+FULL_PASSES = 3
+SMALL_MODEL, SMALL_PASSES = 4_000_000, 8
+"""Number of weights below which side information of single matrices dominates, and of passes there:
+the estimate is poor, but full passes are cheap."""
+BITS_TOLERANCE = 0.02
+SIZE_MARGIN, SIZE_LEAST = 0.995, 0.98
+"""Sizes aim at the first share of the limit; the second one must be used."""
+QUALITY_MARGIN, QUALITY_LEAST = 0.85, 0.6
+"""The same for a growth of the loss."""
+PLAIN_HEADER, PART_HEADER = 180, 640
+"""Bytes of a file's header for a plain tensor and for a coded matrix, before a pass shows them."""
+TOLERANCE = 0.001
+"""Relative accuracy of the search on the sample."""
+
+
+@dataclass
+class Goal:
+    """What is measured, on the sample and on an attempt, and when an attempt will do.
+
+    Attributes:
+        request: what was asked for, in words.
+        on_sample: what an estimate predicts, in units of `aim`.
+        on_attempt: the same quantity of a full pass.
+        falls: whether it falls with lmbda.
+        aim: returns the value to steer for, after the passes so far.
+        accepts: whether an attempt meets the request, given what was measured of it; the last pass
+            may stay further below it.
+    """
+
+    request: str
+    on_sample: Callable[[Estimate], float]
+    on_attempt: Callable[[Attempt], float]
+    falls: bool
+    aim: Callable[[], float]
+    accepts: Callable[[Attempt, float, bool], bool]
+
+
+def to_target(run: Run, config: CompressionConfig) -> Attempt:
+    """Return the attempt that meets config.bits, max_size or max_perplexity_increase.
+
+    Raises:
+        ConfigError: the quality is asked for, and the model has no loss.
+        TargetError: the request cannot be met, or is not within FULL_PASSES (SMALL_PASSES).
+    """
+    adapter, clock = run.adapter, run.clock
+    adapter.keep_originals()
+    sensitivities = run.sensitivities(config)
+    with clock.stage("calibrate"):
+        probes = sample_stacks(adapter.sample_blocks(config), config, sensitivities)
+    with clock.stage("target"):
+        goal = _goal(run, config)
+
+    @cache
+    def predicted(lmbda: float) -> float:
+        return goal.on_sample(estimate(probes, replace(config, lmbda=lmbda)))
+
+    drift = adapter.drifts and bool(config.correct_drift) and goal.falls
+    correction, measured = Correction(relative=not goal.falls, drift=drift), 0.0
+    lmbda, step = first_lmbda(probes), math.log(4.0)
+    passes = FULL_PASSES if _weights(run) > SMALL_MODEL else SMALL_PASSES
+    for number in range(1, passes + 1):
+        with clock.stage("target"):
+            lmbda = _solved(goal, predicted, correction, lmbda, step)
+        attempt = run.attempt(replace(config, lmbda=lmbda))
+        with clock.stage("target"):
+            measured = goal.on_attempt(attempt)
+            if goal.accepts(attempt, measured, number == passes):
+                return attempt
+            correction.learn(lmbda, predicted(lmbda), measured)
+        step = 0.2
+    raise TargetError(
+        f"{goal.request} was missed after {passes} full passes (reached {measured:.4g}): "
+        "ask for a little more room."
+    )
+
+
+def _solved(
+    goal: Goal,
+    predicted: Callable[[float], float],
+    correction: "Correction",
+    start: float,
+    step: float,
+) -> float:
+    def measure(lmbda: float) -> float:
+        return correction.apply(lmbda, predicted(lmbda))
+
+    try:
+        return solve(measure, goal.aim(), start, step, falls=goal.falls)
+    except TargetError as error:
+        raise TargetError(f"{goal.request} is out of reach: ask for another value.") from error
+
+
+def _goal(run: Run, config: CompressionConfig) -> Goal:
+    if config.bits is not None:
+        return _bits_goal(config.bits)
+    if config.max_size is not None:
+        return _size_goal(run, config.max_size)
+    assert config.max_perplexity_increase is not None
+    return _quality_goal(run, config.max_perplexity_increase)
+
+
+def _bits_goal(bits: float) -> Goal:
+    return Goal(
+        request=f"bits {bits:g}",
+        on_sample=lambda sample: sample.bits,
+        on_attempt=lambda attempt: attempt.bits_per_weight,
+        falls=True,
+        aim=lambda: bits,
+        accepts=lambda _, value, __: abs(value - bits) <= BITS_TOLERANCE,
+    )
+
+
+def _size_goal(run: Run, limit: int) -> Goal:
+    """Steer the bits that are left for weights beside all that is not coded, whose bytes are
+    estimated before the first pass and known after it."""
+    weights = _weights(run)
+    fixed = _fixed_bytes(run)
+    request = f"max_size {limit}"
+
+    def aim() -> float:
+        room = limit * SIZE_MARGIN - fixed
+        if room <= 0:
+            raise TargetError(
+                f"{request} is out of reach: what is not quantized takes {fixed} bytes."
+            )
+        return 8 * room / weights
+
+    def on_attempt(attempt: Attempt) -> float:
+        nonlocal fixed
+        fixed = attempt.directory_bytes - attempt.coded_bytes
+        return attempt.bits_per_weight
+
+    def accepts(attempt: Attempt, _: float, last: bool) -> bool:
+        least = 0.0 if last else SIZE_LEAST * limit
+        return least <= attempt.directory_bytes <= limit
+
+    aim()
+    return Goal(
+        request=request,
+        on_sample=lambda sample: sample.bits,
+        on_attempt=on_attempt,
+        falls=True,
+        aim=aim,
+        accepts=accepts,
+    )
+
+
+def _quality_goal(run: Run, increase: float) -> Goal:
+    """Steer the growth of the held-out loss, which the weighted loss of a sample predicts."""
+    before = run.adapter.loss()
+    if before is None:
+        raise ConfigError(
+            "max_perplexity_increase needs a loss on held-out data, which this model has not: "
+            "give a loss, or ask for bits or a size."
+        )
+    limit = math.log1p(increase)
+
+    def on_attempt(attempt: Attempt) -> float:
+        after = run.adapter.loss()
+        assert after is not None
+        return max(after - before, 1e-6)
+
+    def accepts(_: Attempt, value: float, last: bool) -> bool:
+        return (0.0 if last else limit * QUALITY_LEAST) <= value <= limit
+
+    return Goal(
+        request=f"max_perplexity_increase {increase:g}",
+        on_sample=lambda sample: sample.loss,
+        on_attempt=on_attempt,
+        falls=False,
+        aim=lambda: limit * QUALITY_MARGIN,
+        accepts=accepts,
+    )
+
+
+def _weights(run: Run) -> int:
+    return sum(math.prod(layout.shape) for layout in run.adapter.layouts.values())
+
+
+def _fixed_bytes(run: Run) -> int:
+    """Return about what a directory takes besides coded weights: plain tensors, other files,
+    headers."""
+    module, layouts = run.adapter.module, run.adapter.layouts
+    parts = sum(layout.parts for layout in layouts.values())
+    with tempfile.TemporaryDirectory() as folder:
+        run.adapter.write_files(Path(folder))
+        files = directory_bytes(Path(folder))
+    headers = len(plain_tensors(module, layouts)) * PLAIN_HEADER + parts * PART_HEADER
+    return plain_bytes(module, layouts) + files + headers
+
+
+class Correction:
+    """An offset of predictions, which depends on lmbda, as full passes have shown it.
+
+    After one pass it is a constant, or with `drift`, of which a sample knows nothing, in proportion
+    to lmbda, as errors of earlier layers are. After two it is the line in log lmbda through the
+    last ones, followed no further than their distance on either side.
+    """
+
+    def __init__(self, *, relative: bool, drift: bool) -> None:
+        """`relative`: predictions are off by a factor, as losses are, instead of by a sum."""
+        self._relative, self._drift = relative, drift
+        self._passes: list[tuple[float, float]] = []
+
+    def learn(self, lmbda: float, predicted: float, measured: float) -> None:
+        """Take what a full pass at lmbda measured, and what had been predicted."""
+        place = math.log(lmbda)
+        self._passes = [before for before in self._passes[-1:] if before[0] != place]
+        offset = math.log(measured / predicted) if self._relative else measured - predicted
+        self._passes.append((place, offset))
+
+    def apply(self, lmbda: float, predicted: float) -> float:
+        """Return a corrected prediction."""
+        offset = self._offset(math.log(lmbda))
+        return predicted * math.exp(offset) if self._relative else predicted + offset
+
+    def _offset(self, place: float) -> float:
+        if not self._passes:
+            return 0.0
+        if len(self._passes) == 1:
+            (before, offset), *_ = self._passes
+            return offset * math.exp(min(place - before, 1.0)) if self._drift else offset
+        (before, offset), (last, last_offset) = self._passes
+        share = min(max((place - before) / (last - before), -1.0), 2.0)
+        return offset + (last_offset - offset) * share
+
+
+def solve(
+    measure: Callable[[float], float],
+    goal: float,
+    start: float,
+    step: float = math.log(4.0),
+    *,
+    falls: bool,
+) -> float:
+    """Return lmbda with measure(lmbda) = goal.
+
+    Args:
+        measure: positive; of a power of lmbda's kind, so that the search runs on logarithms. It
+            may be flat where lmbda is far too small or too large.
+        goal: positive.
+        start: first lmbda to try.
+        step: in log lmbda, to the second one.
+        falls: whether the measure falls with lmbda, as bits do, or grows, as losses do.
+
+    Raises:
+        TargetError: the goal lies outside of what any lmbda gives.
+    """
+    tried: dict[float, float] = {}
+    least, most = (math.log(edge) for edge in LMBDA_RANGE)
+
+    def gap(log_lmbda: float) -> float:
+        if log_lmbda not in tried:
+            tried[log_lmbda] = math.log(max(measure(math.exp(log_lmbda)), 1e-9 * goal) / goal)
+        return tried[log_lmbda]
+
+    low = high = math.log(start)
+    if abs(gap(low)) < TOLERANCE:
+        return start
+    # Walk until the goal lies between two tried values, then halve or interpolate.
+    upwards = (gap(low) > 0) == falls
+    while (gap(low) > 0) == (gap(high) > 0):
+        if upwards:
+            low, high = high, min(high + step, most)
+        else:
+            low, high = max(low - step, least), low
+        if low == high:
+            raise TargetError(f"no lmbda reaches {goal:.4g}: ask for a value within reach.")
+        step *= 1.5
+    while high - low > 1e-3:
+        share = gap(low) / (gap(low) - gap(high))
+        middle = low + (high - low) * min(max(share, 0.1), 0.9)
+        if abs(gap(middle)) < TOLERANCE:
+            return math.exp(middle)
+        if (gap(middle) > 0) == (gap(low) > 0):
+            low = middle
+        else:
+            high = middle
+    return math.exp((low + high) / 2)

@@ -1,0 +1,458 @@
+"""Causal language models: blocks calibrated one by one, a loss per token, a head, a tokenizer."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from cerwu_gpu.calibration.blockwise import Backbone, CalibratedBlocks, Drift
+from cerwu_gpu.calibration.cache import (
+    CachedBlocks,
+    CachingBlocks,
+    HessianCache,
+    hessian_key,
+    tensors_digest,
+)
+from cerwu_gpu.calibration.capture import Capture
+from cerwu_gpu.calibration.sensitivity import blockwise_sensitivities
+from cerwu_gpu.compression.adapter import Adapter
+from cerwu_gpu.compression.blocks import Blocks
+from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.hf.card import Card, Quality
+from cerwu_gpu.hf.companions import (
+    COPIED_FILES,
+    LICENCE_PATTERNS,
+    copy_files,
+    save_text_files,
+    write_config,
+)
+from cerwu_gpu.hf.ends import Ends, ends_placed
+from cerwu_gpu.hf.evaluation import mean_loss, perplexity_of
+from cerwu_gpu.hf.head import HeadBlocks, HeadGradients, head_layouts
+from cerwu_gpu.hf.models import LoadedModel, check_tokens, is_conv1d
+from cerwu_gpu.hf.text import calibration_tokens
+from cerwu_gpu.layout import Label
+from cerwu_gpu.models.selection import (
+    Selection,
+    find_blocks,
+    require_finite,
+    select_in_blocks,
+)
+from cerwu_gpu.progress import note
+from cerwu_gpu.quantize.sensitivity import Sensitivities
+
+SENSITIVITY_TOKENS = 4096
+"""Number of tokens used to estimate sensitivities. They span orders of magnitude across outputs, so
+a small sample suffices."""
+HELD_OUT = 8
+"""Number of calibration samples of which one is held out for a max_perplexity_increase."""
+JUDGING_TOKENS = 8192
+"""Number of held-out tokens whose perplexity goes into a model card."""
+LOGITS = 2**25
+"""Number of logits that are in memory at a time, about; at least those of one sequence."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What calibrates and judges a language model.
+
+    Attributes:
+        tokens: int64 [samples, sequence], what calibrates.
+        held_out: int64 [samples, sequence], disjoint from `tokens`; empty where nobody asks for
+            a loss or the text has no more.
+    """
+
+    tokens: Tensor
+    held_out: Tensor
+
+
+class CausalLM(Adapter):
+    """A causal language model with its calibration text.
+
+    Attributes:
+        loaded: the model and its tokenizer.
+        data: the calibration tokens.
+    """
+
+    drifts = True
+    module: PreTrainedModel
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: CompressionConfig,
+        *,
+        device: torch.device,
+        progress: bool = False,
+    ) -> None:
+        """Choose the weights.
+
+        Raises:
+            ConfigError: a pattern matches nothing, or no weight is left.
+            ModelError: the model has no blocks.
+        """
+        super().__init__()
+        self.loaded = loaded
+        self.module = loaded.model.train(False)
+        self.data = Data(torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0, dtype=torch.int64))
+        self.cache: HessianCache | None = None
+        self.card: Card | None = None
+        self._kept: HessianCache | None = None
+        self._text_events: tuple[str, ...] = ()
+        self._noted = False
+        self._device = device
+        self._progress = progress
+        self._blocks = find_blocks(self.module, is_conv1d)
+        self.select(config)
+
+    def select(self, config: CompressionConfig) -> None:
+        """Choose the weights that these settings compress."""
+        selection = select(self.module, config.include, config.exclude, head=not config.keep_head)
+        self.layouts = {layout.name: layout for layout in selection.chosen}
+        self.left = selection.left
+        self.events = (*selection.events(strict=config.strict), *self._text_events)
+
+    def calibrate(
+        self,
+        config: CompressionConfig,
+        *,
+        text: str | None = None,
+        hessian_cache: Path | None = None,
+        work: Path | None = None,
+        judged: bool = False,
+    ) -> None:
+        """Tokenize the calibration text and find the place of its Hessians.
+
+        Args:
+            text: instead of what config.calibration names.
+            hessian_cache: directory for Hessians and sensitivities, for later runs too.
+            work: this run's own directory (container/work.py), for what a run that dies would have
+                to compute again.
+            judged: hold some text out, beside what calibrates, for `loss`.
+
+        Raises:
+            CalibrationError: the text cannot be used, or the settings contradict each other.
+            ModelError: a weight to compress is NaN or infinite.
+        """
+        require_finite(self.module, self.layouts)
+        # Where an increase is asked for, some of what calibrates is held out anyway.
+        apart = judged and config.max_perplexity_increase is None
+        tokens, held_out, events = calibration_tokens(
+            config.calibration,
+            self.module,
+            self.loaded.tokenizer,
+            samples=config.samples,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            unseen=-(-JUDGING_TOKENS // config.sequence_length) if apart else 0,
+            text=text,
+            progress=self._progress,
+        )
+        if apart and not len(held_out):
+            events = (
+                *events,
+                "no calibration text is left to judge by: the card has no perplexity.",
+            )
+        if config.strict and events:
+            raise CalibrationError(f"{events[0]} (strict)")
+        if config.max_perplexity_increase is not None:
+            tokens, held_out = _split(tokens)
+        self._text_events = events
+        self.events = (*self.events, *events)
+        self.take(Data(tokens, held_out))
+        if hessian_cache is not None:
+            self._check_cache(config)
+            key = hessian_key(
+                self.module,
+                described(self.module),
+                list(self.layouts.values()),
+                tensors_digest([tokens]),
+            )
+            self.cache = HessianCache(hessian_cache, key)
+        self._kept = self.cache or (HessianCache(work, "calibration") if work else None)
+
+    def take(self, data: Data) -> None:
+        """Take calibration tokens.
+
+        Raises:
+            ModelError: the model has no embedding for them.
+        """
+        if data.tokens.numel():
+            check_tokens(self.module, data.tokens, data.tokens.shape[1])
+        self.data = data
+
+    @staticmethod
+    def _check_cache(config: CompressionConfig) -> None:
+        if config.correct_drift and not config.targeted:
+            raise CalibrationError(
+                "Hessians behind compressed blocks belong to one setting only and are not kept: "
+                "drop correct_drift or the Hessian cache."
+            )
+        if config.sequential:
+            raise CalibrationError(
+                "sequential Hessians belong to one setting only and are not kept: drop "
+                "sequential, or the Hessian cache and any target."
+            )
+
+    # What the model is told about tokens; a masked language model differs here alone.
+
+    def inputs(self, tokens: Tensor) -> Tensor:
+        """Return what the model is run on for tokens, int64 [batch, sequence]."""
+        return tokens
+
+    def predicted(self, tokens: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits [count, vocabulary] that predict a token, and those tokens [count]."""
+        return logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+
+    def _run(self, tokens: Tensor) -> object:
+        ids = self.inputs(tokens).to(self.module.device)
+        return self.module.base_model(input_ids=ids, **self.run_options)
+
+    run_options: Mapping[str, Any] = {"use_cache": False}
+    """Arguments of every run beside the tokens."""
+
+    def ends(self, captured: Capture) -> Ends:
+        """Return everything of the model but its blocks."""
+        return Ends(
+            self.module,
+            self._blocks,
+            captured.wrap,
+            lambda tokens: self.inputs(tokens),
+            self.run_options,
+        )
+
+    def backbone(self) -> tuple[Backbone, HeadBlocks]:
+        """Return what block-by-block calibration needs of the model, and its matrices outside of
+        the blocks."""
+        layouts = tuple(self.layouts.values())
+        outer = HeadBlocks(self.module, self._blocks, layouts, self.ends)
+        backbone = Backbone(
+            self.module,
+            self._blocks,
+            layouts,
+            self._run,
+            outer,
+            lambda: eager_experts(self.module),
+        )
+        return backbone, outer
+
+    def sensitivities(self, config: CompressionConfig) -> Sensitivities:
+        kept = self._kept.read_sensitivities() if self._kept is not None else None
+        if kept is None:
+            tokens = self.data.tokens
+            count = -(-SENSITIVITY_TOKENS // tokens.shape[1])
+            kept = self.backward(tokens[:count], config.batch_size)
+            if self._kept is not None:
+                self._kept.write_sensitivities(kept)
+        return _filled(kept)
+
+    def backward(self, tokens: Tensor, batch_size: int) -> Sensitivities:
+        """Return the sensitivities of all chosen weights on tokens, int64 [samples, sequence].
+
+        Raises:
+            CalibrationError: sequences of one token, or a gradient that is not finite.
+            ModelError: the model has no embedding for the tokens.
+        """
+        if tokens.numel():
+            check_tokens(self.module, tokens, tokens.shape[1])
+        backbone, outer = self.backbone()
+        head = None if outer.head is None else HeadGradients(outer.head)
+        alphas = blockwise_sensitivities(
+            backbone,
+            tokens,
+            lambda captured: _Tail(self, self.ends(captured), head, self._device),
+            ends_placed(self.module, self._blocks, self._device),
+            to_inputs=head is not None,
+            device=self._device,
+            batch_size=batch_size,
+            progress=self._progress,
+        )
+        additions: dict[str, Tensor] = {}
+        if head is not None:
+            for name in head.head.names:
+                if name in self.layouts:
+                    outer_part = head.sensitivities(self.layouts[name], self.inputs(tokens))
+                    alphas.update(outer_part.squared_gradients)
+                    additions.update(outer_part.hessian_additions)
+        return Sensitivities(alphas, additions)
+
+    def blocks(self, config: CompressionConfig) -> Blocks:
+        if self.cache is None or config.correct_drift:
+            return self._calibrated(config)
+        return self.sample_blocks(config)
+
+    def sample_blocks(self, config: CompressionConfig) -> Blocks:
+        assert self.cache is not None
+        backbone, outer = self.backbone()
+        count = len(backbone.blocks) + len(outer)
+        if not self.cache.complete(count):
+            blocks = self._calibrated(config, sampling=True)
+            return CachingBlocks(blocks, self.cache, self._device)
+        if self._progress and not self._noted:
+            note(f"Hessians found in {self.cache.path}: calibration is skipped.")
+            self._noted = True
+        layouts = list(self.layouts.values())
+        return CachedBlocks(self.module, layouts, self.cache, count, self._device)
+
+    def _calibrated(self, config: CompressionConfig, sampling: bool = False) -> CalibratedBlocks:
+        return CalibratedBlocks(
+            self.backbone()[0],
+            self.data.tokens,
+            device=self._device,
+            batch_size=config.batch_size,
+            drift=Drift(config.sequential, bool(config.correct_drift) and not sampling),
+            progress=self._progress,
+        )
+
+    def loss(self) -> float | None:
+        if not len(self.data.held_out):
+            return None
+        return mean_loss(self.module, self.data.held_out)
+
+    def identity(self) -> dict[str, str]:
+        return {
+            "the model": hessian_key(self.module, described(self.module), [], ""),
+            "the calibration text": tensors_digest([self.data.tokens, self.data.held_out]),
+        }
+
+    def write_files(self, folder: Path) -> None:
+        write_config(self.module, folder)
+        if self.loaded.files is not None:
+            copy_files(self.loaded.files, folder, (*COPIED_FILES, *LICENCE_PATTERNS))
+        else:
+            save_text_files(self.module, self.loaded.tokenizer, folder)
+
+    def write_card(self, folder: Path, before: float | None, after: float | None) -> None:
+        assert self.card is not None
+        quality = None
+        if before is not None and after is not None:
+            samples, length = self.data.held_out.shape
+            quality = Quality(perplexity_of(before), perplexity_of(after), samples * (length - 1))
+        self.card.write(folder, quality)
+
+
+class _Tail:
+    """The ends of a model in the backward pass of one batch (calibration.sensitivity.Tail)."""
+
+    def __init__(
+        self, adapter: CausalLM, ends: Ends, head: HeadGradients | None, device: torch.device
+    ) -> None:
+        self._adapter = adapter
+        self._ends = ends
+        self._head = head
+        self._device = device
+        self._entries: list[tuple[Tensor, Tensor]] = []
+
+    def gradient(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Return the loss's gradient at the blocks' output, a few sequences at a time."""
+        embedding: Any = self._adapter.module.get_input_embeddings().weight
+        count = max(1, LOGITS // (tokens.shape[1] * embedding.shape[0]))
+        gradients = []
+        pieces = zip(torch.split(tokens, count), torch.split(hidden, count), strict=True)
+        for piece, outputs in pieces:
+            passage = self._ends.passage(piece, outputs)
+            if self._head is not None:
+                self._head.note(passage, self._predicting(piece))
+            logits, targets = self._adapter.predicted(piece, passage.logits)
+            loss = functional.cross_entropy(
+                logits.float(), targets.to(self._device), reduction="sum"
+            )
+            gradients.append(torch.autograd.grad(loss, passage.last)[0])
+            self._entries.append((passage.rows, passage.first))
+        return torch.cat(gradients)
+
+    def _predicting(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return a function from logits [batch, sequence, ...] to those that predict a token."""
+        return lambda logits: self._adapter.predicted(tokens, logits)[0]
+
+    def note_inputs(self, gradient: Tensor) -> None:
+        assert self._head is not None
+        pieces = torch.split(gradient, [len(rows) for rows, _ in self._entries])
+        for (rows, first), piece in zip(self._entries, pieces, strict=True):
+            self._head.note_rows(torch.autograd.grad(first, rows, piece)[0])
+
+
+def select(
+    model: PreTrainedModel,
+    include: tuple[str, ...] | list[str] = ("*",),
+    exclude: tuple[str, ...] | list[str] = (),
+    *,
+    head: bool = False,
+) -> Selection:
+    """Choose weights of a language model's blocks, and with `head` of its head and its input
+    embedding; tied, they are one parameter.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or no weight is left.
+        ModelError: the model has no blocks, or with `head` none that can be compressed.
+    """
+    return select_in_blocks(
+        model,
+        find_blocks(model, is_conv1d),
+        head_layouts(model) if head else (),
+        include,
+        exclude,
+        is_transposed=is_conv1d,
+    )
+
+
+@contextmanager
+def eager_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Have the experts of a mixture run one by one; fused ones never show one expert's input."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before in (None, "eager"):
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def described(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the configuration, without what changes from one machine to the next."""
+    config: dict[str, Any] = model.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version"):
+        config.pop(volatile, None)
+    return config
+
+
+def _filled(sensitivities: Sensitivities) -> Sensitivities:
+    """Return the same, with experts that no token reached counting like the average of the
+    others."""
+    gradients = sensitivities.squared_gradients
+    filled: dict[Label, Tensor] = dict(gradients)
+    for (name, part), gradient in gradients.items():
+        if not bool(gradient.any()):
+            others = [
+                value.mean()
+                for (other, _), value in gradients.items()
+                if other == name and bool(value.any())
+            ]
+            if others:
+                filled[name, part] = torch.stack(others).mean().expand_as(gradient)
+    return Sensitivities(filled, sensitivities.hessian_additions)
+
+
+def _split(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return calibration and held-out samples: every HELD_OUT-th one is held out.
+
+    Raises:
+        CalibrationError: there is only one sample.
+    """
+    if len(tokens) < 2:
+        raise CalibrationError(
+            "max_perplexity_increase needs at least 2 calibration samples: give more text."
+        )
+    out = torch.arange(len(tokens)) % HELD_OUT == HELD_OUT - 1
+    out[-1] |= not bool(out.any())
+    return tokens[~out], tokens[out]

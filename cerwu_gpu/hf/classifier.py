@@ -1,0 +1,85 @@
+"""Image classifiers of transformers: modules with a configuration and an image processor."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from cerwu_gpu.errors import ModelError, reason
+from cerwu_gpu.hf.companions import (
+    LICENCE_PATTERNS,
+    copy_files,
+    save_text_files,
+    write_config,
+)
+from cerwu_gpu.models.module import ModuleAdapter
+
+COPIED_FILES = ("preprocessor_config.json", "processor_config.json", *LICENCE_PATTERNS)
+"""Files of an image classifier that go into the compressed directory as they came."""
+
+
+class ImageClassifier(ModuleAdapter):
+    """An image classifier with batches of its inputs.
+
+    Attributes:
+        files: local directory of the source's own files; None for a model in memory.
+    """
+
+    module: PreTrainedModel
+    files: Path | None = None
+
+    def __init__(self, module: PreTrainedModel, *args: Any, **options: Any) -> None:
+        """Take the arguments of ModuleAdapter.
+
+        Raises:
+            ModelError: the model's layers were changed, so that its directory could not be loaded.
+        """
+        _check_unchanged(module)
+        super().__init__(module, *args, **options)
+
+    def write_files(self, folder: Path) -> None:
+        write_config(self.module, folder)
+        save_text_files(self.module, None, folder)
+        if self.files is not None:
+            copy_files(self.files, folder, COPIED_FILES)
+
+
+def _check_unchanged(model: PreTrainedModel) -> None:
+    """Refuse what `load_compressed` could not build again.
+
+    Raises:
+        ModelError: the model's layers were changed.
+    """
+    with torch.device("meta"):
+        fresh = type(model)(model.config).state_dict()
+    state = model.state_dict()
+    changed = {
+        name for name in state.keys() & fresh.keys() if state[name].shape != fresh[name].shape
+    }
+    changed |= state.keys() ^ fresh.keys()
+    if changed:
+        raise ModelError(
+            f"{min(changed)} of {type(model).__name__} is not as its configuration says (folded or "
+            "changed layers): its directory could not be loaded."
+        )
+
+
+def load_classifier(
+    source: str | Path, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Path | None]:
+    """Load an image classifier by hub name or directory; return it with its local directory.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    try:
+        model = AutoModelForImageClassification.from_pretrained(
+            source, dtype="auto", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise ModelError(
+            f"{source} cannot be loaded as an image classifier: {reason(error)}"
+        ) from error
+    folder = Path(source).expanduser()
+    return model, folder if folder.is_dir() else None

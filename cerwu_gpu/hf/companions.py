@@ -1,0 +1,88 @@
+"""Files of a compressed directory beside its weights: configuration, tokenizer, licences."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cerwu_gpu.container.output import written
+from cerwu_gpu.errors import OutputError, reason
+from cerwu_gpu.hf.models import TOKENIZER_FILES
+from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
+
+COPIED_FILES = (
+    *TOKENIZER_FILES,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+)
+"""Files of a language model that go into the compressed directory as they came."""
+LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
+
+
+def write_config(model: PreTrainedModel, folder: Path) -> None:
+    """Write config.json with the quantization method; nothing in it says from which directory the
+    model came.
+
+    Raises:
+        OutputError: the disk refuses it.
+    """
+    content: dict[str, Any] = _without_paths(model.config.to_dict())
+    content["quantization_config"] = {"quant_method": QUANT_METHOD, "format": FORMAT_VERSION}
+    content["architectures"] = [type(model).__name__]
+    content["dtype"] = str(model.dtype).removeprefix("torch.")  # it may have been cast
+    text = json.dumps(content, indent=2, sort_keys=True, default=str)
+    with written(folder):
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
+    """Copy the files of a source directory that match one of the patterns.
+
+    Raises:
+        OutputError: the disk refuses one.
+    """
+    with written(folder):
+        for file in sorted({path for pattern in patterns for path in source.glob(pattern)}):
+            shutil.copyfile(file, folder / file.name)
+
+
+def save_text_files(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+) -> None:
+    """Save the tokenizer and the generation settings of a model in memory.
+
+    Raises:
+        OutputError: the disk refuses one.
+    """
+    with written(folder):
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, folder)
+        generation = getattr(model, "generation_config", None)  # image classifiers have none
+        if generation is not None:
+            generation.save_pretrained(folder)
+
+
+def _without_paths(content: Any) -> Any:
+    """Return a configuration without the places that it and its parts were loaded from."""
+    if isinstance(content, dict):
+        kept = {key: value for key, value in content.items() if key != "_name_or_path"}
+        return {key: _without_paths(value) for key, value in kept.items()}
+    return [_without_paths(x) for x in content] if isinstance(content, list) else content
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # a full disk reaches us from Rust as a plain Exception
+        raise OutputError(
+            f"the tokenizer cannot be written to {folder} ({reason(error)}): "
+            "free some space and start again."
+        ) from error

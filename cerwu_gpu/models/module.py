@@ -1,0 +1,264 @@
+"""Any torch module: it runs whole, on batches of inputs, and gets its stored weights back."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cerwu_gpu.calibration.cache import (
+    CachedBlocks,
+    CachingBlocks,
+    HessianCache,
+    hessian_key,
+    tensors_digest,
+)
+from cerwu_gpu.calibration.running import Batch, Runner, evaluating, materialized, samples
+from cerwu_gpu.calibration.sensitivity import Loss, losses, module_sensitivities
+from cerwu_gpu.calibration.whole import HESSIAN_BYTES, CalibratedLayers
+from cerwu_gpu.compression.adapter import Adapter
+from cerwu_gpu.compression.blocks import Blocks
+from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.container.reader import CompressedDirectory
+from cerwu_gpu.errors import CalibrationError, ConfigError, FormatError
+from cerwu_gpu.models.norms import FollowingNorms, following_norms
+from cerwu_gpu.models.selection import require_finite, require_values, select_in_module
+from cerwu_gpu.progress import note
+from cerwu_gpu.quantize.sensitivity import Sensitivities
+
+Module = TypeVar("Module", bound=nn.Module)
+
+HELD_OUT = 8
+"""Number of batches of which one is held out for a max_perplexity_increase."""
+
+
+class ModuleAdapter(Adapter):
+    """A module with linear layers and 2-D convolutions, and batches of its inputs.
+
+    Batch norms follow the quantized weights (norms.py) where config.correct_drift says so.
+
+    Attributes:
+        batches: the inputs that calibrate.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batches: Iterable[Batch],
+        config: CompressionConfig,
+        *,
+        loss: Loss | None = None,
+        device: torch.device | None = None,
+        hessian_cache: Path | None = None,
+        work: Path | None = None,
+        hessian_bytes: int = HESSIAN_BYTES,
+        progress: bool = False,
+    ) -> None:
+        """Choose the weights; the module has its original ones.
+
+        Args:
+            batches: inputs that calibrate (running.Batch); they are kept and run several times.
+            loss: what the sensitivities are of, and what `loss` measures.
+            device: where the module runs; None: where it is.
+            hessian_cache: directory for Hessians and sensitivities, for later runs too.
+            work: this run's own directory (container/work.py), for what a run that dies would have
+                to compute again.
+            hessian_bytes: bytes that the Hessians of one run over the batches may take.
+            progress: show bars on stderr.
+
+        Raises:
+            CerwuError: a subclass that says what is wrong.
+        """
+        super().__init__()
+        require_values(module)
+        self.module = module
+        self.select(config)
+        require_finite(module, self.layouts)
+        self.batches = materialized(batches)
+        self._held_out: list[Batch] = []
+        if config.max_perplexity_increase is not None:
+            self.batches, self._held_out = _split(self.batches, loss)
+        self._loss = loss
+        home = module.get_parameter(next(iter(self.layouts))).device
+        self._device = device or home
+        self._hessian_bytes = hessian_bytes
+        self._progress = progress
+        self._norms: FollowingNorms | None = None
+        self._noted = False
+        self.cache: HessianCache | None = None
+        if hessian_cache is not None:
+            if config.sequential:
+                raise CalibrationError(
+                    "sequential Hessians belong to one setting only and are not kept: drop "
+                    "sequential, or the Hessian cache."
+                )
+            inputs = tensors_digest(x for batch in self.batches for x in _tensors(batch))
+            key = hessian_key(module, self._described(), list(self.layouts.values()), inputs)
+            self.cache = HessianCache(hessian_cache, key)
+        self._kept = self.cache or (HessianCache(work, "calibration") if work else None)
+
+    def select(self, config: CompressionConfig) -> None:
+        """Choose the weights that these settings compress.
+
+        Raises:
+            ConfigError: `config.keep_head` is of language models.
+        """
+        if config.keep_head:
+            raise ConfigError(
+                "keep_head is for language models: exclude the last layer by its name."
+            )
+        selection = select_in_module(self.module, config.include, config.exclude)
+        self.layouts = {layout.name: layout for layout in selection.chosen}
+        self.left = selection.left
+        self.events = selection.events(strict=config.strict)
+
+    def _described(self) -> object:
+        return f"{type(self.module).__module__}.{type(self.module).__qualname__}"
+
+    def sensitivities(self, config: CompressionConfig) -> Sensitivities:
+        kept = self._kept.read_sensitivities() if self._kept is not None else None
+        if kept is None:
+            alphas = module_sensitivities(
+                self.module,
+                tuple(self.layouts.values()),
+                self.batches,
+                loss=self._loss,
+                device=self._device,
+                seed=config.seed,
+                progress=self._progress,
+            )
+            kept = Sensitivities(alphas)
+            if self._kept is not None:
+                self._kept.write_sensitivities(kept)
+        return kept
+
+    def blocks(self, config: CompressionConfig) -> Blocks:
+        self._follow_norms(config)
+        layouts = list(self.layouts.values())
+        layers = CalibratedLayers(
+            self.module,
+            layouts,
+            self.batches,
+            device=self._device,
+            hessian_bytes=self._hessian_bytes,
+            sequential=config.sequential,
+            seed=config.seed,
+            progress=self._progress,
+        )
+        if self.cache is None:
+            return layers
+        if not self.cache.complete(len(layers)):
+            return CachingBlocks(layers, self.cache, self._device)
+        if self._progress and not self._noted:
+            note(f"Hessians found in {self.cache.path}: calibration is skipped.")
+            self._noted = True
+        return CachedBlocks(self.module, layouts, self.cache, len(layers), self._device)
+
+    def _follow_norms(self, config: CompressionConfig) -> None:
+        """Have the norms seen what the original weights give them, where they are to follow."""
+        if self._norms is None:
+            self._norms = following_norms(
+                self.module, self.batches, config, device=self._device, progress=self._progress
+            )
+
+    def restore(self) -> None:
+        super().restore()
+        if self._norms is not None:
+            self._norms.put_back()
+
+    def finish(self, config: CompressionConfig) -> None:
+        if self._norms is not None and config.with_drift_decided(hessians_kept=False).correct_drift:
+            self._norms.follow()
+
+    @torch.no_grad()
+    def loss(self) -> float | None:
+        if not self._held_out or self._loss is None:
+            return None
+        total = count = 0.0
+        with evaluating(self.module, self._device):
+            runner = Runner(self.module, {}, self._device)
+            for batch in self._held_out:
+                total += float(losses(self._loss, runner.run(batch), batch).double().sum())
+                count += samples(batch)
+        return total / count
+
+    def identity(self) -> dict[str, str]:
+        return {
+            "the model": hessian_key(self.module, self._described(), [], ""),
+            "the calibration inputs": tensors_digest(
+                x for batch in (*self.batches, *self._held_out) for x in _tensors(batch)
+            ),
+        }
+
+
+def _split(batches: list[Batch], loss: Loss | None) -> tuple[list[Batch], list[Batch]]:
+    """Return batches that calibrate and held-out ones.
+
+    Raises:
+        ConfigError: there is no loss to judge by.
+        CalibrationError: there is only one batch.
+    """
+    if loss is None:
+        raise ConfigError("max_perplexity_increase needs a loss: give one, or lmbda.")
+    if len(batches) < 2:
+        raise CalibrationError(
+            "max_perplexity_increase needs at least 2 calibration batches: give more."
+        )
+    out = {i for i in range(len(batches)) if i % HELD_OUT == HELD_OUT - 1} or {len(batches) - 1}
+    inside = [batch for i, batch in enumerate(batches) if i not in out]
+    return inside, [batches[i] for i in sorted(out)]
+
+
+def _tensors(batch: Batch) -> Iterable[Tensor]:
+    values: Iterable[Any] = [batch] if isinstance(batch, Tensor) else batch
+    if isinstance(batch, Mapping):
+        values = batch.values()
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+@torch.no_grad()
+def fill(
+    module: Module,
+    directory: CompressedDirectory,
+    *,
+    device: torch.device,
+    verify: bool = True,
+    progress: bool = False,
+) -> Module:
+    """Put every stored tensor into its place in `module`; nothing is changed before all fit.
+
+    Args:
+        device: where weights are decoded; the module stays where it is.
+
+    Returns:
+        The module.
+
+    Raises:
+        FormatError: names, shapes or dtypes of the file and the module differ, or the file is
+            damaged.
+    """
+    state = dict(directory.plain(verify=verify))
+    state |= dict(directory.weights(device=device, verify=verify, progress=progress))
+    target: dict[str, Tensor] = dict(module.state_dict(keep_vars=True))
+    kind, path = type(module).__name__, directory.path
+    for name in state:
+        if name not in target:
+            raise FormatError(f"{path} has {name}, which {kind} lacks: give the module it is of.")
+    stored = {id(target[name]) for name in state}
+    for name, tensor in target.items():
+        if id(tensor) not in stored:
+            raise FormatError(f"{path} lacks {name} of {kind}: give the module it is of.")
+        if name in state and (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
+            raise FormatError(
+                f"{path} has {name} as {_described(state[name])}, {kind} as {_described(tensor)}: "
+                "give the module it is of."
+            )
+    for name, tensor in state.items():
+        target[name].copy_(tensor)
+    return module
+
+
+def _described(tensor: Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype} {list(tensor.shape)}"

@@ -1,0 +1,207 @@
+"""A model as the subject of a sweep: its adapter, and a measure of what is loaded from files."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cerwu_gpu.baselines.nncodec import pass_through_nncodec
+from cerwu_gpu.calibration.running import Batch
+from cerwu_gpu.calibration.sensitivity import Loss
+from cerwu_gpu.compression.adapter import Adapter
+from cerwu_gpu.compression.run import Run, directory_bytes, plain_bytes
+from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.container.reader import open_directory
+from cerwu_gpu.errors import ConfigError
+from cerwu_gpu.models.module import ModuleAdapter, fill
+from cerwu_gpu.progress import Clock
+from cerwu_gpu.sweep.points import Point
+from cerwu_gpu.sweep.subject import Outcome, Quality
+
+
+def check_base(base: CompressionConfig) -> None:
+    """Refuse Hessians that belong to one setting only.
+
+    Raises:
+        ConfigError: `base` asks for them.
+    """
+    if base.sequential or base.correct_drift:
+        raise ConfigError(
+            "a sweep keeps Hessians for all points: drop sequential and correct_drift."
+        )
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a model is judged.
+
+    Attributes:
+        quality: what is measured.
+        evaluate: measures a model as it is.
+        load: loads a compressed directory as the model that is measured.
+        description: all that the result depends on, in words; part of a subject's identity.
+    """
+
+    quality: Quality
+    evaluate: Callable[[nn.Module], float]
+    load: Callable[[Path], nn.Module]
+    description: Mapping[str, str] = field(default_factory=dict)
+
+
+class ModelSubject:
+    """A model with its calibration data and a measure (Subject).
+
+    It is calibrated once: the Hessians and sensitivities of all its weights are in the adapter's
+    cache. The original weights are put back before each point.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        adapter: Adapter,
+        measure: Measure,
+        base: CompressionConfig,
+        original_bytes: int | None = None,
+    ) -> None:
+        """Nothing is run yet.
+
+        Args:
+            name: what tables and pictures call the model.
+            adapter: with all weights that any point compresses, and a Hessian cache.
+            base: which weights, and what calibrates: the points' settings of these are ignored.
+            original_bytes: of the original; default: of the dense weights.
+        """
+        self.name = name
+        self.quality: Quality = measure.quality
+        self._adapter = adapter
+        self._measure = measure
+        self._base = base
+        adapter.keep_originals()
+        self._original_bytes = original_bytes or plain_bytes(adapter.module, {})
+        self._calibrated = False
+
+    def identity(self) -> Mapping[str, str]:
+        """Return digests of weights and data, and the settings that all points share."""
+        self._adapter.restore()
+        return {
+            **self._adapter.identity(),
+            **self._measure.description,
+            "weights": f"{self._base.include} {self._base.exclude}",
+        }
+
+    def original(self) -> float:
+        """Return the quality of the model as it came."""
+        self._adapter.restore()
+        return self._measure.evaluate(self._adapter.module)
+
+    def run(self, point: Point, folder: Path) -> Outcome:
+        """Compress, load and evaluate; NNCodec points leave no files.
+
+        Raises:
+            CerwuError: a subclass that says what is wrong.
+        """
+        adapter, clock = self._adapter, Clock()
+        adapter.restore()
+        if point.qp is not None:
+            adapter.select(point.config)
+            return self._run_nncodec(point.qp, point.dependent)
+        self._prepare(point.config, clock)
+        adapter.select(point.config)
+        with Run(adapter, folder, clock=clock, verify=False) as run:
+            attempt = run.attempt(point.config)
+            attempt.writer.publish()
+        with clock.stage("decode"):
+            adapter.restore()
+            decoded = self._measure.load(folder)
+        with clock.stage("evaluate"):
+            quality = self._measure.evaluate(decoded)
+        return Outcome(
+            bits_per_weight=attempt.bits_per_weight,
+            directory_bytes=attempt.directory_bytes,
+            original_bytes=self._original_bytes,
+            quality=quality,
+            seconds=clock.seconds,
+            events=(*adapter.events, *attempt.events(adapter.layouts)),
+        )
+
+    def _prepare(self, config: CompressionConfig, clock: Clock) -> None:
+        """Have the Hessians, and where `config` uses them the sensitivities, in the cache.
+
+        They are those of all weights of the sweep, whatever a point leaves alone.
+        """
+        self._adapter.select(self._base)
+        if not self._calibrated:
+            with clock.stage("calibrate"):
+                for _ in self._adapter.sample_blocks(self._base):
+                    pass  # passing through the blocks writes the cache
+            self._calibrated = True
+        if config.needs_gradients:
+            with clock.stage("sensitivity"):
+                self._adapter.sensitivities(config)
+
+    def _run_nncodec(self, qp: int, dependent: bool) -> Outcome:
+        adapter, clock = self._adapter, Clock()
+        parameters = {name: adapter.module.get_parameter(name) for name in adapter.layouts}
+        with clock.stage("quantize"):
+            coded_bytes = pass_through_nncodec(parameters, qp=qp, dependent=dependent)
+        with clock.stage("evaluate"):
+            quality = self._measure.evaluate(adapter.module)
+        with tempfile.TemporaryDirectory() as folder:
+            adapter.write_files(Path(folder))
+            rest = directory_bytes(Path(folder))
+        rest += plain_bytes(adapter.module, adapter.layouts)
+        return Outcome(
+            bits_per_weight=8 * coded_bytes / sum(p.numel() for p in parameters.values()),
+            directory_bytes=coded_bytes + rest,
+            original_bytes=self._original_bytes,
+            quality=quality,
+            seconds=clock.seconds,
+        )
+
+
+def module_subject(
+    name: str,
+    module: nn.Module,
+    batches: Iterable[Batch],
+    evaluate: Callable[[nn.Module], float],
+    *,
+    base: CompressionConfig,
+    data: str,
+    hessian_cache: Path,
+    loss: Loss | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> ModelSubject:
+    """Return a plain module as a subject, judged by an accuracy.
+
+    Args:
+        name: what tables and pictures call it.
+        batches: inputs that calibrate (running.Batch).
+        evaluate: accuracy (a share of 1) of the module as it is.
+        base: which weights, and the seed; points' settings of these are ignored.
+        data: names what `evaluate` looks at; part of the identity.
+        hessian_cache: directory for Hessians and sensitivities.
+        loss: what the sensitivities are of (calibration/sensitivity.py).
+
+    Raises:
+        CerwuError: there is nothing to compress, or no batch.
+    """
+    check_base(base)
+    adapter = ModuleAdapter(
+        module.eval(),
+        batches,
+        base,
+        loss=loss,
+        device=torch.device(device),
+        hessian_cache=hessian_cache,
+        progress=progress,
+    )
+
+    def load(folder: Path) -> nn.Module:
+        return fill(module, open_directory(folder), device=torch.device("cpu"))
+
+    measure = Measure("accuracy", evaluate, load, {"evaluation": data})
+    return ModelSubject(name, adapter, measure, base)

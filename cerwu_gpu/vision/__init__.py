@@ -1,1 +1,0 @@
-"""Plain torch modules and vision networks: convolutions as matrices, hooks, no transformers."""
