@@ -28,6 +28,7 @@ ORDER = (
         "layout",
         "patterns",
         "progress",
+        "quantities",
         "report",
         "report_page",
         "spec",

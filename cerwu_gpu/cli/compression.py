@@ -11,7 +11,6 @@ import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import listing, print_events, print_json, report_rows, set_verbosity
-from cerwu_gpu.cli.quantities import parse_share, parse_size
 from cerwu_gpu.config import (
     CompressionConfig,
     Method,
@@ -23,6 +22,7 @@ from cerwu_gpu.config import (
 from cerwu_gpu.container.output import check_apart
 from cerwu_gpu.container.work import output_places
 from cerwu_gpu.errors import ConfigError
+from cerwu_gpu.quantities import parse_share, parse_size
 
 DEFAULT = CompressionConfig()
 

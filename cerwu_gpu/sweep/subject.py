@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from cerwu_gpu.report import Stage
 from cerwu_gpu.sweep.points import Point
 
 Quality = Literal["perplexity", "accuracy"]
 """Perplexity is better when lower, accuracy (a share of 1) when higher."""
-STAGES = (
+STAGES: tuple[Stage, ...] = (
     "calibrate",
     "sensitivity",
     "quantize",
@@ -20,9 +21,9 @@ STAGES = (
     "evaluate",
 )
 """Stages whose seconds a table has."""
-PREPARATION = ("calibrate", "sensitivity")
+PREPARATION: tuple[Stage, ...] = ("calibrate", "sensitivity")
 """Work that later points find done."""
-JUDGEMENT = ("decode", "evaluate")
+JUDGEMENT: tuple[Stage, ...] = ("decode", "evaluate")
 """Work that is no part of compressing."""
 
 
@@ -41,7 +42,7 @@ class Outcome:
     original_bytes: int
     quality: float
     """Of the result as it is loaded from its file."""
-    seconds: Mapping[str, float]
+    seconds: Mapping[Stage, float]
     """Stage (STAGES) -> seconds."""
     events: tuple[str, ...] = ()
     """What did not go as planned, one sentence each."""

@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from cerwu_gpu.container.output import atomic
 from cerwu_gpu.errors import OutputError
+from cerwu_gpu.report import Stage
 from cerwu_gpu.sweep.points import Point
 from cerwu_gpu.sweep.subject import JUDGEMENT, PREPARATION, STAGES, Outcome, Quality
 
@@ -45,7 +46,7 @@ class Row:
     original_quality: float
     events: str
     """Sentences one after the other."""
-    seconds: Mapping[str, float] = field(compare=False)
+    seconds: Mapping[Stage, float] = field(compare=False)
     """Stage (STAGES) -> seconds; two runs with the same results are equal without them."""
 
     @property
