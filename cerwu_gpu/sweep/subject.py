@@ -5,22 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from cerwu_gpu.report import Stage
+from cerwu_gpu.report import STAGES, Stage
 from cerwu_gpu.sweep.points import Point
 
 Quality = Literal["perplexity", "accuracy"]
 """Perplexity is better when lower, accuracy (a share of 1) when higher."""
-STAGES: tuple[Stage, ...] = (
-    "calibrate",
-    "sensitivity",
-    "quantize",
-    "code",
-    "write",
-    "verify",
-    "decode",
-    "evaluate",
-)
-"""Stages whose seconds a table has."""
 PREPARATION: tuple[Stage, ...] = ("calibrate", "sensitivity")
 """Work that later points find done."""
 JUDGEMENT: tuple[Stage, ...] = ("decode", "evaluate")
@@ -43,7 +32,7 @@ class Outcome:
     quality: float
     """Of the result as it is loaded from its file."""
     seconds: Mapping[Stage, float]
-    """Stage (STAGES) -> seconds."""
+    """Those of stages that did not occur may be absent."""
     events: tuple[str, ...] = ()
     """What did not go as planned, one sentence each."""
 
