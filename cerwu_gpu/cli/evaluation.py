@@ -98,15 +98,15 @@ def evaluate(
             )
         results: list[Results | None] = [
             task_results(
-                each.model,
-                require_tokenizer(each.tokenizer or pair[0].tokenizer),
+                loaded.model,
+                require_tokenizer(loaded.tokenizer or pair[0].tokenizer),
                 wanted,
                 batch_size=batch_size,
                 examples=examples,
             )
             if wanted
             else None
-            for each in pair
+            for loaded in pair
         ]
     measured = Measured(numbers, *results)
     seconds = perf_counter() - begin

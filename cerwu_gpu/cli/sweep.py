@@ -212,7 +212,7 @@ def sweep(
 
 
 def corrections(drift: str) -> tuple[bool, ...]:
-    """Whether drift is corrected, for each word of a LIST.
+    """Return whether drift is corrected, for each word of a LIST.
 
     Raises:
         ConfigError: a word is not of DRIFTS.
@@ -228,20 +228,20 @@ def _values(name: str, text: str) -> list[str]:
 
 
 def words(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
-    """The words of a LIST.
+    """Return the words of a LIST.
 
     Raises:
         ConfigError: one of them is not `allowed`.
     """
-    found = _values(name, text)
-    for word in found:
+    given = _values(name, text)
+    for word in given:
         if word not in allowed:
             raise ConfigError(f"{name} is {word!r}: choose from {', '.join(allowed)}.")
-    return tuple(found)
+    return tuple(given)
 
 
 def numbers(name: str, text: str, parse: Callable[[str], Value]) -> tuple[Value, ...]:
-    """The numbers of a LIST.
+    """Return the numbers of a LIST.
 
     Raises:
         ConfigError: one of them is none, or refused by `parse`.
