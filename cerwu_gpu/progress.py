@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from cerwu_gpu.report import Stage
+
 T = TypeVar("T")
 
 LINES_EVERY = 10.0
@@ -83,10 +85,10 @@ class Clock:
     """Seconds per stage."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[Stage, float] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: Stage) -> Iterator[None]:
         """Add the time spent inside to `name`."""
         begin = time.perf_counter()
         try:
@@ -94,7 +96,7 @@ class Clock:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
-    def move(self, seconds: float, source: str, target: str) -> None:
+    def move(self, seconds: float, source: Stage, target: Stage) -> None:
         """Count some of the time spent in stage `source` as that of `target`."""
         self.seconds[source] = self.seconds.get(source, 0.0) - seconds
         self.seconds[target] = self.seconds.get(target, 0.0) + seconds

@@ -2,7 +2,52 @@
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
+
+Stage = Literal[
+    "load",
+    "calibrate",
+    "sensitivity",
+    "target",
+    "quantize",
+    "code",
+    "write",
+    "verify",
+    "decode",
+    "evaluate",
+]
+"""Part of the work whose seconds are counted; decode and evaluate measure what came out."""
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""All stages, in the order of the work."""
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What bytes of a compressed directory are for; `arrays` names those of the side data."""
+
+    name: str
+    explanation: str
+    arrays: tuple[str, ...] = ()
+
+
+WORDS, PLAIN, HEADERS = "words", "plain tensors", "headers"
+"""Purposes of bytes that are no side data."""
+PURPOSES = (
+    Purpose(WORDS, "the entropy-coded integers of all quantized weights"),
+    Purpose("tables", "frequencies of the integers, by class", ("table_codes",)),
+    Purpose("classes", "which table a row and a column use", ("row_class", "column_class")),
+    Purpose(
+        "steps and scales",
+        "what an integer is worth, by column and row",
+        ("step_code", "row_scale_code"),
+    ),
+    Purpose("stream lengths", "where each decoder starts", ("lengths",)),
+    Purpose("escaped integers", "those beyond the tables", ("escapes",)),
+    Purpose("grid values", "the levels of a given grid", ("grid",)),
+    Purpose(PLAIN, "norms, biases and what was left alone"),
+    Purpose(HEADERS, "names, shapes and checksums"),
+)
+"""All purposes of the bytes in files of tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +88,7 @@ class Report:
     """Every file of the compressed directory."""
     original_bytes: int
     """The .gguf file, or the dense weights in the dtype they were loaded in, tied ones once."""
-    seconds: dict[str, float]
-    """Stage (load, calibrate, sensitivity, target, quantize, code, write, verify) -> seconds."""
+    seconds: dict[Stage, float]
     events: tuple[str, ...] = ()
     """What did not go as planned, layers included, one sentence each that names the thing."""
     left: dict[str, str] = field(default_factory=dict)

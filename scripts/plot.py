@@ -1,4 +1,4 @@
-"""Pictures of sweeps: python scripts/plot.py SWEEP.csv [SWEEP.csv ...] -o FOLDER.
+"""Pictures of sweeps: python scripts/plot.py SWEEP.jsonl [SWEEP.jsonl ...] -o FOLDER.
 
 Writes, for all the networks in the tables together,
 
@@ -27,7 +27,7 @@ PICTURES = ("rate", "minimum", "time", "language")
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="plot", description="Draw the tables of sweeps.")
     add = parser.add_argument
-    add("tables", type=Path, nargs="+", metavar="SWEEP.csv", help="tables that sweeps wrote")
+    add("tables", type=Path, nargs="+", metavar="SWEEP.jsonl", help="tables that sweeps wrote")
     add("--output", "-o", type=Path, required=True, metavar="FOLDER", help="for the pictures")
     add("--pictures", nargs="+", choices=PICTURES, default=PICTURES, help="default: all")
     add("--methods", nargs="+", metavar="LABEL", help="only these, as tables name them")

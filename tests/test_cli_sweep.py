@@ -40,15 +40,15 @@ def test_a_sweep_ends_with_its_tables(sweep: Command, tmp_path: Path) -> None:
     assert "fewest bits at" in out
     assert "1.01x the perplexity" in out
     assert "calibration and sensitivities" in out
-    assert out.rstrip().endswith(str(tmp_path / "sweep" / "sweep.csv"))
+    assert out.rstrip().endswith(str(tmp_path / "sweep" / "sweep.jsonl"))
 
 
 def test_json_has_points_fronts_and_minimum(sweep: Command, tmp_path: Path) -> None:
     sweep(*GRID[:4], "--levels", "3")
-    before = (tmp_path / "sweep" / "sweep.csv").read_bytes()
+    before = (tmp_path / "sweep" / "sweep.jsonl").read_bytes()
     summary = json.loads(sweep(*GRID, "--json").out)
-    rows = read_table(tmp_path / "sweep" / "sweep.csv")
-    assert (tmp_path / "sweep" / "sweep.csv").read_bytes().startswith(before)
+    rows = read_table(tmp_path / "sweep" / "sweep.jsonl")
+    assert (tmp_path / "sweep" / "sweep.jsonl").read_bytes().startswith(before)
     assert summary["points"] == [row.record() for row in rows]
     keys = {row.label: {r.point for r in rows if r.label == row.label} for row in rows}
     assert summary["fronts"].keys() == keys.keys() == {"ours scalar", "rtn"}
@@ -96,7 +96,7 @@ def test_wrong_input_is_one_sentence(
     assert len(err.strip().splitlines()) == 1, err
     assert err.startswith("cerwu-gpu: ") and err.strip().endswith(".")
     assert part in err
-    assert not (tmp_path / "sweep" / "sweep.csv").exists()
+    assert not (tmp_path / "sweep" / "sweep.jsonl").exists()
 
 
 def test_another_text_is_refused(sweep: Command, tmp_path: Path) -> None:

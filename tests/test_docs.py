@@ -60,7 +60,7 @@ NOT_RUN = {
     "python scripts/fidelity.py": "its data are no part of the project; see scripts/test_fidelity",
     "python scripts/limit.py": "its data are no part of the project; see scripts/test_limit",
     "python scripts/sweep_cifar.py": "needs CIFAR-10; see sweep/test_cifar",
-    "python scripts/plot.py sweep/sweep.csv cifar20/sweep.csv": "needs sweeps of CIFAR-10",
+    "python scripts/plot.py sweep/sweep.jsonl cifar20/sweep.jsonl": "needs sweeps of CIFAR-10",
     "--bits": "a target takes many passes over a model this small; see hf/test_compression",
     "--max-size": "the same",
     "--max-perplexity-increase": "the same",

@@ -30,6 +30,7 @@ ORDER = (
         "errors",
         "layout",
         "progress",
+        "quantities",
         "report",
         "report_page",
         "spec",

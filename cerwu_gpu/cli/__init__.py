@@ -22,7 +22,7 @@ INTERRUPTED = 130
 
 
 class Commands(TyperGroup):
-    """Turns what a user can mend into one sentence on stderr and an exit code."""
+    """Commands whose input errors become one sentence on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:  # the class of ctx moved between releases of typer
         try:
@@ -69,7 +69,7 @@ def _options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:

@@ -11,7 +11,6 @@ import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import listing, print_events, print_json, report_rows, set_verbosity
-from cerwu_gpu.cli.quantities import parse_share, parse_size
 from cerwu_gpu.config import (
     CompressionConfig,
     Method,
@@ -23,6 +22,7 @@ from cerwu_gpu.config import (
 from cerwu_gpu.container.output import check_apart
 from cerwu_gpu.container.work import output_places
 from cerwu_gpu.errors import ConfigError
+from cerwu_gpu.quantities import parse_share, parse_size
 
 DEFAULT = CompressionConfig()
 
@@ -30,89 +30,143 @@ DEFAULT = CompressionConfig()
 def compress(
     model: options.Model,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Directory to write; must be new or empty.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Output directory; must be new or empty unless --overwrite is given.",
+        ),
     ],
     method: Annotated[
-        Method, typer.Option(help="Rounding rule; optq has lmbda 0, rtn no Hessian.")
+        Method,
+        typer.Option(
+            help="Quantization method; cerwu-gamma0 does not complete the square, optq has lmbda "
+            "0, rtn uses no Hessian."
+        ),
     ] = DEFAULT.method,
     lmbda: Annotated[
-        float, typer.Option(help="Output error worth paying for one bit: more makes it smaller.")
+        float,
+        typer.Option(
+            help="Rate-distortion trade-off: output error accepted to save one bit; larger values "
+            "give smaller files."
+        ),
     ] = DEFAULT.lmbda,
     levels: Annotated[
         int | None,
-        typer.Option(help="Uniform grid with so many levels by abs-max; default: steps by column."),
+        typer.Option(
+            help="Number of levels of a uniform grid scaled by abs-max; default: no uniform grid, "
+            "but a step size per column, derived from lmbda."
+        ),
     ] = DEFAULT.levels,
     grid: Annotated[
         str | None,
-        typer.Option(help="Sorted grid values: a file of numbers, or numbers with commas."),
+        typer.Option(
+            help="Grid values in increasing order: comma-separated numbers, or a file of numbers."
+        ),
     ] = None,
     scale: Annotated[
-        Scale, typer.Option(help="What abs-max is taken over, with --levels or --grid.")
+        Scale, typer.Option(help="Granularity of the abs-max scale with --levels or --grid.")
     ] = DEFAULT.scale,
-    quantizer: Annotated[Quantizer, typer.Option(help="Kind of quantizer.")] = DEFAULT.quantizer,
+    quantizer: Annotated[
+        Quantizer,
+        typer.Option(help="Scalar quantizer, or trellis-coded quantization with 4 or 8 states."),
+    ] = DEFAULT.quantizer,
     rate_model: Annotated[
-        RateModel, typer.Option(help="What the search takes bits to be; others need a given grid.")
+        RateModel,
+        typer.Option(
+            help="Code length model of the search; others than histogram need --levels or --grid."
+        ),
     ] = DEFAULT.rate_model,
     bits: Annotated[
-        float | None, typer.Option(help="Wanted bits per quantized weight; sets lmbda.")
+        float | None, typer.Option(help="Target bits per quantized weight; lmbda is searched.")
     ] = None,
     max_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Most bytes of the directory, e.g. 60MB; sets lmbda."),
+        typer.Option(
+            metavar="SIZE",
+            help="Maximum size of the output directory, e.g. 60MB; lmbda is searched.",
+        ),
     ] = None,
     max_perplexity_increase: Annotated[
         str | None,
-        typer.Option(metavar="SHARE", help="Most growth of the perplexity, e.g. 2%; sets lmbda."),
+        typer.Option(
+            metavar="SHARE",
+            help="Maximum relative increase of the perplexity, e.g. 2%; lmbda is searched.",
+        ),
     ] = None,
     sensitivity: Annotated[
-        Sensitivity, typer.Option(help="What an output's error costs: by layer, by row, or alike.")
+        Sensitivity,
+        typer.Option(
+            help="Weighting of output errors: none, relative to the layer's output energy, or by "
+            "squared gradients per layer, per row, or balanced with relative."
+        ),
     ] = DEFAULT.sensitivity,
     passes: options.Passes = DEFAULT.passes,
     damping: options.Damping = DEFAULT.damping,
     damping_by: options.DampingBy = DEFAULT.damping_by,
-    block_size: Annotated[int, typer.Option(help="Columns per lazy block.")] = DEFAULT.block_size,
+    block_size: Annotated[
+        int, typer.Option(help="Columns per block of lazy batched updates.")
+    ] = DEFAULT.block_size,
     include: options.Include = None,
     exclude: options.Exclude = None,
     keep_head: Annotated[
-        bool, typer.Option("--keep-head", help="Leave the embedding and the head as they are.")
+        bool,
+        typer.Option(
+            "--keep-head", help="Do not quantize the input embedding and the output head."
+        ),
     ] = DEFAULT.keep_head,
     calibration: options.Calibration = DEFAULT.calibration,
     samples: options.Samples = DEFAULT.samples,
     sequence_length: options.SequenceLength = DEFAULT.sequence_length,
     batch_size: options.CalibrationBatch = DEFAULT.batch_size,
     sequential: Annotated[
-        bool, typer.Option("--sequential", help="Calibrate on the already quantized blocks.")
+        bool,
+        typer.Option(
+            "--sequential",
+            help="Calibrate each block on the outputs of the already quantized blocks.",
+        ),
     ] = DEFAULT.sequential,
     correct_drift: Annotated[
         bool | None,
         typer.Option(
             "--correct-drift/--ignore-drift",
-            help="Quantize for the compressed model's own inputs; default: yes, unless --levels, "
-            "--sequential or --hessian-cache is given.",
+            help="Quantize for the inputs of the compressed model, toward the original outputs; "
+            "default: yes, unless --levels, --grid, --sequential or --hessian-cache is given.",
         ),
     ] = DEFAULT.correct_drift,
     seed: options.Seed = DEFAULT.seed,
     limit_columns: Annotated[
-        int, typer.Option(help="Report the theoretical limit of matrices up to so wide; 0: none.")
+        int,
+        typer.Option(
+            help="Report the theoretical limit of matrices with at most this many columns; 0: of "
+            "none."
+        ),
     ] = DEFAULT.limit_columns,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Turn every event of the report into an error.")
+        bool, typer.Option("--strict", help="Treat events of the report (warnings) as errors.")
     ] = DEFAULT.strict,
     device: options.Device = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a compressed model; nothing else ever is.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace an existing compressed model; other files are never replaced.",
+        ),
     ] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew, not where an unfinished run stopped.")
+        bool,
+        typer.Option(
+            "--restart", help="Discard the progress of an unfinished run instead of resuming it."
+        ),
     ] = False,
     hessian_cache: Annotated[
-        Path | None, typer.Option(help="Directory in which Hessians are kept for the next run.")
+        Path | None, typer.Option(help="Directory to cache Hessians in, for reuse by later runs.")
     ] = None,
     no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not decode the result once more at the end.")
+        bool, typer.Option("--no-verify", help="Skip the final check that decodes the output.")
     ] = False,
     card: Annotated[
-        bool, typer.Option("--card", help="Write a model card for the Hub: README.md.")
+        bool, typer.Option("--card", help="Write a model card for the Hub (README.md).")
     ] = False,
     report: Annotated[
         Path | None,
@@ -123,12 +177,10 @@ def compress(
         ),
     ] = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the report as JSON and nothing else.")
-    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON only.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compress MODEL into a directory that load_compressed, info and eval read."""
+    """Compress MODEL into a directory for load_compressed, info, eval and decompress."""
     config = CompressionConfig(
         method=method,
         lmbda=lmbda,

@@ -13,17 +13,18 @@ if TYPE_CHECKING:
     from cerwu_gpu.container.reader import Inventory
 
 Directory = Annotated[
-    Path, typer.Argument(metavar="DIRECTORY", help="A directory that `cerwu-gpu compress` wrote.")
+    Path,
+    typer.Argument(
+        metavar="DIRECTORY", help="Compressed model directory written by cerwu-gpu compress."
+    ),
 ]
 
 
 def info(
     directory: Directory,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the inventory as JSON and nothing else.")
-    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the inventory as JSON only.")] = False,
 ) -> None:
-    """Print what each tensor and file of DIRECTORY takes; the bytes add up to the directory's."""
+    """List the tensors and files of DIRECTORY with their sizes, which add up to the total."""
     from cerwu_gpu.container.reader import inventory
 
     content = inventory(directory)
@@ -59,7 +60,7 @@ def _rows(content: "Inventory") -> Iterator[tuple[str, ...]]:
 
 
 def verify(directory: Directory) -> None:
-    """Check every checksum of DIRECTORY and decode every stream."""
+    """Verify all checksums of DIRECTORY and decode all streams."""
     from cerwu_gpu.container.reader import verify as check
 
     check(directory)
@@ -69,18 +70,26 @@ def verify(directory: Directory) -> None:
 def decompress(
     directory: Directory,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Directory to write; must be new or empty.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Output directory; must be new or empty unless --overwrite is given.",
+        ),
     ],
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(help="Type of the weights; default: the one they had."),
+        typer.Option(help="Data type of the weights; default: the original one."),
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace a compressed model; not a plain one."),
+        typer.Option(
+            "--overwrite",
+            help="Replace an existing compressed model; other models are never replaced.",
+        ),
     ] = False,
 ) -> None:
-    """Write DIRECTORY as a plain safetensors model for tools that do not know cerwu_gpu."""
+    """Convert DIRECTORY to an uncompressed safetensors model, for tools without cerwu_gpu."""
     import torch
 
     from cerwu_gpu.compression.run import directory_bytes

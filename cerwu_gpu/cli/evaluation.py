@@ -32,45 +32,46 @@ def evaluate(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="Compressed directory, hub name, model directory or .gguf file."
+            metavar="MODEL",
+            help="Compressed directory, Hub model id, model directory or .gguf file.",
         ),
     ],
     text: Annotated[
         str | None,
         typer.Option(
-            help="Text file, or wikitext2 for the test part of WikiText-2, which is the default "
-            "without --tasks."
+            help="Evaluation text: a text file, or wikitext2 for the test split of WikiText-2; "
+            "default: wikitext2, unless --tasks is given."
         ),
     ] = None,
-    context_length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    context_length: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 512,
     stride: Annotated[
         int | None,
-        typer.Option(help="Tokens from window to window; default: the context length."),
+        typer.Option(help="Tokens between window starts; default: the context length."),
     ] = None,
     max_windows: options.MaxWindows = None,
-    batch_size: Annotated[int, typer.Option(help="Windows in work at a time.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 4,
     against: Annotated[
         str | None,
-        typer.Option(metavar="ORIGINAL", help="Model to compare with, in memory at the same time."),
+        typer.Option(
+            metavar="ORIGINAL", help="Original model to compare with; both are held in memory."
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="Tasks of lm-eval, with commas; needs lm-eval."),
+        typer.Option(metavar="LIST", help="Comma-separated lm-eval tasks; requires lm-eval."),
     ] = None,
     examples: Annotated[
-        int | None, typer.Option(help="Only so many examples of each task; default: all.")
+        int | None, typer.Option(help="Maximum number of examples per task; default: all.")
     ] = None,
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
-    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure MODEL's perplexity on a text in sliding windows, and run tasks of lm-eval.
+    """Measure the perplexity of MODEL on a text with sliding windows, and run lm-eval tasks.
 
-    With --against both are measured on the same tokens, with the mean KL divergence of the original
-    from MODEL and how often they agree on the likeliest token.
+    With --against, evaluate both models on the same tokens and report the mean KL divergence
+    KL(original || MODEL) and the top-1 agreement.
     """
     set_verbosity(quiet=quiet)
     from cerwu_gpu.hf.models import require_tokenizer
@@ -97,15 +98,15 @@ def evaluate(
             )
         results: list[Results | None] = [
             task_results(
-                each.model,
-                require_tokenizer(each.tokenizer or pair[0].tokenizer),
+                loaded.model,
+                require_tokenizer(loaded.tokenizer or pair[0].tokenizer),
                 wanted,
                 batch_size=batch_size,
                 examples=examples,
             )
             if wanted
             else None
-            for each in pair
+            for loaded in pair
         ]
     measured = Measured(numbers, *results)
     seconds = perf_counter() - begin

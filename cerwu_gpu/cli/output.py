@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
+from cerwu_gpu import quantities
 from cerwu_gpu.report import Report, finite
 
 
@@ -42,13 +43,9 @@ def listing(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes, exact and in a unit to read: "79,331,204 bytes (79.3 MB)"."""
-    value, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{count:,} bytes" if unit == "bytes" else f"{count:,} bytes ({value:.1f} {unit})"
+    """Return bytes, exact and in a unit to read: "79,331,204 bytes (79.3 MB)"."""
+    exact = f"{count:,} bytes"
+    return exact if count < 1000 else f"{exact} ({quantities.size(count)})"
 
 
 def number(value: float | None, digits: int = 4) -> str:

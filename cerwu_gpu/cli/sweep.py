@@ -38,61 +38,89 @@ def sweep(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="Directory of the table; one that was begun is continued."
+            "--output",
+            "-o",
+            help="Directory for the results; an unfinished sweep in it is resumed.",
         ),
     ],
     methods: Annotated[
-        str, typer.Option(metavar="LIST", help=f"Any of {_joined(get_args(System))}.")
+        str, typer.Option(metavar="LIST", help=f"Methods, any of {_joined(get_args(System))}.")
     ] = _joined(AXES.systems),
     quantizer: Annotated[
-        str, typer.Option(metavar="LIST", help=f"Of ours: any of {_joined(get_args(Quantizer))}.")
+        str,
+        typer.Option(
+            metavar="LIST", help=f"Quantizers for ours, any of {_joined(get_args(Quantizer))}."
+        ),
     ] = _joined(AXES.quantizers),
     lmbda: Annotated[
-        str, typer.Option(metavar="LIST", help="Of ours: loss worth paying for one bit.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Rate-distortion trade-offs for ours: loss accepted to save one bit.",
+        ),
     ] = _joined(AXES.lmbdas),
     sensitivity: Annotated[
         str,
-        typer.Option(metavar="LIST", help=f"Of ours: any of {_joined(get_args(Sensitivity))}."),
+        typer.Option(
+            metavar="LIST",
+            help=f"Error weightings for ours, any of {_joined(get_args(Sensitivity))}.",
+        ),
     ] = _joined(AXES.sensitivities),
     levels: Annotated[
-        str, typer.Option(metavar="LIST", help="Of uniform grids (cerwu to rtn): |G|.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Numbers of levels of the uniform grids (cerwu, cerwu-gamma0, optq, rtn).",
+        ),
     ] = _joined(AXES.levels),
     uniform_lmbda: Annotated[
         str,
-        typer.Option(metavar="LIST", help="Of cerwu and cerwu-gamma0: output error for one bit."),
+        typer.Option(
+            metavar="LIST",
+            help="Trade-offs for cerwu and cerwu-gamma0: output error accepted to save one bit.",
+        ),
     ] = _joined(AXES.uniform_lmbdas),
     rate_model: Annotated[
         str,
         typer.Option(
             metavar="LIST",
-            help=f"Of cerwu and cerwu-gamma0: any of {_joined(get_args(RateModel))}.",
+            help=f"Rate models for cerwu and cerwu-gamma0, any of {_joined(get_args(RateModel))}.",
         ),
     ] = _joined(AXES.rate_models),
     scale: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Of uniform grids: abs-max per-tensor or per-row; default: per-tensor for cerwu "
-            "and cerwu-gamma0, per-row for optq and rtn.",
+            help="Granularity of the abs-max scale of uniform grids: per-tensor or per-row; "
+            "default: per-tensor for cerwu and cerwu-gamma0, per-row for optq and rtn.",
         ),
     ] = None,
     qp: Annotated[
-        str, typer.Option(metavar="LIST", help="Of nncodec: its step, 4 more double it.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Quantization parameters for nncodec; adding 4 doubles the step size.",
+        ),
     ] = _joined(AXES.qps),
     drift: Annotated[
         str,
         typer.Option(
             metavar="LIST",
-            help="Of ours: ignore, correct, or both; a point that corrects calibrates anew.",
+            help="Drift correction for ours: ignore, correct, or both; correct repeats the "
+            "calibration for each point.",
         ),
     ] = "ignore",
     head: Annotated[
-        str, typer.Option(metavar="LIST", help="Embedding and head: quantize or keep, or both.")
+        str,
+        typer.Option(metavar="LIST", help="Embedding and output head: quantize, keep, or both."),
     ] = "quantize",
     text: Annotated[
-        str, typer.Option(help="Text file, or wikitext2 for the test part of WikiText-2.")
+        str,
+        typer.Option(
+            help="Evaluation text: a text file, or wikitext2 for the test split of WikiText-2."
+        ),
     ] = "wikitext2",
-    context_length: Annotated[int, typer.Option(help="Tokens per window of the text.")] = 512,
+    context_length: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 512,
     max_windows: options.MaxWindows = None,
     calibration: options.Calibration = DEFAULT.calibration,
     samples: options.Samples = DEFAULT.samples,
@@ -106,17 +134,15 @@ def sweep(
     seed: options.Seed = DEFAULT.seed,
     device: options.Device = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the compressed directory of every point.")
+        bool, typer.Option("--keep", help="Keep the compressed model of each point.")
     ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as JSON and nothing else.")
-    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON only.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compress MODEL with every setting of a grid and measure the perplexity of each result.
+    """Compress MODEL with all combinations of a grid of settings and measure their perplexity.
 
-    LIST is values with commas between them.
+    A LIST is comma-separated.
     """
     base = CompressionConfig(
         passes=passes,
@@ -186,7 +212,7 @@ def sweep(
 
 
 def corrections(drift: str) -> tuple[bool, ...]:
-    """Whether drift is corrected, for each word of a LIST.
+    """Return whether drift is corrected, for each word of a LIST.
 
     Raises:
         ConfigError: a word is not of DRIFTS.
@@ -202,20 +228,20 @@ def _values(name: str, text: str) -> list[str]:
 
 
 def words(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
-    """The words of a LIST.
+    """Return the words of a LIST.
 
     Raises:
         ConfigError: one of them is not `allowed`.
     """
-    found = _values(name, text)
-    for word in found:
+    given = _values(name, text)
+    for word in given:
         if word not in allowed:
             raise ConfigError(f"{name} is {word!r}: choose from {', '.join(allowed)}.")
-    return tuple(found)
+    return tuple(given)
 
 
 def numbers(name: str, text: str, parse: Callable[[str], Value]) -> tuple[Value, ...]:
-    """The numbers of a LIST.
+    """Return the numbers of a LIST.
 
     Raises:
         ConfigError: one of them is none, or refused by `parse`.

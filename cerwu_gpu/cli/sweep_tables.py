@@ -10,8 +10,8 @@ from cerwu_gpu.sweep.table import Row
 
 
 def points_table(rows: Sequence[Row]) -> str:
-    """Every point of one subject; a star marks those on the front of their kind."""
-    fronts = {row.point for own in by_label(rows).values() for row in front_rows(own)}
+    """Return every point of one subject; a star marks those on the front of their kind."""
+    fronts = {row.point for group in by_label(rows).values() for row in front_rows(group)}
     header = (
         "method",
         "levels",
@@ -42,27 +42,28 @@ def points_table(rows: Sequence[Row]) -> str:
 
 
 def minimum_table(rows: Sequence[Row]) -> str:
-    """The fewest bits per weight for each share of the original quality, best first."""
+    """Return the fewest bits per weight for each share of the original quality, best first."""
     header = ("fewest bits at", "method", "interpolated", "best point", "its bytes")
-    found = sorted(
-        standings(rows), key=lambda each: (each.target, each.bits is None, each.bits or 0.0)
+    ordered = sorted(
+        standings(rows),
+        key=lambda standing: (standing.target, standing.bits is None, standing.bits or 0.0),
     )
     lines = [
         (
-            target_words(each.target, rows[0].measure),
-            each.label,
-            each.words,
-            "-" if each.row is None else f"{each.row.bits_per_weight:.4f}",
-            "-" if each.row is None else f"{each.row.directory_bytes:,}",
+            target_words(standing.target, rows[0].measure),
+            standing.label,
+            standing.words,
+            "-" if standing.row is None else f"{standing.row.bits_per_weight:.4f}",
+            "-" if standing.row is None else f"{standing.row.directory_bytes:,}",
         )
-        for each in found
+        for standing in ordered
     ]
     return table(header, lines)
 
 
 def times(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Seconds of preparation, which is done once; of the first point, and of the later points of
-    its kind on average (None: there is none), in all and without their evaluation."""
+    """Return seconds of preparation, which is done once; of the first point, and of the later
+    points of its kind on average (None: there is none), in all and without their evaluation."""
     first, *later = by_label(rows)[rows[0].label]
     return {
         "preparation": sum(row.preparation_seconds for row in rows),
@@ -74,24 +75,24 @@ def times(rows: Sequence[Row]) -> dict[str, float | None]:
 
 
 def time_words(rows: Sequence[Row]) -> str:
-    """The same in a sentence."""
-    found = times(rows)
+    """Return the same in a sentence."""
+    seconds = times(rows)
 
     def compared(name: str, first: float | None, later: float | None) -> str:
         if not first or later is None:
             return f"{name} {first:.1f} s"
         return f"{name} {first:.1f} s, later ones {later:.1f} s ({later / first:.0%})"
 
-    whole = compared("first point in all", found["first_point"], found["later_points"])
-    part = compared("its compression", found["first_compression"], found["later_compressions"])
+    whole = compared("first point in all", seconds["first_point"], seconds["later_points"])
+    part = compared("its compression", seconds["first_compression"], seconds["later_compressions"])
     return (
-        f"calibration and sensitivities {found['preparation']:.1f} s, once; "
+        f"calibration and sensitivities {seconds['preparation']:.1f} s, once; "
         f"{rows[0].label}: {whole}; {part}."
     )
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Points, fronts (keys of points, by method), fewest bits and times, ready for JSON."""
+    """Return points, fronts (keys of points, by method), fewest bits and times, ready for JSON."""
     return {
         "subject": rows[0].subject,
         "measure": rows[0].measure,
@@ -99,17 +100,18 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "original_bytes": rows[0].original_bytes,
         "points": [row.record() for row in rows],
         "fronts": {
-            label: [row.point for row in front_rows(own)] for label, own in by_label(rows).items()
+            label: [row.point for row in front_rows(group)]
+            for label, group in by_label(rows).items()
         },
         "minimum": [
             {
-                "label": each.label,
-                "target": each.target,
-                "bits": each.bits,
-                "at_most": each.open,
-                "best_point": None if each.row is None else each.row.point,
+                "label": standing.label,
+                "target": standing.target,
+                "bits": standing.bits,
+                "at_most": standing.open,
+                "best_point": None if standing.row is None else standing.row.point,
             }
-            for each in standings(rows)
+            for standing in standings(rows)
         ],
         "seconds": times(rows),
     }

@@ -7,26 +7,17 @@ import numpy as np
 
 from cerwu_gpu.coding import side
 from cerwu_gpu.container.files import Shard, open_shards
+from cerwu_gpu.report import HEADERS, PLAIN, PURPOSES, WORDS
 
-PURPOSES = {
-    "table_codes": "tables",
-    "row_class": "classes",
-    "column_class": "classes",
-    "step_code": "steps and scales",
-    "row_scale_code": "steps and scales",
-    "lengths": "stream lengths",
-    "escapes": "escaped integers",
-    "grid": "grid values",
-}
+OF_ARRAY = {array: purpose.name for purpose in PURPOSES for array in purpose.arrays}
 """Array of the side data -> what it is for."""
-WORDS, PLAIN, HEADERS = "words", "plain tensors", "headers"
 
 
 def breakdown(path: Path) -> dict[str, int]:
-    """Purpose -> bytes, largest first, of everything in the directory `path`.
+    """Return purpose -> bytes, largest first, of everything in the directory `path`.
 
-    Purposes are WORDS (coded symbols), those of PURPOSES that occur, PLAIN (tensors stored as they
-    are), HEADERS (of the safetensors files, with their manifests), and each other file's name.
+    Purposes are the names of PURPOSES that occur (HEADERS are those of the safetensors files, with
+    their manifests), and each other file's name.
 
     Raises:
         FormatError: this is no compressed directory, or it is damaged.
@@ -50,7 +41,7 @@ def _of_shard(shard: Shard) -> Counter[str]:
         for part in entry.parts:
             own = blob[first : first + part.side]
             for array, size in side.sizes(own, part.rows, part.columns).items():
-                taken[PURPOSES[array]] += size
+                taken[OF_ARRAY[array]] += size
             first += part.side
     for name in shard.manifest.plain_sha256:
         tensor = shard.tensor(name)

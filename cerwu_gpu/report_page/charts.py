@@ -1,104 +1,140 @@
-"""The drawings: stacked bars, and one mark for each block."""
+"""Coordinates of the drawings: stacked bars, and for each kind of matrix one mark per block."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
-from cerwu_gpu.report_page.markup import Markup, join, tag
+from cerwu_gpu.quantities import decimals, share
+from cerwu_gpu.report_page.layers import Kind, Place
 
 WIDTH, HEIGHT = 320.0, 40.0
-"""Of a chart in its own units; the page stretches it."""
-DECADES_LEAST = 1e-9
-"""Relative losses below it are drawn there."""
+"""Size of a chart in its own units; the page stretches it."""
+LOSS_LEAST = 1e-9
+"""Least relative loss that is drawn; lower ones are drawn there."""
 
 
-def stacked_bar(parts: Sequence[tuple[str, float, str]], total: float, label: str) -> Markup:
-    """Parts (class of their colour, amount, words) side by side; `total` is the full width."""
-    pieces, x = [], 0.0
-    for colour, amount, words in parts:
+@dataclass(frozen=True)
+class Mark:
+    """A rectangle with its words; `style` is its CSS class."""
+
+    style: str
+    x: float
+    y: float
+    width: float
+    height: float
+    words: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """The marks of one kind of matrix, and the heights of the lines behind them."""
+
+    label: str
+    lines: tuple[float, ...]
+    marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the axes of all charts go from and to.
+
+    Attributes:
+        blocks: number of blocks, side by side.
+        bits: largest number of bits; that axis begins at 0.
+        powers: whole powers of ten around all losses.
+        gaps: least and largest gap, 0 included.
+    """
+
+    blocks: int
+    bits: float
+    powers: tuple[int, int]
+    gaps: tuple[float, float]
+
+    @classmethod
+    def around(cls, kinds: Iterable[Kind]) -> "Axes":
+        """Return the axes that have room for these kinds."""
+        places = list(chain.from_iterable(kind.places for kind in kinds))
+        gaps = [place.gap for place in places if place.gap is not None]
+        losses = [max(place.loss, LOSS_LEAST) for place in places if place.loss is not None]
+        low = math.floor(math.log10(min(losses, default=0.1)))
+        high = math.ceil(math.log10(max(losses, default=0.1)))
+        return cls(
+            blocks=1 + max((place.block for place in places if place.block is not None), default=0),
+            bits=max((place.bits for place in places), default=1.0),
+            powers=(low, max(high, low + 1)),
+            gaps=(min(0.0, *gaps, 0.0), max(0.01, *gaps, 0.01)),
+        )
+
+    def bits_chart(self, kind: Kind) -> Chart:
+        """Return columns of the bits per weight."""
+        return self._columns(kind, "bits", [place.bits for place in kind.places], 0.0, self.bits)
+
+    def gap_chart(self, kind: Kind) -> Chart:
+        """Return columns of the bits above the limit."""
+        return self._columns(kind, "gap", [place.gap for place in kind.places], *self.gaps)
+
+    def loss_chart(self, kind: Kind) -> Chart:
+        """Return strokes at the losses, on a logarithmic axis with a line at each power of ten."""
+        low, high = self.powers
+
+        def height(exponent: float) -> float:
+            return HEIGHT * (high - exponent) / (high - low)
+
+        def span(loss: float) -> tuple[float, float]:
+            middle = height(math.log10(max(loss, LOSS_LEAST)))
+            return min(max(middle - 1.5, 0.0), HEIGHT - 3), 3.0
+
+        losses = [place.loss for place in kind.places]
+        lines = tuple(height(exponent) for exponent in range(low, high + 1))
+        return Chart(f"{kind.name}: loss", lines, tuple(self._marks(kind, "level", losses, span)))
+
+    def _columns(
+        self, kind: Kind, what: str, values: Sequence[float | None], low: float, high: float
+    ) -> Chart:
+        """Return columns from 0 to the values, on an axis from `low` to `high`."""
+
+        def height(value: float) -> float:
+            return HEIGHT * (high - value) / ((high - low) or 1.0)
+
+        def span(value: float) -> tuple[float, float]:
+            top, bottom = sorted((height(value), height(0.0)))
+            return top, max(bottom - top, 0.6)
+
+        marks = tuple(self._marks(kind, "column", values, span))
+        return Chart(f"{kind.name}: {what}", (height(0.0),), marks)
+
+    def _marks(
+        self,
+        kind: Kind,
+        style: str,
+        values: Sequence[float | None],
+        span: Callable[[float], tuple[float, float]],
+    ) -> Iterator[Mark]:
+        """Yield a mark for each known value; `span` returns its top and height."""
+        pitch = WIDTH / self.blocks
+        for place, value in zip(kind.places, values, strict=True):
+            if value is None:
+                continue
+            top, height = span(value)
+            x, width = 0.0, WIDTH  # outside the blocks: all of the chart
+            if place.block is not None:
+                x, width = (place.block + 0.1) * pitch, 0.8 * pitch
+            yield Mark(style, x, top, width, height, _words(place))
+
+
+def stacked(parts: Iterable[tuple[str, float, str]], total: float) -> list[Mark]:
+    """Return parts (CSS class, amount, words) side by side; `total` is 100 units wide."""
+    marks: list[Mark] = []
+    x = 0.0
+    for style, amount, words in parts:
         width = 100 * amount / total if total else 0.0
-        title = tag("title", words)
-        pieces.append(tag("rect", title, class_=colour, x=x, y=0, width=width, height=10))
+        marks.append(Mark(style, x, 0.0, width, 10.0, words))
         x += width
-    return tag(
-        "svg",
-        tag("title", label),
-        tag("rect", class_="rest", x=0, y=0, width=100, height=10),
-        *pieces,
-        class_="stack",
-        viewBox="0 0 100 10",
-        preserveAspectRatio="none",
-        role="img",
-        aria_label=label,
-    )
+    return marks
 
 
-Point = tuple[int | None, float | None, str]
-"""Number of the block (None: outside the blocks), value, words."""
-
-
-def columns(points: Sequence[Point], blocks: int, low: float, high: float, label: str) -> Markup:
-    """A column for each block, from 0 to its value; the axis goes from `low` to `high`."""
-
-    def height(value: float) -> float:
-        return HEIGHT * (high - value) / ((high - low) or 1.0)
-
-    def mark(value: float) -> tuple[float, float]:
-        top, bottom = sorted((height(value), height(0.0)))
-        return top, max(bottom - top, 0.6)
-
-    zero = tag("line", class_="axis", x1=0, x2=WIDTH, y1=height(0.0), y2=height(0.0))
-    return _chart(points, blocks, mark, "column", [zero], label)
-
-
-def levels(points: Sequence[Point], blocks: int, low: int, high: int, label: str) -> Markup:
-    """A stroke for each block at its value on a logarithmic axis from 10^low to 10^high."""
-
-    def height(exponent: float) -> float:
-        return HEIGHT * (high - exponent) / ((high - low) or 1)
-
-    def mark(value: float) -> tuple[float, float]:
-        middle = height(math.log10(max(value, DECADES_LEAST)))
-        return min(max(middle - 1.5, 0.0), HEIGHT - 3), 3.0
-
-    lines = [
-        tag("line", class_="axis", x1=0, x2=WIDTH, y1=height(e), y2=height(e))
-        for e in range(low, high + 1)
-    ]
-    return _chart(points, blocks, mark, "level", lines, label)
-
-
-def decades(values: Sequence[float]) -> tuple[int, int]:
-    """The whole powers of ten around these values."""
-    known = [max(value, DECADES_LEAST) for value in values] or [0.1]
-    low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
-    return low, max(high, low + 1)
-
-
-def _chart(
-    points: Sequence[Point],
-    blocks: int,
-    mark: Callable[[float], tuple[float, float]],
-    kind: str,
-    lines: Sequence[Markup],
-    label: str,
-) -> Markup:
-    pitch = WIDTH / max(blocks, 1)
-    marks = []
-    for block, value, words in points:
-        if value is None:
-            continue
-        top, height = mark(value)
-        x, width = (0.0, WIDTH) if block is None else (block * pitch + 0.1 * pitch, 0.8 * pitch)
-        title = tag("title", words)
-        marks.append(tag("rect", title, class_=kind, x=x, y=top, width=width, height=float(height)))
-    return tag(
-        "svg",
-        tag("title", label),
-        join(*lines),
-        join(*marks),
-        class_="chart",
-        viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}",
-        preserveAspectRatio="none",
-        role="img",
-        aria_label=label,
-    )
+def _words(place: Place) -> str:
+    where = place.name if place.block is None else f"block {place.block}"
+    bits, limit = decimals(place.bits, 3), decimals(place.limit, 2)
+    return f"{where}: {bits} bits, limit {limit}, loss {share(place.loss)}"

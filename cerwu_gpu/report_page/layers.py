@@ -1,11 +1,11 @@
-"""Layers by kind: what has the same name in every block belongs together."""
+"""Layers by kind: matrices that have the same name in all blocks belong together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 BLOCK_LISTS = (["layers"], ["h"], ["blocks"])
-"""How lists of blocks are called; what such a name follows tells nothing."""
+"""Usual names of lists of blocks; a kind is named without them."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class Place:
 
     Attributes:
         block: its number; None for matrices outside the blocks.
-        bits, limit, loss: per weight; limit None where it was not computed.
+        loss: relative squared error of the outputs; None where it is unknown.
+        limit: bits per weight; None where it was not computed.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Place:
 
     @property
     def bits(self) -> float:
+        """Stored bits per weight."""
         return 8 * self.bytes / self.weights
 
     @property
@@ -42,52 +44,51 @@ class Kind:
     places: tuple[Place, ...]
 
     @property
-    def weights(self) -> int:
-        return sum(place.weights for place in self.places)
-
-    @property
     def bytes(self) -> int:
+        """Stored bytes in all blocks."""
         return sum(place.bytes for place in self.places)
 
     @property
     def bits(self) -> float:
-        return 8 * self.bytes / self.weights
+        """Stored bits per weight, over all blocks."""
+        return 8 * self.bytes / sum(place.weights for place in self.places)
 
     @property
     def gap(self) -> float | None:
+        """Bits per weight above the limit, over all blocks."""
         return mean_gap(self.places)
 
     @property
     def loss(self) -> float | None:
         """Mean over the blocks."""
-        known = [place.loss for place in self.places if place.loss is not None]
-        return sum(known) / len(known) if known else None
+        losses = [place.loss for place in self.places if place.loss is not None]
+        return sum(losses) / len(losses) if losses else None
 
 
-def mean_gap(places: Sequence[Place]) -> float | None:
-    """Bits per weight above the limit, over all weights whose limit is known."""
-    known = [(place.gap, place.weights) for place in places if place.gap is not None]
-    total = sum(weights for _, weights in known)
-    return sum(gap * weights for gap, weights in known) / total if known else None
+def mean_gap(places: Iterable[Place]) -> float | None:
+    """Return the bits per weight above the limit, over all weights whose limit is known."""
+    gaps = [(place.gap, place.weights) for place in places if place.gap is not None]
+    total = sum(weights for _, weights in gaps)
+    return sum(gap * weights for gap, weights in gaps) / total if gaps else None
 
 
 def kinds(layers: Sequence[Mapping[str, Any]]) -> list[Kind]:
-    """The layers of a report (LayerReport as JSON), by kind in the order of their first block."""
-    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    """Return a report's layers (LayerReport as JSON) by kind, in the order of their first block."""
+    grouped: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for layer in layers:
-        name = kind_and_block(layer["name"])[0]
-        found.setdefault(name, {}).setdefault(layer["name"], []).append(layer)
+        kind, _ = kind_and_block(layer["name"])
+        grouped.setdefault(kind, {}).setdefault(layer["name"], []).append(layer)
     return [
-        Kind(name, tuple(_place(own, parts) for own, parts in members.items()))
-        for name, members in found.items()
+        Kind(kind, tuple(_place(name, parts) for name, parts in members.items()))
+        for kind, members in grouped.items()
     ]
 
 
 def kind_and_block(name: str) -> tuple[str, int | None]:
-    """ "model.layers.7.mlp.up_proj.weight" is "mlp.up_proj" of block 7.
+    """Split a parameter's name: "model.layers.7.mlp.up_proj.weight" is "mlp.up_proj" of block 7.
 
     The block's number is the first part of the name that is a number. What stands before it is left
-    out if it is the usual list of blocks, whose name tells nothing.
+    out if it ends in one of BLOCK_LISTS.
     """
     parts = name.removesuffix(".weight").split(".")
     for index, part in enumerate(parts):
@@ -102,11 +103,10 @@ def _place(name: str, parts: Sequence[Mapping[str, Any]]) -> Place:
     weights = sum(sizes)
 
     def mean(field: str) -> float | None:
-        values = [part.get(field) for part in parts]
-        known: list[float] = [value for value in values if value is not None]
-        if len(known) < len(parts):
+        values = [float(part[field]) for part in parts if part.get(field) is not None]
+        if len(values) < len(parts):
             return None
-        return sum(value * own for value, own in zip(known, sizes, strict=True)) / weights
+        return sum(value * size for value, size in zip(values, sizes, strict=True)) / weights
 
     return Place(
         name=name,

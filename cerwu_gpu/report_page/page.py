@@ -1,57 +1,82 @@
-"""The whole page: one HTML file that fetches nothing and runs nothing."""
+"""The whole page: one HTML file that fetches nothing and runs nothing, from page.html.jinja."""
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import PurePath
 from typing import Any
 
-from cerwu_gpu.report_page import words
-from cerwu_gpu.report_page.layer_section import layer_section
-from cerwu_gpu.report_page.layers import kinds, mean_gap
-from cerwu_gpu.report_page.markup import Markup, join, tag
-from cerwu_gpu.report_page.sections import (
-    event_section,
-    settings_section,
-    size_section,
-    time_section,
-)
-from cerwu_gpu.report_page.style import STYLE
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-FETCH_NOTHING = "default-src 'none'; style-src 'unsafe-inline'"
-"""A browser is told to refuse whatever the page might ask for."""
+from cerwu_gpu import quantities
+from cerwu_gpu.report import PURPOSES, WORDS, Stage
+from cerwu_gpu.report_page.charts import HEIGHT, WIDTH, Axes, stacked
+from cerwu_gpu.report_page.layers import kinds, mean_gap
+
 TITLE = ": compression report"
 """End of the page's title, after the model's name."""
+TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+"""Beginnings of the names of a tokenizer's files."""
+FILES = {"tokenizer": "as it came", "other files": "configuration, licence, model card"}
+"""Files beside the tensors -> what they are; those of a tokenizer, and all others."""
+STAGE_WORDS: dict[Stage, str] = {
+    "load": "load the model",
+    "calibrate": "calibrate: inputs and their Hessians",
+    "sensitivity": "sensitivities: one backward pass",
+    "target": "search for the target",
+    "quantize": "quantize",
+    "code": "wait for the entropy coder",
+    "write": "write the files",
+    "verify": "verify: decode everything once",
+    "decode": "decode",
+    "evaluate": "perplexity for the model card",
+}
+FILTERS = (
+    *(quantities.size, quantities.share, quantities.duration),
+    *(quantities.count, quantities.decimals, quantities.plural),
+)
+"""Functions that the template uses under their names."""
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """The HTML of report.json's content."""
-    name = _model_name(report)
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=FETCH_NOTHING),
-        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name_="color-scheme", content="light dark"),
-        tag("title", f"{name}{TITLE}"),
-        tag("style", Markup(STYLE)),
+    """Return the HTML of report.json's content; every value of it is escaped."""
+    environment = Environment(
+        loader=PackageLoader("cerwu_gpu", "report_page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    finished = report["finished"].replace("T", " ").replace("+00:00", " UTC")
-    body = tag(
-        "body",
-        tag(
-            "header",
-            tag("h1", name),
-            tag("p", f"compressed to {report['output']}, {finished}", class_="soft"),
-        ),
-        tag(
-            "main",
-            _tiles(report),
-            size_section(report),
-            layer_section(report),
-            tag("div", time_section(report), event_section(report), class_="two"),
-            settings_section(report),
-        ),
+    environment.filters |= {function.__name__: function for function in FILTERS}
+    explained = {purpose.name: purpose.explanation for purpose in PURPOSES} | FILES
+    groups = kinds(report["layers"])
+    places = list(chain.from_iterable(kind.places for kind in groups))
+    parts = _by_purpose(report["bytes"], explained)
+    reasons = defaultdict(list)
+    for tensor, reason in report["left"].items():
+        reasons[reason].append(tensor)
+    return environment.get_template("page.html.jinja").render(
+        report=report,
+        title=TITLE,
+        name=_model_name(report),
+        finished=report["finished"].replace("T", " ").replace("+00:00", " UTC"),
+        weights=sum(rows * columns for rows, columns in (x["shape"] for x in report["layers"])),
+        seconds=sum(report["seconds"].values()),
+        kinds=groups,
+        places=places,
+        gap=mean_gap(places),
+        limits=sum(place.limit is not None for place in places),
+        axes=Axes.around(groups),
+        chart=(WIDTH, HEIGHT),
+        parts=parts,
+        beside={what: amount for what, amount in parts.items() if what != WORDS},
+        explained=explained,
+        colours={what: f"c{index}" for index, what in enumerate(explained)},
+        stacked=stacked,
+        stage_words=STAGE_WORDS,
+        reasons=sorted(reasons.items()),
     )
-    return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
 
 
 def is_page(beginning: str) -> bool:
@@ -66,44 +91,10 @@ def _model_name(report: Mapping[str, Any]) -> str:
     return PurePath(model).name if PurePath(model).is_absolute() else str(model)
 
 
-def _tiles(report: Mapping[str, Any]) -> Markup:
-    own, original = report["directory_bytes"], report["original_bytes"]
-    layers = report["layers"]
-    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
-    every = [place for kind in kinds(layers) for place in kind.places]
-    gap = mean_gap(every)
-    known = sum(place.limit is not None for place in every)
-    events = len(report["events"])
-    tiles = [
-        ("size", words.size(own), f"{words.share(own / original)} of {words.size(original)}", ""),
-        (
-            "bits per quantized weight",
-            f"{report['bits_per_weight']:.3f}",
-            f"{words.count(weights)} weights, {words.plural(len(layers), 'matrix')}",
-            "",
-        ),
-        (
-            "above the theoretical limit",
-            words.NONE if gap is None else f"{gap:.2f} bit",
-            f"mean over {known} of {len(every)} weight tensors",
-            "",
-        ),
-        ("time", words.duration(sum(report["seconds"].values())), report["machine"]["device"], ""),
-        (
-            "events",
-            "none" if not events else str(events),
-            "everything went as planned" if not events else "listed below",
-            "warn" if events else "",
-        ),
-    ]
-    return tag("div", join(*(_tile(*each) for each in tiles)), class_="tiles")
-
-
-def _tile(what: str, value: str, more: str, kind: str) -> Markup:
-    return tag(
-        "div",
-        tag("span", what),
-        tag("b", value),
-        tag("span", more),
-        class_=f"tile {kind}".strip(),
-    )
+def _by_purpose(taken: Mapping[str, int], explained: Mapping[str, str]) -> dict[str, int]:
+    """Return bytes by the names in `explained`, largest first; files are gathered as in FILES."""
+    amounts: Counter[str] = Counter()
+    for name, amount in taken.items():
+        file = "tokenizer" if name.startswith(TOKENIZER) else "other files"
+        amounts[name if name in explained else file] += amount
+    return dict(amounts.most_common())

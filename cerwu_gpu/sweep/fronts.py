@@ -12,18 +12,18 @@ TARGETS: dict[Quality, tuple[float, ...]] = {
     "accuracy": (0.99, 0.95),
     "perplexity": (1.01, 1.05, 2.0),
 }
-"""Multiples of the original quality at which the fewest bits are told."""
+"""Multiples of the original quality at which the fewest bits are reported."""
 
 
 def badness(quality: float, measure: Quality) -> float:
-    """Logarithm of the quality, so that less is better; infinite where there is no quality."""
+    """Return the quality's logarithm, so that less is better; infinite where there is none."""
     if not (math.isfinite(quality) and quality > 0):
         return math.inf
     return math.log(quality) if measure == "perplexity" else -math.log(quality)
 
 
 def pareto_front(costs: Sequence[float], qualities: Sequence[float], measure: Quality) -> list[int]:
-    """Indices of the points that no other one beats, by rising cost.
+    """Return the indices of the points that no other one beats, by rising cost.
 
     A point is beaten by one that costs no more and is no worse, and better in one of the two; of
     equal points the first one stays. Points without a finite quality are never on the front.
@@ -57,7 +57,7 @@ class Minimum:
 def minimum_cost(
     costs: Sequence[float], qualities: Sequence[float], measure: Quality, wanted: float
 ) -> Minimum | None:
-    """The least cost at quality `wanted` along the front; None: not reached."""
+    """Return the least cost at quality `wanted` along the front; None: not reached."""
     front = pareto_front(costs, qualities, measure)
     goal = badness(wanted, measure)
     worth = [badness(qualities[index], measure) for index in front]  # strictly falling
@@ -98,15 +98,15 @@ class Standing:
 
 
 def by_label(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each kind of method."""
-    found: dict[str, list[Row]] = {}
+    """Return the rows of each kind of method."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.label, []).append(row)
-    return found
+        groups.setdefault(row.label, []).append(row)
+    return groups
 
 
 def front_rows(rows: Sequence[Row], cost: str = "bits_per_weight") -> list[Row]:
-    """The Pareto front of rows of one subject; `cost` is bits_per_weight or directory_bytes."""
+    """Return the Pareto front of one subject; `cost` is bits_per_weight or directory_bytes."""
     if not rows:
         return []
     costs, qualities = [getattr(row, cost) for row in rows], [row.quality for row in rows]
@@ -114,27 +114,27 @@ def front_rows(rows: Sequence[Row], cost: str = "bits_per_weight") -> list[Row]:
 
 
 def standings(rows: Sequence[Row]) -> list[Standing]:
-    """The minimum bits of every kind of method at every target, for rows of one subject."""
-    found = []
-    for label, own in by_label(rows).items():
-        costs, qualities = [row.bits_per_weight for row in own], [row.quality for row in own]
-        for target in TARGETS[own[0].measure]:
-            wanted = target * own[0].original_quality
-            least = minimum_cost(costs, qualities, own[0].measure, wanted)
-            found.append(
+    """Return the minimum bits of every kind of method at every target, for rows of one subject."""
+    result = []
+    for label, group in by_label(rows).items():
+        costs, qualities = [row.bits_per_weight for row in group], [row.quality for row in group]
+        for target in TARGETS[group[0].measure]:
+            wanted = target * group[0].original_quality
+            least = minimum_cost(costs, qualities, group[0].measure, wanted)
+            result.append(
                 Standing(
                     label=label,
                     target=target,
                     bits=None if least is None else least.interpolated,
-                    row=None if least is None else own[least.index],
+                    row=None if least is None else group[least.index],
                     open=least is not None and least.open,
                 )
             )
-    return found
+    return result
 
 
 def target_words(target: float, measure: Quality) -> str:
-    """ "99 % of the accuracy", "1.05x the perplexity"."""
+    """Return "99 % of the accuracy", "1.05x the perplexity"."""
     if measure == "accuracy":
         return f"{100 * target:g} % of the accuracy"
     return f"{target:g}x the perplexity"

@@ -17,7 +17,7 @@ from cerwu_gpu.sweep.points import Point
 from cerwu_gpu.sweep.subject import Subject
 from cerwu_gpu.sweep.table import Row, SweepTable, row_of, write_parquet
 
-TABLE, PARQUET, IDENTITY = "sweep.csv", "sweep.parquet", "sweep.json"
+TABLE, PARQUET, IDENTITY = "sweep.jsonl", "sweep.parquet", "sweep.json"
 DIRECTORIES, HESSIANS = "points", "hessians"
 """What a sweep's folder holds; subjects keep their Hessians in the last one."""
 UNFINISHED = re.compile(r"[0-9a-f]{16}\.partial|\.[0-9a-f]{16}\.partial\.\w{8}\.partial")
@@ -38,7 +38,7 @@ def run_sweep(
     points may be asked for later: they join the table.
 
     Args:
-        folder: gets sweep.csv, sweep.parquet (where pyarrow is installed), sweep.json (what the
+        folder: gets sweep.jsonl, sweep.parquet (where pyarrow is installed), sweep.json (what the
             table belongs to), a lock and, while a point is run, points/KEY.partial.
         keep: keep the coded directories as points/KEY; a later run without it keeps them, too.
         progress: show a bar over the points on stderr.

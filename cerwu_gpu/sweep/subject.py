@@ -5,24 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from cerwu_gpu.report import STAGES, Stage
 from cerwu_gpu.sweep.points import Point
 
 Quality = Literal["perplexity", "accuracy"]
 """Perplexity is better when lower, accuracy (a share of 1) when higher."""
-STAGES = (
-    "calibrate",
-    "sensitivity",
-    "quantize",
-    "code",
-    "write",
-    "verify",
-    "decode",
-    "evaluate",
-)
-"""Stages whose seconds a table has."""
-PREPARATION = ("calibrate", "sensitivity")
+PREPARATION: tuple[Stage, ...] = ("calibrate", "sensitivity")
 """Work that later points find done."""
-JUDGEMENT = ("decode", "evaluate")
+JUDGEMENT: tuple[Stage, ...] = ("decode", "evaluate")
 """Work that is no part of compressing."""
 
 
@@ -41,8 +31,8 @@ class Outcome:
     original_bytes: int
     quality: float
     """Of the result as it is loaded from its file."""
-    seconds: Mapping[str, float]
-    """Stage (STAGES) -> seconds."""
+    seconds: Mapping[Stage, float]
+    """Those of stages that did not occur may be absent."""
     events: tuple[str, ...] = ()
     """What did not go as planned, one sentence each."""
 

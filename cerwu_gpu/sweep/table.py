@@ -1,22 +1,28 @@
-"""The results of a sweep: a CSV file that holds every finished point, whatever happens to the run.
+"""The results of a sweep: JSON Lines that hold all finished points, whatever happens to the run.
 
-One row per point; a row is appended, flushed and synced to the disk before the next point begins.
-No cell contains a line break, so that a row whose line break is missing was torn by a dying run.
+One JSON object per point; it is appended, flushed and synced to the disk before the next point
+begins. A line without its line break was torn by a dying run.
 """
 
-import csv
-import io
+import json
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from cerwu_gpu.container.output import atomic
 from cerwu_gpu.errors import OutputError
+from cerwu_gpu.report import STAGES, Stage, finite
 from cerwu_gpu.sweep.points import Point
-from cerwu_gpu.sweep.subject import JUDGEMENT, PREPARATION, STAGES, Outcome, Quality
+from cerwu_gpu.sweep.subject import JUDGEMENT, PREPARATION, Outcome, Quality
+
+START = b'{"subject": '
+"""Beginning of every line."""
+QUALITIES = ("quality", "original_quality")
+"""Fields that may be infinite or no number, for which JSON has null."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +51,8 @@ class Row:
     original_quality: float
     events: str
     """Sentences one after the other."""
-    seconds: Mapping[str, float] = field(compare=False)
-    """Stage (STAGES) -> seconds; two runs with the same results are equal without them."""
+    seconds: Mapping[Stage, float] = field(compare=False)
+    """Those of all STAGES; two runs with the same results are equal without them."""
 
     @property
     def total_seconds(self) -> float:
@@ -63,10 +69,8 @@ class Row:
         return self.total_seconds - sum(self.seconds[stage] for stage in JUDGEMENT)
 
     def record(self) -> dict[str, Any]:
-        """Column -> value, as in COLUMNS."""
-        own = {each.name: getattr(self, each.name) for each in fields(self)}
-        seconds = own.pop("seconds")
-        return {**own, **{f"seconds_{stage}": seconds[stage] for stage in STAGES}}
+        """Return the fields by name, `seconds` by stage in a dictionary of its own."""
+        return asdict(self)
 
 
 def row_of(
@@ -78,10 +82,10 @@ def row_of(
     measure: Quality,
     original: float,
 ) -> Row:
-    """The row of a finished point."""
+    """Return the row of a finished point."""
     settings: dict[str, Any] = point.settings()
     return Row(
-        subject=_one_line(subject),
+        subject=subject,
         fingerprint=fingerprint,
         point=point.key,
         label=point.label,
@@ -92,37 +96,9 @@ def row_of(
         measure=measure,
         quality=outcome.quality,
         original_quality=original,
-        events=_one_line(" ".join(outcome.events)),
+        events=" ".join(" ".join(outcome.events).split()),
         seconds={stage: outcome.seconds.get(stage, 0.0) for stage in STAGES},
     )
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _truth(cell: str) -> bool:
-    return {"true": True, "false": False}[cell]
-
-
-_PARSERS: dict[str, Callable[[str], Any]] = {
-    "levels": int,
-    "lmbda": float,
-    "correct_drift": _truth,
-    "keep_head": _truth,
-    "qp": int,
-    "bits_per_weight": float,
-    "directory_bytes": int,
-    "original_bytes": int,
-    "quality": float,
-    "original_quality": float,
-}
-_OPTIONAL = ("quantizer", "levels", "lmbda", "rate_model", "scale", "sensitivity", "qp")
-COLUMNS = (
-    *(each.name for each in fields(Row) if each.name != "seconds"),
-    *(f"seconds_{stage}" for stage in STAGES),
-)
-"""The columns of a table, in order."""
 
 
 class SweepTable:
@@ -139,11 +115,11 @@ class SweepTable:
             OutputError: it is no table of a sweep.
         """
         self.path = path
-        self.rows = read_table(path) if path.exists() else []
+        self.rows: list[Row] = []
         if path.exists():
-            whole = len(_whole_lines(path.read_bytes()))
+            self.rows = read_table(path)
             with path.open("rb+") as file:
-                file.truncate(whole)
+                file.truncate(len(_whole_lines(path.read_bytes())))
                 os.fsync(file.fileno())
 
     def append(self, row: Row) -> None:
@@ -152,14 +128,10 @@ class SweepTable:
         Raises:
             OutputError: the disk refuses it.
         """
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            writer.writeheader()
-        writer.writerow({name: _cell(value) for name, value in row.record().items()})
+        line = json.dumps(finite(row.record()), allow_nan=False) + "\n"
         try:
             with self.path.open("ab") as file:
-                file.write(text.getvalue().encode("utf-8"))
+                file.write(line.encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -171,32 +143,25 @@ class SweepTable:
 
 
 def read_table(path: Path) -> list[Row]:
-    """The rows of a table; a torn last line is passed over.
+    """Return the rows of a table; a torn last line is passed over.
 
     Raises:
         OutputError: the file is no table of a sweep, or one of its lines is damaged.
     """
     content = path.read_bytes()
-    try:
-        lines = _whole_lines(content).decode("utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise OutputError(f"{path} is no table of a sweep: name another file.") from None
-    if not lines and ",".join(COLUMNS).encode().startswith(content):  # torn in its first line
-        return []
-    if not lines or tuple(next(csv.reader(lines[:1]))) != COLUMNS:
-        raise OutputError(f"{path} has other columns than a sweep's table: name another file.")
+    if content[: len(START)] != START[: len(content)]:
+        raise OutputError(f"{path} is no table of a sweep: name another file.")
     rows = []
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in enumerate(_whole_lines(content).split(b"\n")[:-1], start=1):
         try:
-            (cells,) = csv.reader([line], strict=True)
-            rows.append(_parsed(dict(zip(COLUMNS, cells, strict=True))))
-        except (ValueError, KeyError, csv.Error):
+            rows.append(_parsed(line))
+        except (KeyError, TypeError, ValueError, RecursionError):
             raise OutputError(f"line {number} of {path} is damaged: delete that line.") from None
     return rows
 
 
 def write_parquet(rows: Sequence[Row], path: Path) -> bool:
-    """The same table as Parquet, where pyarrow is installed; whether it is."""
+    """Write the same table as Parquet and return True, or False where pyarrow is not installed."""
     if find_spec("pyarrow") is None or not rows:
         return False
     import pyarrow
@@ -211,26 +176,18 @@ def _whole_lines(content: bytes) -> bytes:
     return content[: content.rfind(b"\n") + 1]
 
 
-def _cell(value: object) -> str:
-    match value:
-        case None:
-            return ""
-        case bool():
-            return str(value).lower()
-        case float():
-            return repr(value)
-        case _:
-            return str(value)
+def _parsed(line: bytes) -> Row:
+    """Return the row of a line.
 
-
-def _parsed(cells: Mapping[str, str]) -> Row:
-    values: dict[str, Any] = {}
-    for name, cell in cells.items():
-        if name.startswith("seconds_"):
-            continue
-        absent = name in _OPTIONAL and cell == ""
-        values[name] = None if absent else _PARSERS.get(name, str)(cell)
-    if values["measure"] not in get_args(Quality):
-        raise ValueError(values["measure"])
-    seconds = {stage: float(cells[f"seconds_{stage}"]) for stage in STAGES}
-    return Row(**values, seconds=seconds)
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    record = json.loads(line)
+    unmeasured = {name: math.nan for name in QUALITIES if record[name] is None}
+    row = Row(**{**record, **unmeasured})
+    for name, kind in get_type_hints(Row).items():
+        value, allowed = getattr(row, name), get_args(kind) or (kind,)
+        whole = type(value) is int and float in allowed
+        if name != "seconds" and not (whole or type(value) in allowed or value in allowed):
+            raise ValueError(name)
+    return replace(row, seconds={stage: float(row.seconds[stage]) for stage in STAGES})

@@ -60,7 +60,7 @@ def test_a_browser_draws_all_of_it(
     scheme: str, background: str, browser: str, tmp_path: Path
 ) -> None:
     text = page(REPORT).replace("</body>", MEASURE)
-    text = text.replace("default-src &#x27;none&#x27;;", "script-src &#x27;nonce-test&#x27;;")
+    text = text.replace("default-src 'none';", "script-src 'nonce-test';")
     (tmp_path / "report.html").write_text(text, encoding="utf-8")
     setting = f"--blink-settings=preferredColorScheme={scheme}"
     document = run(browser, tmp_path, setting, "--virtual-time-budget=2000", "--dump-dom")

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cerwu_gpu.report_page import words
+from cerwu_gpu.report import PURPOSES, STAGES
 from cerwu_gpu.report_page.layers import kind_and_block, kinds
-from cerwu_gpu.report_page.markup import Markup, tag
-from cerwu_gpu.report_page.page import page
+from cerwu_gpu.report_page.page import is_page, page
 from tests.report_page.reports import REPORT
 
 FETCHING = {"src", "href", "xlink:href", "srcset", "data", "action", "poster", "background"}
@@ -153,26 +152,40 @@ def test_the_kind_is_the_name_without_the_block(name: str, kind: str, block: int
     assert kind_and_block(name) == (kind, block)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(*2 * [st.text() | st.lists(st.sampled_from(PIECES)).map("".join)])
-def test_markup_brings_any_text_through(content: str, value: str) -> None:
-    read = Reading(tag("p", content, title=value, class_=None))
-    # Parsers read a lone carriage return as a line feed, and drop NUL; we need no more than that.
-    same = [(each.replace("\r", "\n")) for each in (content, value)]
-    assert read.text.replace("\r", "\n") == same[0]
-    assert str(read.elements[0][1]["title"]).replace("\r", "\n") == same[1]
-    assert tag("b", Markup("&amp;")) == "<b>&amp;</b>"
+def test_any_text_comes_through(text: str, name: str) -> None:
+    report: Any = copy.deepcopy(REPORT)
+    report["layers"][0]["name"], report["events"] = f"k{name}.weight", [f"<{text}>"]
+    read = Reading(page(report))
+    # Parsers read a carriage return as a line feed; we need no more than that.
+    assert f"<{text}>".replace("\r", "\n") in read.text.replace("\r", "\n")
+    labels = [str(attributes.get("aria-label")) for _, attributes in read.elements]
+    kind, _ = kind_and_block(f"k{name}.weight")
+    assert f"{kind}: bits".replace("\r", "\n") in [x.replace("\r", "\n") for x in labels]
 
 
-def test_figures_are_readable() -> None:
-    assert [words.size(n) for n in (999, 63_749_000, 10**12)] == ["999 bytes", "63.7 MB", "1.0 TB"]
-    assert [words.share(x) for x in (0, 0.237, 0.0299, 0.00082, 1e-9)] == [
-        "0.0 %",
-        "23.7 %",
-        "2.99 %",
-        "0.082 %",
-        "< 0.001 %",
-    ]
-    assert [words.duration(s) for s in (3.21, 151, 7384)] == ["3.2 s", "2 min 31 s", "2 h 03 min"]
-    assert [words.plural(n, "matrix") for n in (1, 2)] == ["1 matrix", "2 matrices"]
-    assert [words.count(n) for n in (1_234, 134_500_000)] == ["1,234", "134.5 million"]
+def test_purposes_and_stages_are_explained() -> None:
+    report: Any = copy.deepcopy(REPORT)
+    report["bytes"] = {purpose.name: 1000 + i for i, purpose in enumerate(PURPOSES)}
+    report["seconds"] = {stage: 1.0 for stage in STAGES}
+    read = Reading(page(report))
+    for purpose in PURPOSES:
+        assert purpose.explanation in read.text
+    assert "wait for the entropy coder" in read.text
+    assert "perplexity for the model card" in read.text
+
+
+BEFORE_TEMPLATES = (
+    '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><meta name="color-scheme" '
+    'content="light dark"/><title>toy: compression report</title><style>'
+)
+
+
+@pytest.mark.parametrize("model", ["toy", "<b>&'\"", None, "org/" + 90 * "x"])
+def test_a_page_is_known_by_its_beginning(model: str | None) -> None:
+    text = page({**REPORT, "model": model})
+    assert is_page(text[:4096])
+    assert is_page(BEFORE_TEMPLATES)
+    assert not is_page(text[1:4096])
+    assert not is_page("<!DOCTYPE html>\n<title>another: compression reports</title>")

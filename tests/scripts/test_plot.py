@@ -69,8 +69,8 @@ def test_all_pictures_of_several_networks(
     rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tables = [
-        table(tmp_path / "matrix.csv", rows),
-        table(tmp_path / "model.csv", language(rows)),
+        table(tmp_path / "matrix.jsonl", rows),
+        table(tmp_path / "model.jsonl", language(rows)),
     ]
     assert plot.main([*map(str, tables), "-o", str(tmp_path / "pictures")]) == 0
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
@@ -85,7 +85,7 @@ def test_all_pictures_of_several_networks(
 def test_no_language_model_no_picture_of_it(
     rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = table(tmp_path / "matrix.csv", rows)
+    path = table(tmp_path / "matrix.jsonl", rows)
     options = ["--pictures", "rate", "language", "--prefix", "a-", "--methods", "rtn"]
     assert plot.main([str(path), "-o", str(tmp_path), *options]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "a-rate.png")]
@@ -130,11 +130,11 @@ def test_names_beside_a_panel_do_not_overlap(places: list[float]) -> None:
 @pytest.mark.parametrize(
     ("tables", "options", "part"),
     [
-        (("missing.csv",), (), "missing.csv"),
-        (("empty.csv",), (), "no finished point"),
-        (("text.csv",), (), "other columns"),
-        (("matrix.csv", "other.csv"), (), "differ in weights or data"),
-        (("matrix.csv",), ("--methods", "gptq"), "gptq"),
+        (("missing.jsonl",), (), "missing.jsonl"),
+        (("empty.jsonl",), (), "no finished point"),
+        (("text.jsonl",), (), "no table of a sweep"),
+        (("matrix.jsonl", "other.jsonl"), (), "differ in weights or data"),
+        (("matrix.jsonl",), ("--methods", "gptq"), "gptq"),
     ],
     ids=["missing", "empty", "text", "mixed", "method"],
 )
@@ -146,10 +146,10 @@ def test_wrong_input_is_one_sentence(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    table(tmp_path / "matrix.csv", rows)
-    table(tmp_path / "other.csv", rows, fingerprint="other")
-    (tmp_path / "empty.csv").touch()
-    (tmp_path / "text.csv").write_text("a,b\n1,2\n")
+    table(tmp_path / "matrix.jsonl", rows)
+    table(tmp_path / "other.jsonl", rows, fingerprint="other")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "text.jsonl").write_text("a,b\n1,2\n")
     paths = [str(tmp_path / name) for name in tables]
     assert plot.main([*paths, "-o", str(tmp_path / "pictures"), *options]) == 2
     out, err = capsys.readouterr()

@@ -51,21 +51,21 @@ def test_killing_a_sweep_costs_no_finished_point(
         stderr=subprocess.PIPE,
     )
     limit = time.monotonic() + PATIENCE
-    while len(lines(killed / "sweep.csv")) < 3 and process.poll() is None:
+    while len(lines(killed / "sweep.jsonl")) < 2 and process.poll() is None:
         assert time.monotonic() < limit
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors.decode()
-    before = lines(killed / "sweep.csv")
-    assert 3 <= len(before) < 5  # the header, and some but not all of the four points
+    before = lines(killed / "sweep.jsonl")
+    assert 2 <= len(before) < 4  # some but not all of the four points
 
     assert command(*arguments, "-o", killed).code == 0
-    assert lines(killed / "sweep.csv")[: len(before)] == before
+    assert lines(killed / "sweep.jsonl")[: len(before)] == before
     assert command(*arguments, "-o", whole).code == 0
-    assert read_table(killed / "sweep.csv") == read_table(whole / "sweep.csv")
+    assert read_table(killed / "sweep.jsonl") == read_table(whole / "sweep.jsonl")
     assert list((killed / "points").iterdir()) == []
 
-    rows = read_table(whole / "sweep.csv")
+    rows = read_table(whole / "sweep.jsonl")
     # The second lmbda finds the Hessians and sensitivities; reading them takes next to nothing.
     assert rows[0].preparation_seconds > 2 * rows[1].preparation_seconds

@@ -1,6 +1,8 @@
 """A sweep's table: what was finished stays, whatever happens to the run."""
 
 import errno
+import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +18,7 @@ from cerwu_gpu.sweep import run as module
 from cerwu_gpu.sweep.points import Axes, Point, grid_points
 from cerwu_gpu.sweep.run import run_sweep
 from cerwu_gpu.sweep.subject import Outcome
-from cerwu_gpu.sweep.table import COLUMNS, Row, SweepTable, read_table, write_parquet
+from cerwu_gpu.sweep.table import START, Row, SweepTable, read_table, write_parquet
 from tests.sweep.measured import OneMatrix
 
 AXES = Axes(
@@ -39,7 +41,7 @@ def test_every_point_has_a_row_and_the_table_reads_back(
     rows = run_sweep(subject, points, tmp_path / "sweep")
     assert [row.point for row in rows] == [point.key for point in points]
     assert [row.label for row in rows] == [point.label for point in points]
-    read = read_table(tmp_path / "sweep" / "sweep.csv")
+    read = read_table(tmp_path / "sweep" / "sweep.jsonl")
     assert read == rows
     assert [row.seconds for row in read] == [row.seconds for row in rows]
     assert rows[0].preparation_seconds == 1.0 and rows[0].total_seconds == 1.25
@@ -73,7 +75,7 @@ def test_a_run_that_fails_keeps_what_was_finished(points: list[Point], tmp_path:
 
     with pytest.raises(KeyboardInterrupt):
         run_sweep(Dying(), points, tmp_path)
-    assert len(read_table(tmp_path / "sweep.csv")) == 3
+    assert len(read_table(tmp_path / "sweep.jsonl")) == 3
     assert run_sweep(OneMatrix(), points, tmp_path) == run_sweep(
         OneMatrix(), points, tmp_path / "whole"
     )
@@ -112,7 +114,7 @@ def test_directories_that_were_kept_stay_where_the_table_is_gone(
         return {(path, path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
     kept = state()
-    (tmp_path / "sweep.csv").unlink()
+    (tmp_path / "sweep.jsonl").unlink()
     run_sweep(OneMatrix(), points[1:3], tmp_path)
     run_sweep(OneMatrix(), points[:1], tmp_path, keep=True)
     assert state() == kept
@@ -146,12 +148,12 @@ def test_another_subject_is_refused_by_name_of_the_difference(
     points: list[Point], tmp_path: Path
 ) -> None:
     run_sweep(OneMatrix(), points[:1], tmp_path)
-    before = (tmp_path / "sweep.csv").read_bytes()
+    before = (tmp_path / "sweep.jsonl").read_bytes()
     other = OneMatrix(seed=1)
     with pytest.raises(OutputError, match="another weights: choose another directory"):
         run_sweep(other, points, tmp_path)
     assert other.ran == []
-    assert (tmp_path / "sweep.csv").read_bytes() == before
+    assert (tmp_path / "sweep.jsonl").read_bytes() == before
     run_sweep(OneMatrix(), points, tmp_path)  # sweep.json was not touched
 
 
@@ -180,7 +182,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Row], bytes]:
     """The rows of a finished sweep, and its table."""
     folder = tmp_path_factory.mktemp("whole")
     rows = run_sweep(OneMatrix(), grid_points(AXES, CompressionConfig()), folder)
-    return rows, (folder / "sweep.csv").read_bytes()
+    return rows, (folder / "sweep.jsonl").read_bytes()
 
 
 @given(cut=st.integers(0, 10**6))
@@ -191,14 +193,14 @@ def test_a_table_torn_anywhere_keeps_its_whole_rows(
     cut: int, whole: tuple[list[Row], bytes], tmp_path: Path
 ) -> None:
     rows, content = whole
-    torn = tmp_path / "torn.csv"
+    torn = tmp_path / "torn.jsonl"
     length = cut % len(content)
     torn.write_bytes(content[:length])
-    kept = content[:length].count(b"\n")
-    assert read_table(torn) == rows[: max(0, kept - 1)]
+    whole_rows = content[:length].count(b"\n")
+    assert read_table(torn) == rows[:whole_rows]
     assert len(torn.read_bytes()) == length  # reading changes nothing
     table = SweepTable(torn)
-    assert table.rows == rows[: max(0, kept - 1)]
+    assert table.rows == rows[:whole_rows]
     for row in rows[len(table.rows) :]:
         table.append(row)
     assert torn.read_bytes() == content
@@ -214,7 +216,7 @@ def test_a_row_is_on_the_disk_before_the_next_point_begins(
 
     class Looking(OneMatrix):
         def run(self, point: Point, folder: Path) -> Outcome:
-            found = tmp_path / "sweep.csv"
+            found = tmp_path / "sweep.jsonl"
             assert len(read_table(found) if found.exists() else []) == len(self.ran)
             assert len(synced) >= len(self.ran)
             return super().run(point, folder)
@@ -232,7 +234,7 @@ def test_a_full_disk_is_told(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    opened = SweepTable(tmp_path / "sweep.csv")
+    opened = SweepTable(tmp_path / "sweep.jsonl")
     monkeypatch.setattr(table.os, "fsync", full)
     with pytest.raises(OutputError, match="free some space"):
         opened.append(rows[0])
@@ -242,37 +244,60 @@ def test_a_full_disk_is_told(
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
-        (lambda text: text.replace(COLUMNS[0], "topic", 1), "other columns"),
-        (lambda text: text.replace("per-tensor,none,false", "per-tensor,none,maybe", 1), "line 4"),
-        (lambda text: text.replace(",accuracy,", ",beauty,", 1), "line 2"),
-        (lambda text: text + "1,2,3\n", "line 8"),
+        (lambda text: text.replace('"subject"', '"topic"', 1), "no table of a sweep"),
+        (lambda text: text.replace('"levels"', '"steps"', 1), "line 1"),
+        (lambda text: text.replace('"keep_head": false', '"keep_head": 0', 1), "line 1"),
+        (lambda text: text.replace('"accuracy"', '"beauty"', 1), "line 1"),
+        (lambda text: text.replace('"levels": 9', '"levels": true', 1), "line 3"),
+        (lambda text: text.replace('"quantize": ', '"nap": ', 1), "line 1"),
+        (lambda text: text.replace("}}", "}", 1), "line 1"),
+        (lambda text: text + '{"subject": "matrix"}\n', "line 7"),
+        (lambda text: text + "[]\n", "line 7"),
+        (lambda text: text + 100_000 * "[" + "\n", "line 7"),
+        (lambda text: text + "\n", "line 7"),
     ],
-    ids=["columns", "truth", "measure", "short"],
+    ids=[
+        *("subject", "columns", "truth", "measure", "levels", "stages", "brace", "short"),
+        *("list", "deep", "empty"),
+    ],
 )
 def test_a_damaged_table_is_refused(
     points: list[Point], tmp_path: Path, damage: Callable[[str], str], part: str
 ) -> None:
     run_sweep(OneMatrix(), points, tmp_path)
-    path = tmp_path / "sweep.csv"
+    path = tmp_path / "sweep.jsonl"
     path.write_text(damage(path.read_text()))
     with pytest.raises(OutputError, match=part):
         run_sweep(OneMatrix(), points, tmp_path)
 
 
 def test_a_table_torn_in_its_first_line_is_begun_again(tmp_path: Path) -> None:
-    path = tmp_path / "sweep.csv"
-    path.write_bytes(COLUMNS[0].encode()[:-1])
+    path = tmp_path / "sweep.jsonl"
+    path.write_bytes(START[:-1])
     assert SweepTable(path).rows == []
     assert path.read_bytes() == b""
 
 
 @pytest.mark.parametrize("content", [b"mine", b"mine\n", b"\xff\n", b"\xff"])
 def test_a_file_that_is_no_table_is_left_as_it_is(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "sweep.csv"
+    path = tmp_path / "sweep.jsonl"
     path.write_bytes(content)
     with pytest.raises(OutputError, match="name another file"):
         SweepTable(path)
     assert path.read_bytes() == content
+
+
+def test_a_quality_that_is_no_number_is_null(points: list[Point], tmp_path: Path) -> None:
+    (row,) = run_sweep(OneMatrix(), points[:1], tmp_path / "sweep")
+    table = SweepTable(tmp_path / "sweep.jsonl")
+    table.append(replace(row, quality=math.inf, lmbda=0))
+    line = (tmp_path / "sweep.jsonl").read_text()
+    record = json.loads(line, parse_constant=pytest.fail)
+    assert record["quality"] is None
+    assert record == {**row.record(), "quality": None, "lmbda": 0}
+    (read,) = read_table(tmp_path / "sweep.jsonl")
+    assert math.isnan(read.quality)
+    assert replace(read, quality=row.quality, lmbda=row.lmbda) == row
 
 
 def test_parquet_has_the_same_cells(points: list[Point], tmp_path: Path) -> None:
