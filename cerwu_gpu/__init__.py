@@ -1,7 +1,7 @@
 """Compress Hugging Face language models: Hessian-aware rounding that counts bits, entropy coded.
 
->>> from cerwu_gpu import CompressionConfig, compress, load_compressed
->>> compress("HuggingFaceTB/SmolLM2-135M", "small", config=CompressionConfig(bits=3.0))
+>>> from cerwu_gpu import Bits, CompressionConfig, compress, load_compressed
+>>> compress("HuggingFaceTB/SmolLM2-135M", "small", config=CompressionConfig(target=Bits(3.0)))
 >>> model = load_compressed("small")
 """
 
@@ -12,7 +12,20 @@ from cerwu_gpu.hf import registration
 
 if TYPE_CHECKING:
     from cerwu_gpu.api import compress
-    from cerwu_gpu.config import CompressionConfig
+    from cerwu_gpu.config import (
+        Batches,
+        Bits,
+        Calibration,
+        CompressionConfig,
+        MaxPerplexityIncrease,
+        MaxSize,
+        Objective,
+        Text,
+        Uniform,
+        Values,
+        Waterfilled,
+        from_settings,
+    )
     from cerwu_gpu.container.reader import verify
     from cerwu_gpu.errors import (
         CalibrationError,
@@ -26,7 +39,7 @@ if TYPE_CHECKING:
         TargetError,
         VersionError,
     )
-    from cerwu_gpu.hf.evaluation import perplexity
+    from cerwu_gpu.hf.evaluation import Comparison, compare, perplexity
     from cerwu_gpu.hf.loading import decompress, load_compressed
     from cerwu_gpu.models.folding import fold_batch_norm
     from cerwu_gpu.report import LayerReport, Report
@@ -34,30 +47,61 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batches",
+    "Bits",
+    "Calibration",
     "CalibrationError",
     "CerwuError",
+    "Comparison",
     "CompressionConfig",
     "ConfigError",
     "CorruptionError",
     "FactorizationError",
     "FormatError",
     "LayerReport",
+    "MaxPerplexityIncrease",
+    "MaxSize",
     "ModelError",
+    "Objective",
     "OutputError",
     "Report",
     "TargetError",
+    "Text",
+    "Uniform",
+    "Values",
     "VersionError",
+    "Waterfilled",
     "__version__",
+    "compare",
     "compress",
     "decompress",
     "fold_batch_norm",
+    "from_settings",
     "load_compressed",
     "perplexity",
     "verify",
 ]
 
 _MODULES = {
-    "CompressionConfig": "cerwu_gpu.config",
+    **dict.fromkeys(
+        (
+            "Batches",
+            "Bits",
+            "Calibration",
+            "CompressionConfig",
+            "MaxPerplexityIncrease",
+            "MaxSize",
+            "Objective",
+            "Text",
+            "Uniform",
+            "Values",
+            "Waterfilled",
+            "from_settings",
+        ),
+        "cerwu_gpu.config",
+    ),
+    "Comparison": "cerwu_gpu.hf.evaluation",
+    "compare": "cerwu_gpu.hf.evaluation",
     "LayerReport": "cerwu_gpu.report",
     "Report": "cerwu_gpu.report",
     "compress": "cerwu_gpu.api",

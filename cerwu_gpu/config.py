@@ -1,21 +1,30 @@
-"""Every setting of a compression, validated once."""
+"""Every setting of a compression, validated once.
+
+A configuration is made of values that cannot contradict each other: a grid, a target, an objective,
+calibration data, and what is done about drift. `from_settings` makes one of flat settings, as a
+command line has them, and `settings` is the way back; both are read off the fields.
+"""
 
 import math
 import struct
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from cerwu_gpu.errors import ConfigError
 
-Method = Literal["cerwu", "cerwu-gamma0", "optq", "rtn"]
+Method = Literal["waterfilled", "cerwu", "cerwu-gamma0", "optq", "rtn"]
+GridMethod = Literal["cerwu", "cerwu-gamma0", "optq", "rtn"]
 Quantizer = Literal["scalar", "trellis4", "trellis8"]
 Scale = Literal["per-tensor", "per-row"]
 DampingBy = Literal["median", "mean"]
 Sensitivity = Literal["none", "relative", "layer", "row", "balanced"]
 RateModel = Literal["histogram", "gaussian", "uniform"]
+Drift = Literal["auto", "correct", "ignore", "sequential"]
 
-GRADUAL: tuple[Sensitivity, ...] = ("layer", "row", "balanced")
+GRADIENT_BASED: tuple[Sensitivity, ...] = ("layer", "row", "balanced")
 """Sensitivities that come from gradients."""
 LEVELS_LIMIT = 4096
 LEAST_LMBDA = 1e-14
@@ -23,178 +32,538 @@ LEAST_REACH = 1e-20
 TRELLIS_STATES: dict[Quantizer, int] = {"scalar": 0, "trellis4": 4, "trellis8": 8}
 
 
+def _check_choice(name: str, value: object, kind: Any) -> None:
+    allowed = get_args(kind)
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(allowed)}.")
+
+
+def _check_given_grid(grid: "Uniform | Values") -> None:
+    _check_choice("method", grid.method, GridMethod)
+    _check_choice("scale", grid.scale, Scale)
+    _check_choice("rate_model", grid.rate_model, RateModel)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{name} is {value}: give a positive number.")
+
+
+def _check_counts(part: object, *names: str) -> None:
+    for name in names:
+        if getattr(part, name) < 1:
+            raise ConfigError(f"{name} is {getattr(part, name)}: give at least 1.")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed is {seed}: give an integer from 0 to 2**63 - 1.")
+
+
+def setting(default: Any, help: str, *, name: str | None = None) -> Any:
+    """Return a dataclass field that is a setting of the command line.
+
+    Args:
+        help: one sentence for people who type it.
+        name: of the flat setting; default: that of the field.
+    """
+    return field(default=default, metadata={"help": help, "name": name})
+
+
 @dataclass(frozen=True, kw_only=True)
-class CompressionConfig:
-    """What to minimise, on which grid, for which layers, and from which text the Hessians come.
+class Waterfilled:
+    """Steps by column that follow from lmbda, as in reverse waterfilling (docs/method.md).
 
-    Raises:
-        ConfigError: a value is outside its range, or two values contradict each other.
+    The alphabet is what a layer needs, with an escape for the tail.
     """
 
-    method: Method = "cerwu"
-    """cerwu; cerwu-gamma0 (without completing the square); optq (lmbda = 0); rtn (no Hessian)."""
-    lmbda: float = 1e-9
-    """Error worth paying for one bit: with sensitivity row or layer about two times nats per token,
-    with none the mean square of a layer's output error."""
-    levels: int | None = None
-    """|G|: a uniform grid with this many levels, scaled by abs-max; None: waterfilled steps."""
-    grid: tuple[float, ...] | None = None
-    """Any sorted list of values, in units of the abs-max given by `scale`; excludes `levels`."""
-    scale: Scale = "per-row"
-    """Whether abs-max is taken over the matrix or over each row (with `levels` or `grid`)."""
-    quantizer: Quantizer = "scalar"
-    rate_model: RateModel = "histogram"
-    """What the search takes bits to be (quantize/rate_models.py); the coder has the histogram."""
-    sensitivity: Sensitivity = "row"
-    """What a unit of output error costs in each layer or row (quantize/sensitivity.py)."""
-    bits: float | None = None
-    """Wanted average of bits per quantized weight; sets lmbda."""
-    max_size: int | None = None
-    """Most bytes of the whole directory; sets lmbda."""
-    max_perplexity_increase: float | None = None
-    """Most relative growth of the perplexity on held-out calibration text; sets lmbda."""
-    passes: int = 2
-    """Passes over each matrix; the rate table of a pass is the histogram of the one before."""
-    damping: float = 1e-3
-    """Multiple of the typical diagonal entry that is added to H before it is factored."""
-    damping_by: DampingBy = "median"
-    """What a typical entry is; the paper takes the mean (and 0.01), which outliers dictate."""
-    block_size: int = 128
-    """Columns per lazy block."""
-
-    include: tuple[str, ...] = ("*",)
-    """Glob patterns of weight names to compress."""
-    exclude: tuple[str, ...] = ()
-    """Glob patterns of weight names to leave alone; wins over `include`."""
-
-    keep_head: bool = False
-    """Leave the input embedding and the head as they are."""
-
-    calibration: str = "wikitext2"
-    """A hub dataset (wikitext2 for short), a text file, or self (sampled from the model)."""
-    samples: int = 128
-    sequence_length: int = 512
-    batch_size: int = 8
-    sequential: bool = False
-    """Take each block's inputs from the already quantized blocks instead of the original ones."""
-    correct_drift: bool | None = None
-    """Quantize for the inputs that the compressed model has, toward the original's outputs; of
-    classifiers, have batch norms follow the weights (models/norms.py). None: where steps follow
-    from lmbda, except with `sequential` and with Hessians kept for other runs.
-    """
-    seed: int = 0
-
-    limit_columns: int = 2048
-    """Matrices up to so wide get their information-theoretic limit into the report: eigenvalues of
-    each Hessian, about a tenth of the search at 1,000 columns, more beyond. 0: none."""
-    strict: bool = False
-    """Turn every event of the report (more damping, expert without tokens) into an error."""
+    quantizer: Quantizer = setting(
+        "scalar", "Quantizer: scalar, or trellis-coded with 4 or 8 states."
+    )
+    complete_square: bool = True
+    """False: the ablation that leaves the quadratic part of the rate to the search alone."""
 
     def __post_init__(self) -> None:
-        for field, allowed in (
-            ("method", get_args(Method)),
-            ("scale", get_args(Scale)),
-            ("quantizer", get_args(Quantizer)),
-            ("rate_model", get_args(RateModel)),
-            ("sensitivity", get_args(Sensitivity)),
-            ("damping_by", get_args(DampingBy)),
-        ):
-            if getattr(self, field) not in allowed:
-                choices = ", ".join(allowed)
-                raise ConfigError(f"{field} is {getattr(self, field)!r}: choose one of {choices}.")
-        if not (math.isfinite(self.lmbda) and self.lmbda >= 0):
-            raise ConfigError(f"lmbda is {self.lmbda}: give a finite number >= 0.")
-        if self.levels is not None and not 2 <= self.levels <= LEVELS_LIMIT:
+        _check_choice("quantizer", self.quantizer, Quantizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """A uniform grid of `levels` values, scaled by the largest absolute weight, as in the paper."""
+
+    levels: int = setting(
+        MISSING,
+        "Number of levels of a uniform grid scaled by abs-max; default: no uniform grid, but a "
+        "step size per column, derived from lmbda.",
+    )
+    method: GridMethod = "cerwu"
+    """cerwu (the paper's); cerwu-gamma0 (without completing the square); optq (lmbda = 0); rtn (no
+    Hessian)."""
+    scale: Scale = setting("per-row", "Scope of abs-max with --levels or --grid.")
+    rate_model: RateModel = setting(
+        "histogram", "Rate model of the search; others than histogram need --levels or --grid."
+    )
+
+    def __post_init__(self) -> None:
+        _check_given_grid(self)
+        if not 2 <= self.levels <= LEVELS_LIMIT:
             raise ConfigError(
                 f"levels is {self.levels}: a grid needs at least 2 levels, at most {LEVELS_LIMIT}."
             )
-        for field in ("passes", "block_size", "samples", "batch_size"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} is {getattr(self, field)}: give at least 1.")
-        if self.limit_columns < 0:
-            raise ConfigError(f"limit_columns is {self.limit_columns}: give at least 0.")
-        if self.sequence_length < 2:
-            raise ConfigError(f"sequence_length is {self.sequence_length}: give at least 2.")
-        if not 0 <= self.damping <= 1:
-            raise ConfigError(f"damping is {self.damping}: give a number from 0 to 1.")
-        self._check_target()
-        if self.sequential and self.correct_drift:
-            raise ConfigError("sequential and correct_drift are both given: keep one of them.")
-        if self.grid is not None:
-            self._check_grid(self.grid)
-        if self.bounded and self.quantizer != "scalar":
-            raise ConfigError(
-                f"levels and grid work with quantizer scalar only, not {self.quantizer}."
-            )
-        if not self.bounded and self.rate_model != "histogram":
-            raise ConfigError(
-                f"rate_model {self.rate_model} needs a given grid: give levels or grid, or take "
-                "histogram."
-            )
-        if not self.bounded and self.method in ("optq", "rtn"):
-            raise ConfigError(f"{self.method} rounds to a given grid: give levels or grid.")
-        if not self.bounded and self.lmbda < LEAST_LMBDA:
-            raise ConfigError(
-                f"lmbda is {self.lmbda}: steps follow from it, so give at least {LEAST_LMBDA} "
-                "or levels."
-            )
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed is {self.seed}: give an integer from 0 to 2**63 - 1.")
 
-    @property
-    def targeted(self) -> bool:
-        """lmbda follows from a wanted rate, size or quality."""
-        return any(goal is not None for goal in self._goals().values())
 
-    def _goals(self) -> dict[str, float | None]:
-        return {
-            "bits": self.bits,
-            "max_size": self.max_size,
-            "max_perplexity_increase": self.max_perplexity_increase,
-        }
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """Any sorted list of values, in units of the largest absolute weight; else as Uniform."""
 
-    def _check_target(self) -> None:
-        given = {name: goal for name, goal in self._goals().items() if goal is not None}
-        for name, goal in given.items():
-            if not (math.isfinite(goal) and goal > 0):
-                raise ConfigError(f"{name} is {goal}: give a positive number.")
-        if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} are both given: keep one of them.")
-        if given and (self.bounded or self.method in ("optq", "rtn")):
-            raise ConfigError(
-                f"{min(given)} is reached through lmbda: use method cerwu, no levels, no grid."
-            )
+    values: tuple[float, ...] = setting(
+        MISSING, "Sorted grid values: a file of numbers, or numbers with commas.", name="grid"
+    )
+    method: GridMethod = "cerwu"
+    scale: Scale = "per-row"
+    rate_model: RateModel = "histogram"
 
-    def with_drift_decided(self, *, hessians_kept: bool) -> "CompressionConfig":
-        """The same with `correct_drift` True or False."""
-        if self.correct_drift is not None:
-            return self
-        usual = not (self.bounded or self.sequential or hessians_kept)
-        return replace(self, correct_drift=usual)
-
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether the sensitivities play a part and come from a backward pass."""
-        rated = self.method in ("cerwu", "cerwu-gamma0") and (self.lmbda > 0 or self.targeted)
-        return rated and self.sensitivity in GRADUAL
-
-    @property
-    def bounded(self) -> bool:
-        """The grid is given (`levels` or `grid`) instead of following from lmbda."""
-        return self.levels is not None or self.grid is not None
-
-    def _check_grid(self, grid: tuple[float, ...]) -> None:
-        if self.levels is not None:
-            raise ConfigError("levels and grid are both given: keep one of them.")
+    def __post_init__(self) -> None:
+        _check_given_grid(self)
+        grid = self.values
         if len(grid) > LEVELS_LIMIT:
             raise ConfigError(f"grid has {len(grid)} values: give at most {LEVELS_LIMIT}.")
         try:
             grid = struct.unpack(f"<{len(grid)}f", struct.pack(f"<{len(grid)}f", *grid))
-        except OverflowError:
-            raise ConfigError("grid has values beyond float32: scale it.") from None
+        except OverflowError as error:
+            raise ConfigError("grid has values beyond float32: scale it.") from error
         if len(grid) < 2 or not all(map(math.isfinite, grid)):
             raise ConfigError("grid needs at least 2 finite values.")
         if max(map(abs, grid)) < LEAST_REACH:
             raise ConfigError("grid has no value away from 0: scale it.")
         if any(a >= b for a, b in pairwise(grid)):
             raise ConfigError("grid must be sorted and without repetition: sort its values.")
+
+
+Grid = Waterfilled | Uniform | Values
+
+
+@dataclass(frozen=True)
+class Bits:
+    """A wanted average of bits per quantized weight."""
+
+    bits: float = setting(MISSING, "Wanted bits per quantized weight; sets lmbda.")
+
+    def __post_init__(self) -> None:
+        _check_positive("bits", self.bits)
+
+
+@dataclass(frozen=True)
+class MaxSize:
+    """Most bytes of the whole directory."""
+
+    size: int = setting(
+        MISSING, "Maximum size of the directory, e.g. 60MB; sets lmbda.", name="max_size"
+    )
+
+    def __post_init__(self) -> None:
+        _check_positive("max_size", self.size)
+
+
+@dataclass(frozen=True)
+class MaxPerplexityIncrease:
+    """Most relative growth of the perplexity on held-out calibration data."""
+
+    share: float = setting(
+        MISSING,
+        "Maximum growth of the perplexity, e.g. 2%; sets lmbda.",
+        name="max_perplexity_increase",
+    )
+
+    def __post_init__(self) -> None:
+        _check_positive("max_perplexity_increase", self.share)
+
+
+Target = Bits | MaxSize | MaxPerplexityIncrease
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised, and how it is searched."""
+
+    lmbda: float = setting(
+        1e-9,
+        "Rate-distortion trade-off: output error accepted to save one bit; larger values give "
+        "smaller files.",
+    )
+    """Error worth paying for one bit: with sensitivity row or layer about two times nats per token,
+    with none the mean square of a layer's output error."""
+    sensitivity: Sensitivity = setting(
+        "row", "Weighting of output errors: uniform, or by layer, by row or both from gradients."
+    )
+    """What a unit of output error costs in each layer or row (quantize/sensitivity.py)."""
+    damping: float = setting(
+        1e-3, "Damping added to the Hessian's diagonal, relative to the statistic of --damping-by."
+    )
+    """Multiple of the typical diagonal entry that is added to H before it is factored."""
+    damping_by: DampingBy = setting(
+        "median", "Statistic of the diagonal that damping is relative to; the paper uses the mean."
+    )
+    """Statistic of the diagonal; the paper uses the mean (and 0.01), which outliers dictate."""
+    passes: int = setting(2, "Number of quantization passes over each matrix.")
+    """Passes over each matrix; the rate table of a pass is the histogram of the one before."""
+    block_size: int = setting(128, "Number of columns per block of lazy updates.")
+
+    def __post_init__(self) -> None:
+        _check_choice("sensitivity", self.sensitivity, Sensitivity)
+        _check_choice("damping_by", self.damping_by, DampingBy)
+        if not (math.isfinite(self.lmbda) and self.lmbda >= 0):
+            raise ConfigError(f"lmbda is {self.lmbda}: give a finite number >= 0.")
+        if not 0 <= self.damping <= 1:
+            raise ConfigError(f"damping is {self.damping}: give a number from 0 to 1.")
+        _check_counts(self, "passes", "block_size")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A calibration text at hand, instead of the name of one."""
+
+    content: str = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Text that calibrates a language model."""
+
+    source: str | Text = setting(
+        "wikitext2",
+        "Calibration data: wikitext2, a Hub dataset id, a text file, or self (text sampled from "
+        "the model).",
+        name="calibration",
+    )
+    """A hub dataset (wikitext2 for short), a text file, or self (sampled from the model); or a
+    `Text`."""
+    samples: int = setting(128, "Number of calibration sequences.")
+    sequence_length: int = setting(512, "Tokens per calibration sequence.")
+    batch_size: int = setting(8, "Calibration sequences per forward pass.")
+    seed: int = setting(0, "Random seed.")
+    tokenizer: Any = field(default=None, compare=False, repr=False)
+    """For a model in memory, or instead of the source's own."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "samples", "batch_size")
+        if self.sequence_length < 2:
+            raise ConfigError(f"sequence_length is {self.sequence_length}: give at least 2.")
+        _check_seed(self.seed)
+
+    @property
+    def named(self) -> str | None:
+        """The name of the text; None where it is at hand."""
+        return None if isinstance(self.source, Text) else self.source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Batches of a model's inputs that calibrate it.
+
+    Each is a tensor, a tuple or a dict of arguments, without labels; the first axis counts samples,
+    and lmbda is per sample. They are run several times, so all are kept. Those of a language model
+    are tokens, int64 [samples, sequence].
+    """
+
+    inputs: Iterable[Any] = field(repr=False, compare=False)
+    loss: Callable[[Any, Any], Any] | None = field(default=None, compare=False)
+    """(the module's output, the batch) -> one loss per sample in nats, for the sensitivities;
+    default: the output is taken for logits [samples, classes] (calibration/sensitivity.py)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionConfig:
+    """What to minimise, on which grid, for which layers, and from which data the Hessians come.
+
+    Raises:
+        ConfigError: a value is outside its range, or two values contradict each other.
+    """
+
+    grid: Grid = Waterfilled()
+    target: Target | None = None
+    """A rate, size or quality that sets lmbda."""
+    objective: Objective = Objective()
+    calibration: Calibration | Batches = Calibration()
+    drift: Drift = setting(
+        "auto",
+        "Inputs of a block: correct for those that the compressed model has, ignore that they "
+        "move, or take them sequentially from the quantized blocks; auto: correct, unless "
+        "--levels, --grid or --hessian-cache is given.",
+    )
+    """What is done about inputs that move behind compressed layers. correct: quantize for the
+    inputs that the compressed model has, toward the original's outputs; of plain modules and
+    classifiers, have batch norms follow the weights (models/norms.py). sequential: take inputs from
+    the already quantized blocks. auto: correct where steps follow from lmbda, except with Hessians
+    that are kept for other runs."""
+
+    include: tuple[str, ...] = setting(
+        ("*",), "Compress only weights whose name matches; repeatable."
+    )
+    exclude: tuple[str, ...] = setting(
+        (), "Do not compress weights whose name matches; overrides --include; repeatable."
+    )
+    """Wins over `include`."""
+    keep_head: bool = setting(False, "Keep the input embedding and the output head uncompressed.")
+    limit_columns: int = setting(
+        2048, "Report the theoretical limit of matrices with at most this many columns; 0: of none."
+    )
+    """Matrices up to so wide get their information-theoretic limit into the report: eigenvalues of
+    each Hessian, about a tenth of the search at 1,000 columns, more beyond. 0: none."""
+    strict: bool = setting(False, "Treat events of the report (warnings) as errors.")
+    """Turn every event of the report (more damping, expert without tokens) into an error."""
+    hessian_cache: Path | None = None
+    """Directory that keeps Hessians and sensitivities for the next run."""
+    verify: bool = True
+    """Decode what was written and compare it with the weights in memory."""
+
+    def __post_init__(self) -> None:
+        _check_choice("drift", self.drift, Drift)
+        if self.limit_columns < 0:
+            raise ConfigError(f"limit_columns is {self.limit_columns}: give at least 0.")
+        if self.target is not None and self.bounded:
+            name = next(iter(_values_of(self.target)))
+            raise ConfigError(
+                f"{name} is reached through lmbda: use method waterfilled, no levels, no grid."
+            )
+        if not self.bounded and self.objective.lmbda < LEAST_LMBDA:
+            raise ConfigError(
+                f"lmbda is {self.objective.lmbda}: steps follow from it, so give at least "
+                f"{LEAST_LMBDA} or levels."
+            )
+
+    @property
+    def lmbda(self) -> float:
+        """objective.lmbda, which a search for a target sets."""
+        return self.objective.lmbda
+
+    def at(self, lmbda: float) -> "CompressionConfig":
+        """Return the same settings at another lmbda."""
+        return replace(self, objective=replace(self.objective, lmbda=lmbda))
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the grid is given instead of following from lmbda."""
+        return not isinstance(self.grid, Waterfilled)
+
+    @property
+    def method(self) -> Method:
+        """The rounding rule: the grid's method, or waterfilled."""
+        return "waterfilled" if isinstance(self.grid, Waterfilled) else self.grid.method
+
+    @property
+    def completes_square(self) -> bool:
+        """Whether the quadratic part of the rate joins the Hessian."""
+        if isinstance(self.grid, Waterfilled):
+            return self.grid.complete_square
+        return self.grid.method == "cerwu"
+
+    @property
+    def rate_model(self) -> RateModel:
+        """Model of the rate that the search assumes; the coder has the histogram."""
+        return "histogram" if isinstance(self.grid, Waterfilled) else self.grid.rate_model
+
+    @property
+    def states(self) -> int:
+        """States of the trellis; 0: none."""
+        return TRELLIS_STATES[self.grid.quantizer] if isinstance(self.grid, Waterfilled) else 0
+
+    @property
+    def rated(self) -> bool:
+        """Whether the rate plays a part in the rounding."""
+        return self.method not in ("optq", "rtn") and (self.lmbda > 0 or self.target is not None)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the sensitivities play a part and come from a backward pass."""
+        return self.rated and self.objective.sensitivity in GRADIENT_BASED
+
+    @property
+    def sequential(self) -> bool:
+        """Whether each block takes its inputs from the already quantized blocks."""
+        return self.drift == "sequential"
+
+    @property
+    def corrects_drift(self) -> bool:
+        """Whether drift is corrected; auto is decided by the grid and the Hessian cache."""
+        if self.drift == "auto":
+            return not (self.bounded or self.hessian_cache is not None)
+        return self.drift == "correct"
+
+    @property
+    def seed(self) -> int:
+        """Seed of what is sampled in the calibration."""
+        return self.calibration.seed
+
+    @property
+    def text(self) -> Calibration:
+        """The calibration text's settings.
+
+        Raises:
+            ConfigError: batches are given instead.
+        """
+        if isinstance(self.calibration, Batches):
+            raise ConfigError("this model is calibrated by text: give a Calibration, not Batches.")
+        return self.calibration
+
+
+_GRIDS: tuple[type[Any], ...] = (Waterfilled, Uniform, Values)
+_TARGETS: tuple[type[Any], ...] = (Bits, MaxSize, MaxPerplexityIncrease)
+_PARTS: tuple[type[Any], ...] = (
+    *_GRIDS,
+    *_TARGETS,
+    Objective,
+    Calibration,
+    CompressionConfig,
+)
+"""Classes whose fields are settings, in the order in which a command line has them."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One flat setting.
+
+    Attributes:
+        name: of the setting.
+        kind: the annotation of its field.
+        default: its value where it is not given; None: it has none.
+        help: one sentence for people who type it.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+
+
+def all_settings() -> dict[str, Setting]:
+    """Return every flat setting by its name."""
+    method = Setting(
+        "method",
+        Method | None,
+        None,
+        "Quantization method: waterfilled (steps follow from lmbda), or on a given grid cerwu (the "
+        "paper's), cerwu-gamma0, optq (lmbda 0) or rtn (no Hessian); default: waterfilled, or "
+        "cerwu with --levels or --grid.",
+    )
+    found = {"method": method}
+    for part in _PARTS:
+        for one in _setting_fields(part):
+            name = _name(one)
+            if name not in found:
+                default = None if one.default is MISSING else one.default
+                found[name] = Setting(name, one.type, default, one.metadata["help"])
+    return found
+
+
+def settings(config: CompressionConfig) -> dict[str, Any]:
+    """Return the flat settings of a configuration, those that do not apply with their defaults;
+    calibration data at hand is named None."""
+    values = {name: one.default for name, one in all_settings().items()}
+    calibration = config.calibration
+    parts: list[Any] = [config.grid, config.objective, config]
+    values["method"] = config.method
+    values.update({k: v for part in parts for k, v in _values_of(part).items()})
+    if config.target is not None:
+        values.update(_values_of(config.target))
+    if isinstance(calibration, Batches):
+        values.update({"calibration": None, "seed": calibration.seed})
+    else:
+        values.update({**_values_of(calibration), "calibration": calibration.named})
+    return values
+
+
+def from_settings(**given: Any) -> CompressionConfig:
+    """Return the configuration of flat settings; those that are left out have their defaults.
+
+    Raises:
+        ConfigError: a name is unknown, a value is outside its range, or two values contradict each
+            other.
+    """
+    known = all_settings()
+    extra = {"hessian_cache", "verify", "complete_square", "source", "tokenizer"}
+    for name in given:
+        if name not in known and name not in extra:
+            raise ConfigError(f"{name} is no setting: choose one of {', '.join(known)}.")
+    grid = _grid(given)
+    goals = {name: given[name] for name in map(_goal_name, _TARGETS) if given.get(name) is not None}
+    if len(goals) > 1:
+        raise ConfigError(f"{' and '.join(goals)} are both given: keep one of them.")
+    targets = [part(goals[_goal_name(part)]) for part in _TARGETS if _goal_name(part) in goals]
+    return CompressionConfig(
+        grid=grid,
+        target=targets[0] if targets else None,
+        objective=Objective(**_given(Objective, given)),
+        calibration=Calibration(**_given(Calibration, given)),
+        **_given(CompressionConfig, given),
+        **{name: given[name] for name in ("hessian_cache", "verify") if name in given},
+    )
+
+
+def _grid(given: Mapping[str, Any]) -> Grid:
+    """Return the grid of flat settings.
+
+    Raises:
+        ConfigError: two settings contradict each other.
+    """
+    levels, values = given.get("levels"), given.get("grid")
+    if levels is not None and values is not None:
+        raise ConfigError("levels and grid are both given: keep one of them.")
+    bounded = levels is not None or values is not None
+    method = given.get("method") or ("cerwu" if bounded else "waterfilled")
+    _check_choice("method", method, Method)
+    if bounded and method == "waterfilled":
+        raise ConfigError("method waterfilled has no given grid: drop levels or grid.")
+    if not bounded:
+        if method != "waterfilled":
+            raise ConfigError(f"{method} rounds to a given grid: give levels or grid.")
+        model = given.get("rate_model", "histogram")
+        if model != "histogram":
+            _check_choice("rate_model", model, RateModel)
+            raise ConfigError(
+                f"rate_model {model} needs a given grid: give levels or grid, or take histogram."
+            )
+        if given.get("scale") not in (None, "per-row"):
+            _check_choice("scale", given["scale"], Scale)
+            raise ConfigError("scale is of a given grid: give levels or grid, or drop it.")
+        return Waterfilled(**_given(Waterfilled, given))
+    quantizer = given.get("quantizer", "scalar")
+    _check_choice("quantizer", quantizer, Quantizer)
+    if quantizer != "scalar":
+        raise ConfigError(f"levels and grid work with quantizer scalar only, not {quantizer}.")
+    options = {k: given[k] for k in ("scale", "rate_model") if k in given} | {"method": method}
+    if values is not None:
+        return Values(values=values, **options)
+    assert levels is not None
+    return Uniform(levels=levels, **options)
+
+
+def _goal_name(part: type[Any]) -> str:
+    return _name(_setting_fields(part)[0])
+
+
+def _setting_fields(part: type[Any]) -> list[Field[Any]]:
+    return [one for one in fields(part) if "help" in one.metadata]
+
+
+def _name(one: Field[Any]) -> str:
+    return one.metadata["name"] or one.name
+
+
+def _values_of(part: Any) -> dict[str, Any]:
+    """Return the flat settings that a value has."""
+    return {_name(one): getattr(part, one.name) for one in _setting_fields(type(part))}
+
+
+def _given(part: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a class among flat settings."""
+    arguments = {
+        one.name: given[_name(one)] for one in _setting_fields(part) if _name(one) in given
+    }
+    others = [one.name for one in fields(part) if "help" not in one.metadata]
+    inner = ("complete_square", "tokenizer")
+    return arguments | {name: given[name] for name in others if name in inner and name in given}

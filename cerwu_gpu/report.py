@@ -63,7 +63,7 @@ class LayerReport:
     bits_per_weight: float
     """Everything stored for the matrix, in bits, over m * n."""
     relative_loss: float
-    """tr((W-Q) H (W-Q)^T) / tr(W H W^T), undamped H; with correct_drift of the moved target."""
+    """tr((W-Q) H (W-Q)^T) / tr(W H W^T), undamped H; with corrected drift of the moved target."""
     words_bytes: int
     """Bytes of the entropy-coded symbols."""
     side_bytes: int

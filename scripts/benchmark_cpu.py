@@ -37,7 +37,7 @@ from cerwu_gpu import backend
 from cerwu_gpu.block_problem import BlockProblem
 from cerwu_gpu.coding.streams import decode_constriction
 from cerwu_gpu.coding.tables import codes_from_counts, table_from_codes
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import CompressionConfig, from_settings
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.passes import LOOKAHEAD
 from cerwu_gpu.quantize.problem import Problem
@@ -137,7 +137,7 @@ def layers(shape: tuple[int, int]) -> Iterator[Row]:
     rows, columns = shape
     weight, hessian, alpha = random_layer(rows, columns)
     for quantizer in ("scalar", "trellis8"):
-        config = CompressionConfig(lmbda=2e-4, quantizer=quantizer)  # type: ignore[arg-type]
+        config = from_settings(lmbda=2e-4, quantizer=quantizer)  # type: ignore[arg-type]
         searching: dict[str, list[float]] = {"torch": [], "numba": []}
 
         def quantize(config: CompressionConfig = config) -> object:
@@ -198,7 +198,7 @@ def busy(shape: tuple[int, int]) -> Iterator[Row]:
     """Time the search on all threads, alone and beside a process that keeps one core busy."""
     weight, hessian, alpha = random_layer(*shape)
     for quantizer in ("scalar", "trellis8"):
-        config = CompressionConfig(lmbda=2e-4, quantizer=quantizer)  # type: ignore[arg-type]
+        config = from_settings(lmbda=2e-4, quantizer=quantizer)  # type: ignore[arg-type]
         run = partial(quantize_stack, [weight], hessian, config, [alpha])
         for name in ("numba", "torch"):
             alone = in_turn({"": forced(name, run)}, turns=3 if name == "numba" else 1)[""]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.block_problem import Alphabet, BlockProblem
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import CompressionConfig, from_settings
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.passes import LOOKAHEAD, scalar_pass, trellis_pass
 from cerwu_gpu.quantize.problem import EXHAUSTIVE_LEVELS
@@ -166,7 +166,7 @@ def models(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
     for name in sizes.models:
         blocks, inputs = MODELS[name]
         for quantizer in ("scalar", "trellis8"):
-            config = CompressionConfig(quantizer=quantizer, lmbda=1e-3)
+            config = from_settings(quantizer=quantizer, lmbda=1e-3)
             case = f"{name}, {quantizer}"
             hessians = {n: _random_hessian(n, device) for _, n in inputs}
             _same_loss(case, inputs[0], hessians[inputs[0][1]], config)

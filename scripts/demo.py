@@ -14,18 +14,18 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cerwu_gpu import (
     CerwuError,
-    CompressionConfig,
     ModelError,
     compress,
     load_compressed,
     perplexity,
 )
 from cerwu_gpu.cli.output import listing, print_events, report_rows, size
+from cerwu_gpu.config import from_settings
 from cerwu_gpu.hf.models import load_model, require_tokenizer
 from cerwu_gpu.hf.text import demo_text
 
 OUTPUT = Path("demo-output")
-CONFIG = CompressionConfig(samples=24, sequence_length=512)
+CONFIG = from_settings(samples=24, sequence_length=512)
 CONTEXT_LENGTH = 512
 MAX_WINDOWS = 16
 BFLOAT16_BYTES = 2

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import cerwu_gpu
 from cerwu_gpu.cli.output import number, table
-from cerwu_gpu.config import CompressionConfig, DampingBy, Quantizer
+from cerwu_gpu.config import DampingBy, Objective, Quantizer, from_settings
 from cerwu_gpu.errors import CerwuError
 from cerwu_gpu.quantize.limit import Limit
 from cerwu_gpu.quantize.objective import quadratic_error
@@ -72,9 +72,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--reference", type=Path, metavar="FILE.csv", help="points of others: rows of method cerwu")
     add("--json", type=Path, metavar="FILE", help="write everything there")
     add("--picture", type=Path, metavar="FILE.png", help="draw the gaps (needs matplotlib)")
-    add("--passes", type=int, default=CompressionConfig.passes)
-    add("--damping", type=float, default=CompressionConfig.damping)
-    add("--damping-by", choices=get_args(DampingBy), default=CompressionConfig.damping_by)
+    add("--passes", type=int, default=Objective.passes)
+    add("--damping", type=float, default=Objective.damping)
+    add("--damping-by", choices=get_args(DampingBy), default=Objective.damping_by)
     return parser.parse_args(argv)
 
 
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not all(math.isfinite(bits) and bits > 0 for bits in arguments.bits):
         raise CerwuError("--bits must be finite numbers above 0.")
     settings = {key: getattr(arguments, key) for key in SETTINGS}
-    CompressionConfig(**settings)
+    from_settings(**settings)
     if arguments.picture and find_spec("matplotlib") is None:
         raise CerwuError("--picture needs matplotlib: pip install 'cerwu_gpu[plots]'.")
     paths = sorted(arguments.folder.glob("*.npz"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cerwu_gpu.coding import side
-from cerwu_gpu.config import CompressionConfig, Quantizer
+from cerwu_gpu.config import CompressionConfig, Quantizer, from_settings
 from cerwu_gpu.container.matrix import EncodedMatrix, encode_matrix
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.limit import Limit
@@ -130,7 +130,9 @@ def measure(layer: Layer, config: CompressionConfig) -> Point:
     coded = encode_matrix(stack.matrices[0], loss)
     words = 4 * len(coded.words)
     bits = 8 * (words + len(coded.side)) / layer.weight.numel()
-    return Point(config.lmbda, bits, loss, words, side_bytes(coded), config.levels)
+    return Point(
+        config.lmbda, bits, loss, words, side_bytes(coded), getattr(config.grid, "levels", None)
+    )
 
 
 def side_bytes(coded: EncodedMatrix) -> dict[str, int]:
@@ -195,7 +197,7 @@ def baseline(layer: Layer, bits: Sequence[float], settings: dict[str, Any]) -> l
     octaves = math.ceil(math.log2(layer.lmbda(max(min(bits) - AROUND, min(bits) / 4)) / lowest))
     ladder = [lowest * 2**k for k in range(octaves + 1)]
     configs = [
-        CompressionConfig(method="cerwu", scale="per-tensor", levels=k, lmbda=lmbda, **settings)
+        from_settings(method="cerwu", scale="per-tensor", levels=k, lmbda=lmbda, **settings)
         for k in LEVELS
         for lmbda in ladder
     ]
@@ -218,7 +220,7 @@ def solve(
         known: list[Point] = []
 
         def evaluate(lmbda: float, quantizer: Quantizer = quantizer) -> Point:
-            config = CompressionConfig(quantizer=quantizer, lmbda=lmbda, **settings)
+            config = from_settings(quantizer=quantizer, lmbda=lmbda, **settings)
             return measure(layer, config)
 
         for asked in bits:

@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from cerwu_gpu.config import GRADUAL
+from cerwu_gpu.config import GRADIENT_BASED
 from cerwu_gpu.sweep.fronts import TARGETS, by_label, front_rows, standings, target_words
 from cerwu_gpu.sweep.table import Row
 
@@ -23,9 +23,9 @@ Networks = Mapping[str, Sequence[Row]]
 Colour = tuple[float, float, float]
 
 COLOURS = {
-    "ours scalar": "tab:orange",
-    "ours trellis4": "tab:blue",
-    "ours trellis8": "tab:green",
+    "waterfilled scalar": "tab:orange",
+    "waterfilled trellis4": "tab:blue",
+    "waterfilled trellis8": "tab:green",
     "cerwu (paper)": "black",
     "cerwu-gamma0": "tab:purple",
     "optq": "tab:brown",
@@ -152,7 +152,7 @@ def first_seconds(rows: Sequence[Row], label: str) -> float:
     """The same with the calibration and the sensitivities that this kind makes use of."""
     own = by_label(rows)[label][0]
     stages = [] if own.qp is not None else ["calibrate"]
-    if own.sensitivity in GRADUAL:
+    if own.sensitivity in GRADIENT_BASED:
         stages.append("sensitivity")
     # What was prepared once is in the row of whichever point came first.
     prepared = sum(max(row.seconds[stage] for row in rows) for stage in stages)

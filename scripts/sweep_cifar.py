@@ -137,7 +137,7 @@ def main(
     calibration_images: Annotated[int, typer.Option(help="Images that calibrate.")] = 2000,
     methods: Annotated[
         str, typer.Option(help="See cerwu-gpu sweep --help.")
-    ] = "ours,cerwu,cerwu-gamma0,optq,rtn,nncodec,nncodec-dependent",
+    ] = "waterfilled,cerwu,cerwu-gamma0,optq,rtn,nncodec,nncodec-dependent",
     quantizer: Annotated[str, typer.Option(help="Of ours.")] = "scalar,trellis8",
     lmbda: Annotated[str, typer.Option(help="Of ours: error worth paying for one bit.")] = (
         "2e-6,5e-6,1e-5,1.5e-5,2e-5,3e-5,5e-5"

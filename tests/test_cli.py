@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import cerwu_gpu
-from cerwu_gpu import CompressionConfig
 from cerwu_gpu.cli.output import listing, print_json, size, table
+from cerwu_gpu.config import all_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 Command = Callable[..., Any]
@@ -163,12 +163,12 @@ def test_overwrite_replaces_a_compressed_model(
 
 def test_every_setting_is_an_option(command: Command) -> None:
     _, out, _ = command("compress", "--help")
-    for field in dataclasses.fields(CompressionConfig):
-        assert f"--{field.name.replace('_', '-')} " in out, field.name
+    for name in all_settings():
+        assert f"--{name.replace('_', '-')} " in out, name
 
 
 def test_a_grid_comes_from_a_file_or_from_the_option(tmp_path: Path) -> None:
-    from cerwu_gpu.cli.compression import parse_grid
+    from cerwu_gpu.cli.options import parse_grid
 
     path = tmp_path / "grid.txt"
     path.write_text("-1.5 -0.5\n0, 0.5\n1.5\n", encoding="utf-8")

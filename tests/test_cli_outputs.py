@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import cerwu_gpu
-from cerwu_gpu import CompressionConfig, OutputError
+from cerwu_gpu import OutputError
 from cerwu_gpu.container.output import REPLACED
 from cerwu_gpu.container.work import work_path
+from tests.configs import compress_flat, configured
 from tests.test_cli_wrong_input import Command, assert_refused, contents
 
 FEW = ("--samples", "4", "--sequence-length", "32", "--quiet")
@@ -170,11 +171,11 @@ def test_overwrite_never_replaces_what_is_not_ours(
     assert_refused(command("compress", place / "model", *options, *text), *refusal)
     assert_refused(command("decompress", place / "small", *options), *refusal)
     with pytest.raises(OutputError, match="nothing but compressed models"):
-        cerwu_gpu.compress(
+        compress_flat(
             nn.Sequential(nn.Linear(16, 16)),
             output,
             batches=[torch.randn(64, 16)],
-            config=CompressionConfig(sensitivity="none"),
+            config=configured(sensitivity="none"),
             overwrite=True,
             progress=False,
         )
@@ -245,7 +246,7 @@ def test_an_old_output_goes_back_before_the_work_begins(
     command: Command, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "small").rename(place / f".small.0123abcd{REPLACED}")
-    monkeypatch.setattr("cerwu_gpu.api.load_model", None)
+    monkeypatch.setattr("cerwu_gpu.api.load_kind", None)
     options = ("-o", place / "small", "--calibration", place / "text.txt", *FEW)
     assert_refused(command("compress", place / "model", *options), "not empty")
     cerwu_gpu.verify(place / "small")

@@ -29,14 +29,20 @@ def sweep(command: Command, toy_directory: Path, toy_text: Path, tmp_path: Path)
     return run
 
 
-GRID = ("--methods", "ours,rtn", "--lmbda", "1e-7, 1e-6", "--levels", "3,15")
+GRID = ("--methods", "waterfilled,rtn", "--lmbda", "1e-7, 1e-6", "--levels", "3,15")
 
 
 def test_a_sweep_ends_with_its_tables(sweep: Command, tmp_path: Path) -> None:
     code, out, _ = sweep(*GRID)
     assert code == 0
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines[2:7]] == ["ours", "ours", "rtn", "rtn", "original"]
+    assert [line.split()[0] for line in lines[2:7]] == [
+        "waterfilled",
+        "waterfilled",
+        "rtn",
+        "rtn",
+        "original",
+    ]
     assert "fewest bits at" in out
     assert "1.01x the perplexity" in out
     assert "calibration and sensitivities" in out
@@ -51,7 +57,7 @@ def test_json_has_points_fronts_and_minimum(sweep: Command, tmp_path: Path) -> N
     assert (tmp_path / "sweep" / "sweep.jsonl").read_bytes().startswith(before)
     assert summary["points"] == [row.record() for row in rows]
     keys = {row.label: {r.point for r in rows if r.label == row.label} for row in rows}
-    assert summary["fronts"].keys() == keys.keys() == {"ours scalar", "rtn"}
+    assert summary["fronts"].keys() == keys.keys() == {"waterfilled scalar", "rtn"}
     assert all(set(front) <= keys[label] for label, front in summary["fronts"].items())
     assert [each["target"] for each in summary["minimum"]] == [1.01, 1.05, 2.0] * 2
     assert summary["original_quality"] == rows[0].original_quality
@@ -63,7 +69,7 @@ def test_json_has_points_fronts_and_minimum(sweep: Command, tmp_path: Path) -> N
 
 WRONG: tuple[tuple[Sequence[str], str], ...] = (
     (("--methods", "gptq"), "gptq"),
-    (("--methods", "ours,"), "methods"),
+    (("--methods", "waterfilled,"), "methods"),
     (("--quantizer", "trellis16"), "trellis16"),
     (("--lmbda", "1e-9,small"), "lmbda"),
     (("--lmbda", "-1"), "lmbda"),

@@ -24,6 +24,7 @@ from typer.main import get_command
 
 from cerwu_gpu import CompressionConfig, Report
 from cerwu_gpu.cli import app
+from cerwu_gpu.config import Calibration, Text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -107,17 +108,18 @@ def place(
     toy_directory: Path, toy_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """The current directory, with what the pages name; `compress` of Python takes few samples."""
-    from cerwu_gpu.hf import compression
+    from cerwu_gpu import api
     from tests.models.toys import toy
 
-    compress, text = compression.compress, toy_text.read_text(encoding="utf-8")
+    compress, text = api.compress, toy_text.read_text(encoding="utf-8")
 
     def compress_few(model: Any, output: str, **options: Any) -> Report:
-        if "batches" in options:
-            return compress(model, output, progress=False, **options)
-        few = replace(options.pop("config", CompressionConfig()), samples=4, sequence_length=32)
-        options["overwrite"] = options.get("overwrite", False) or Path(output).exists()
-        return compress(model, output, config=few, text=text, progress=False, **options)
+        config = options.pop("config", CompressionConfig())
+        if isinstance(config.calibration, Calibration):
+            data = replace(config.text, source=Text(text), samples=4, sequence_length=32)
+            config = replace(config, calibration=data)
+            options["overwrite"] = options.get("overwrite", False) or Path(output).exists()
+        return compress(model, output, config=config, progress=False, **options)
 
     monkeypatch.setattr("cerwu_gpu.compress", compress_few)
     monkeypatch.chdir(tmp_path)

@@ -16,15 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-import cerwu_gpu
-from cerwu_gpu import CompressionConfig
 from cerwu_gpu.container.writer import DirectoryWriter
+from tests.configs import compress_flat, configured
 from tests.conftest import TEXT, trained_tokenizer
 from tests.hf import toys as language
 from tests.models import toys as vision
 
 PINS = Path(__file__).with_name("pins.json")
-SHARD_BYTES = 20_000
+SHARD_BYTES = 2_500
 
 LANGUAGE: dict[str, dict[str, Any]] = {
     "scalar": {"lmbda": 1e-5},
@@ -66,8 +65,8 @@ def compress(case: str, output: Path, tokenizer: Any) -> None:
     else:
         settings, few = SINGLE.get(case) or VISION[name], {}
         text, model = {"batches": vision.images()}, vision.toy(family)
-    config = CompressionConfig(**few, **settings)
-    cerwu_gpu.compress(model, output, config=config, progress=False, device="cpu", **text)
+    config = configured(**few, **settings)
+    compress_flat(model, output, config=config, progress=False, device="cpu", **text)
 
 
 def digest(folder: Path) -> str:

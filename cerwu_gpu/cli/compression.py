@@ -1,32 +1,21 @@
 """cerwu-gpu compress: a model in, a compressed directory and a table out."""
 
-import re
 import sys
 from contextlib import redirect_stdout
 from os.path import isfile  # unlike Path.is_file it takes text too long for a name
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import listing, print_events, print_json, report_rows, set_verbosity
-from cerwu_gpu.config import (
-    CompressionConfig,
-    Method,
-    Quantizer,
-    RateModel,
-    Scale,
-    Sensitivity,
-)
+from cerwu_gpu.config import all_settings, from_settings
 from cerwu_gpu.container.output import check_apart
 from cerwu_gpu.container.work import output_places
-from cerwu_gpu.errors import ConfigError
-from cerwu_gpu.quantities import parse_share, parse_size
-
-DEFAULT = CompressionConfig()
 
 
+@options.with_settings(all_settings(), before="device")
 def compress(
     model: options.Model,
     output: Annotated[
@@ -37,114 +26,6 @@ def compress(
             help="Output directory; must be new or empty unless --overwrite is given.",
         ),
     ],
-    method: Annotated[
-        Method,
-        typer.Option(
-            help="Quantization method; cerwu-gamma0 does not complete the square, optq has lmbda "
-            "0, rtn uses no Hessian."
-        ),
-    ] = DEFAULT.method,
-    lmbda: Annotated[
-        float,
-        typer.Option(
-            help="Rate-distortion trade-off: output error accepted to save one bit; larger values "
-            "give smaller files."
-        ),
-    ] = DEFAULT.lmbda,
-    levels: Annotated[
-        int | None,
-        typer.Option(
-            help="Number of levels of a uniform grid scaled by abs-max; default: no uniform grid, "
-            "but a step size per column, derived from lmbda."
-        ),
-    ] = DEFAULT.levels,
-    grid: Annotated[
-        str | None,
-        typer.Option(
-            help="Grid values in increasing order: comma-separated numbers, or a file of numbers."
-        ),
-    ] = None,
-    scale: Annotated[
-        Scale, typer.Option(help="Granularity of the abs-max scale with --levels or --grid.")
-    ] = DEFAULT.scale,
-    quantizer: Annotated[
-        Quantizer,
-        typer.Option(help="Scalar quantizer, or trellis-coded quantization with 4 or 8 states."),
-    ] = DEFAULT.quantizer,
-    rate_model: Annotated[
-        RateModel,
-        typer.Option(
-            help="Code length model of the search; others than histogram need --levels or --grid."
-        ),
-    ] = DEFAULT.rate_model,
-    bits: Annotated[
-        float | None, typer.Option(help="Target bits per quantized weight; lmbda is searched.")
-    ] = None,
-    max_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Maximum size of the output directory, e.g. 60MB; lmbda is searched.",
-        ),
-    ] = None,
-    max_perplexity_increase: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Maximum relative increase of the perplexity, e.g. 2%; lmbda is searched.",
-        ),
-    ] = None,
-    sensitivity: Annotated[
-        Sensitivity,
-        typer.Option(
-            help="Weighting of output errors: none, relative to the layer's output energy, or by "
-            "squared gradients per layer, per row, or balanced with relative."
-        ),
-    ] = DEFAULT.sensitivity,
-    passes: options.Passes = DEFAULT.passes,
-    damping: options.Damping = DEFAULT.damping,
-    damping_by: options.DampingBy = DEFAULT.damping_by,
-    block_size: Annotated[
-        int, typer.Option(help="Columns per block of lazy batched updates.")
-    ] = DEFAULT.block_size,
-    include: options.Include = None,
-    exclude: options.Exclude = None,
-    keep_head: Annotated[
-        bool,
-        typer.Option(
-            "--keep-head", help="Do not quantize the input embedding and the output head."
-        ),
-    ] = DEFAULT.keep_head,
-    calibration: options.Calibration = DEFAULT.calibration,
-    samples: options.Samples = DEFAULT.samples,
-    sequence_length: options.SequenceLength = DEFAULT.sequence_length,
-    batch_size: options.CalibrationBatch = DEFAULT.batch_size,
-    sequential: Annotated[
-        bool,
-        typer.Option(
-            "--sequential",
-            help="Calibrate each block on the outputs of the already quantized blocks.",
-        ),
-    ] = DEFAULT.sequential,
-    correct_drift: Annotated[
-        bool | None,
-        typer.Option(
-            "--correct-drift/--ignore-drift",
-            help="Quantize for the inputs of the compressed model, toward the original outputs; "
-            "default: yes, unless --levels, --grid, --sequential or --hessian-cache is given.",
-        ),
-    ] = DEFAULT.correct_drift,
-    seed: options.Seed = DEFAULT.seed,
-    limit_columns: Annotated[
-        int,
-        typer.Option(
-            help="Report the theoretical limit of matrices with at most this many columns; 0: of "
-            "none."
-        ),
-    ] = DEFAULT.limit_columns,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Treat events of the report (warnings) as errors.")
-    ] = DEFAULT.strict,
     device: options.Device = None,
     overwrite: Annotated[
         bool,
@@ -179,39 +60,13 @@ def compress(
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON only.")] = False,
     quiet: options.Quiet = False,
+    **settings: Any,
 ) -> None:
     """Compress MODEL into a directory for load_compressed, info, eval and decompress."""
-    config = CompressionConfig(
-        method=method,
-        lmbda=lmbda,
-        levels=levels,
-        grid=None if grid is None else parse_grid(grid),
-        scale=scale,
-        quantizer=quantizer,
-        rate_model=rate_model,
-        passes=passes,
-        damping=damping,
-        damping_by=damping_by,
-        sensitivity=sensitivity,
-        bits=bits,
-        max_size=None if max_size is None else parse_size(max_size),
-        max_perplexity_increase=(
-            None if max_perplexity_increase is None else parse_share(max_perplexity_increase)
-        ),
-        block_size=block_size,
-        include=tuple(include or DEFAULT.include),
-        exclude=tuple(exclude or DEFAULT.exclude),
-        keep_head=keep_head,
-        calibration=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        sequential=sequential,
-        correct_drift=correct_drift,
-        seed=seed,
-        limit_columns=limit_columns,
-        strict=strict,
+    config = from_settings(
+        **options.given_settings(settings), hessian_cache=hessian_cache, verify=not no_verify
     )
+    grid = settings["grid"]
     if grid is not None and isfile(grid):
         check_apart(output_places(output.expanduser().resolve()), {"the grid": Path(grid)})
     set_verbosity(quiet=quiet)
@@ -226,8 +81,6 @@ def compress(
             device=device,
             overwrite=overwrite,
             restart=restart,
-            hessian_cache=hessian_cache,
-            verify=not no_verify,
             card=card,
             report=report,
             progress=not quiet,
@@ -240,18 +93,3 @@ def compress(
     rows = [("output", str(output)), ("report", str(page)), *report_rows(done)]
     typer.echo(listing(rows))
     print_events(done.events)
-
-
-def parse_grid(text: str) -> tuple[float, ...]:
-    """The numbers of `text`, or of the file it names, between commas or white space.
-
-    Raises:
-        ConfigError: something in it is not a number, or there is none.
-    """
-    try:
-        content = Path(text).read_text(encoding="utf-8") if isfile(text) else text
-        return tuple(float(value) for value in re.split(r"[,\s]+", content.strip(", \t\r\n")))
-    except ValueError:  # a decoding error is one, too
-        raise ConfigError(
-            f"grid is {text!r}: give numbers with commas between them, or a file of numbers."
-        ) from None

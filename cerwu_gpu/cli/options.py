@@ -1,52 +1,25 @@
-"""Options that several commands share; the defaults are each command's own."""
+"""Options that several commands share; those that are settings are read off the configuration."""
 
-from typing import Annotated
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from os.path import isfile  # unlike Path.is_file it takes text too long for a name
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 
-from cerwu_gpu import config
+from cerwu_gpu.config import Setting, all_settings
+from cerwu_gpu.errors import ConfigError
+from cerwu_gpu.quantities import parse_share, parse_size
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub model id, model directory or .gguf file.")
 ]
-Calibration = Annotated[
-    str,
-    typer.Option(
-        help="Calibration data: wikitext2, a Hub dataset id, a text file, or self (text sampled "
-        "from the model)."
-    ),
-]
-Samples = Annotated[int, typer.Option(help="Number of calibration sequences.")]
-SequenceLength = Annotated[int, typer.Option(help="Tokens per calibration sequence.")]
-CalibrationBatch = Annotated[int, typer.Option(help="Calibration sequences per forward pass.")]
-Passes = Annotated[int, typer.Option(help="Number of quantization passes over each matrix.")]
-Damping = Annotated[
-    float,
-    typer.Option(
-        help="Damping added to the Hessian's diagonal, relative to the statistic of --damping-by."
-    ),
-]
-DampingBy = Annotated[
-    config.DampingBy,
-    typer.Option(
-        help="Statistic of the diagonal that damping is relative to; the paper uses the mean."
-    ),
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(metavar="GLOB", help="Compress only weights whose name matches; repeatable."),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="GLOB",
-        help="Do not compress weights whose name matches; overrides --include; repeatable.",
-    ),
-]
 MaxWindows = Annotated[
     int | None, typer.Option(help="Maximum number of windows; default: the whole text.")
 ]
-Seed = Annotated[int, typer.Option(help="Random seed.")]
 Device = Annotated[
     str | None, typer.Option(help="Device: cpu, cuda, cuda:1, ...; default: a GPU if available.")
 ]
@@ -55,3 +28,100 @@ TrustRemoteCode = Annotated[
     typer.Option("--trust-remote-code", help="Allow Python code from the model repository to run."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress bars and log messages.")]
+
+
+def parse_grid(text: str) -> tuple[float, ...]:
+    """Return the numbers of `text`, or of the file it names, between commas or white space.
+
+    Raises:
+        ConfigError: something in it is not a number, or there is none.
+    """
+    try:
+        content = Path(text).read_text(encoding="utf-8") if isfile(text) else text
+        return tuple(float(value) for value in re.split(r"[,\s]+", content.strip(", \t\r\n")))
+    except ValueError:  # a decoding error is one, too
+        raise ConfigError(
+            f"grid is {text!r}: give numbers with commas between them, or a file of numbers."
+        ) from None
+
+
+PARSED: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "grid": ("VALUES", parse_grid),
+    "max_size": ("SIZE", parse_size),
+    "max_perplexity_increase": ("SHARE", parse_share),
+}
+"""Settings that are typed as text -> how the text is called, and its parser."""
+
+
+def with_settings(
+    names: Iterable[str], before: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that gives a command an option for each of these settings.
+
+    Args:
+        names: of the settings, in order.
+        before: parameter of the command in front of which the options are listed. Its keyword
+            parameters get the values as they were typed; `given_settings` parses them.
+    """
+    options = [_parameter(all_settings()[name]) for name in names]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        plain = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
+        place = [x.name for x in plain].index(before)
+        parameters = [*plain[:place], *options, *plain[place:]]
+        parameters = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in parameters]
+
+        def run(**values: Any) -> None:
+            command(**values)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {x.name: x.annotation for x in parameters} | {"return": None}
+        return run
+
+    return decorate
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    """Return the option of a setting."""
+    kind, default, metavar = _without_none(setting.kind), setting.default, None
+    if setting.name in PARSED:
+        kind, metavar = str, PARSED[setting.name][0]
+    elif get_origin(kind) is tuple:
+        kind, metavar, default = list[str], "GLOB", None
+    elif get_origin(kind) in (Union, UnionType):
+        kind = str  # the source of a calibration, by name
+    name = f"--{setting.name.replace('_', '-')}"
+    declared = (name,) if kind is bool else ()
+    option = typer.Option(*declared, help=setting.help, metavar=metavar)
+    annotation: Any = kind if default is not None else kind | None
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[annotation, option],
+    )
+
+
+def _without_none(kind: Any) -> Any:
+    if get_origin(kind) in (Union, UnionType):
+        rest = [x for x in get_args(kind) if x is not NoneType]
+        return rest[0] if len(rest) == 1 else kind
+    return kind
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """Return the value of a setting."""
+    if name not in PARSED:
+        return tuple(value) if isinstance(value, list) else value
+    return PARSED[name][1](value)
+
+
+def given_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that were given, parsed; None stands for those that were not.
+
+    Raises:
+        ConfigError: a value is none of its setting.
+    """
+    return {name: _parsed(name, value) for name, value in values.items() if value is not None}

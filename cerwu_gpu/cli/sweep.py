@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, TypeVar, cast, get_args
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 import typer
 
@@ -13,17 +13,17 @@ from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import print_json, set_verbosity
 from cerwu_gpu.cli.sweep_tables import minimum_table, points_table, summary, time_words
 from cerwu_gpu.config import (
-    CompressionConfig,
     Quantizer,
     RateModel,
     Scale,
     Sensitivity,
+    from_settings,
 )
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.sweep.points import Axes, System, check_available, grid_points
 from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
 
-DEFAULT, AXES = CompressionConfig(), Axes()
+AXES = Axes()
 HEADS = ("quantize", "keep")
 DRIFTS = ("ignore", "correct")
 Value = TypeVar("Value")
@@ -33,6 +33,14 @@ def _joined(values: Sequence[object]) -> str:
     return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 
+SETTINGS = (
+    *("calibration", "samples", "sequence_length", "batch_size", "passes", "damping", "damping_by"),
+    *("include", "exclude", "seed"),
+)
+"""Settings that all points share."""
+
+
+@options.with_settings(SETTINGS, before="device")
 def sweep(
     model: options.Model,
     output: Annotated[
@@ -49,21 +57,22 @@ def sweep(
     quantizer: Annotated[
         str,
         typer.Option(
-            metavar="LIST", help=f"Quantizers for ours, any of {_joined(get_args(Quantizer))}."
+            metavar="LIST",
+            help=f"Quantizers for waterfilled, any of {_joined(get_args(Quantizer))}.",
         ),
     ] = _joined(AXES.quantizers),
     lmbda: Annotated[
         str,
         typer.Option(
             metavar="LIST",
-            help="Rate-distortion trade-offs for ours: loss accepted to save one bit.",
+            help="Rate-distortion trade-offs for waterfilled: loss accepted to save one bit.",
         ),
     ] = _joined(AXES.lmbdas),
     sensitivity: Annotated[
         str,
         typer.Option(
             metavar="LIST",
-            help=f"Error weightings for ours, any of {_joined(get_args(Sensitivity))}.",
+            help=f"Error weightings for waterfilled, any of {_joined(get_args(Sensitivity))}.",
         ),
     ] = _joined(AXES.sensitivities),
     levels: Annotated[
@@ -106,7 +115,7 @@ def sweep(
         str,
         typer.Option(
             metavar="LIST",
-            help="Drift correction for ours: ignore, correct, or both; correct repeats the "
+            help="Drift correction for waterfilled: ignore, correct, or both; correct repeats the "
             "calibration for each point.",
         ),
     ] = "ignore",
@@ -122,16 +131,6 @@ def sweep(
     ] = "wikitext2",
     context_length: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 512,
     max_windows: options.MaxWindows = None,
-    calibration: options.Calibration = DEFAULT.calibration,
-    samples: options.Samples = DEFAULT.samples,
-    sequence_length: options.SequenceLength = DEFAULT.sequence_length,
-    batch_size: options.CalibrationBatch = DEFAULT.batch_size,
-    passes: options.Passes = DEFAULT.passes,
-    damping: options.Damping = DEFAULT.damping,
-    damping_by: options.DampingBy = DEFAULT.damping_by,
-    include: options.Include = None,
-    exclude: options.Exclude = None,
-    seed: options.Seed = DEFAULT.seed,
     device: options.Device = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the compressed model of each point.")
@@ -139,24 +138,14 @@ def sweep(
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON only.")] = False,
     quiet: options.Quiet = False,
+    **settings: Any,
 ) -> None:
     """Compress MODEL with all combinations of a grid of settings and measure their perplexity.
 
     A LIST is comma-separated.
     """
-    base = CompressionConfig(
-        passes=passes,
-        damping=damping,
-        damping_by=damping_by,
-        include=tuple(include or DEFAULT.include),
-        exclude=tuple(exclude or DEFAULT.exclude),
-        calibration=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        seed=seed,
-        limit_columns=0,  # a table has no place for it
-    )
+    given = options.given_settings(settings)
+    base = from_settings(**given, limit_columns=0)  # a table has no place for it
     axes = Axes(
         systems=cast(tuple[System, ...], words("methods", methods, get_args(System))),
         quantizers=cast(tuple[Quantizer, ...], words("quantizer", quantizer, get_args(Quantizer))),
@@ -187,7 +176,7 @@ def sweep(
         output,
         {
             "the model": model,
-            "the calibration text": text_file(calibration),
+            "the calibration text": text_file(base.text.named or ""),
             "the evaluation text": text_file(text),
         },
     )

@@ -1,7 +1,7 @@
 """What a kind of model is to a run: the interface between models and `cerwu_gpu.compression`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,8 +23,10 @@ class Adapter(ABC):
         layouts: of the weights to compress, by name, in the order of the model.
         events: what did not go as planned before the run.
         left: name of every other parameter with two axes or more -> why it is left alone.
-        drifts: whether correct_drift changes what is quantized: a sample of the rows then does not
-            show the whole effect of lmbda.
+        drifts: whether a corrected drift changes what is quantized: a sample of the rows then does
+            not show the whole effect of lmbda.
+        card: writes a model card into a complete directory, given what `loss` was for the original
+            and for the compressed model; None: there is none.
     """
 
     module: nn.Module
@@ -32,6 +34,7 @@ class Adapter(ABC):
     events: tuple[str, ...] = ()
     left: Mapping[str, str] = {}
     drifts = False
+    card: Callable[[Path, float | None, float | None], None] | None = None
 
     def __init__(self) -> None:
         self._originals: dict[str, Tensor] = {}
@@ -56,6 +59,11 @@ class Adapter(ABC):
     def identity(self) -> dict[str, str]:
         """Return digests of the model, its weights still the original ones, and of its data."""
 
+    @property
+    def predictions(self) -> int:
+        """Number of predictions that `loss` is a mean of."""
+        return 0
+
     @torch.no_grad()
     def keep_originals(self) -> None:
         """Keep a copy of the weights, for `restore`; only the first call does."""
@@ -78,14 +86,3 @@ class Adapter(ABC):
 
     def write_files(self, folder: Path) -> None:  # noqa: B027
         """Write what a directory holds beside weights: configuration, tokenizer, licences."""
-
-    def write_card(self, folder: Path, before: float | None, after: float | None) -> None:
-        """Write a model card into a complete directory.
-
-        Args:
-            before, after: what `loss` gave for the original and for the compressed model.
-
-        Raises:
-            ConfigError: this kind of model has none.
-        """
-        raise NotImplementedError

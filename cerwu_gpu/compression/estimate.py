@@ -114,7 +114,7 @@ def _probe(
 
 
 def estimate(probes: Iterable[Probe], config: CompressionConfig) -> Estimate:
-    """Return bits and loss of the model at config.lmbda.
+    """Return bits and loss of the model at its lmbda.
 
     The bits of a matrix's words grow with its rows; those of what is stored beside them do not.
     """

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.compression.blocks import Block, InputStatistics, Matrix
-from cerwu_gpu.config import GRADUAL, CompressionConfig
+from cerwu_gpu.config import GRADIENT_BASED, CompressionConfig, Sensitivity
 from cerwu_gpu.container.journal import CodedWeight, Journal
 from cerwu_gpu.container.matrix import EncodedMatrix, encode_matrix
 from cerwu_gpu.container.writer import DirectoryWriter
@@ -46,7 +46,7 @@ def compress_blocks(
         writer: takes the coded tensors.
         config: how to quantize.
         clock: gets the stages calibrate, quantize and code.
-        sensitivities: squared gradients for config.sensitivity layer, row and balanced, and what
+        sensitivities: squared gradients for sensitivity layer, row and balanced, and what
             is added to Hessians.
         journal: keeps finished blocks; those that it holds already are taken from it.
 
@@ -242,8 +242,9 @@ def stack_sensitivities(
     An expert that sees a share of the tokens counts by that share: J is a mean over all tokens.
     """
     own = statistics[stack[0].input]
-    gradual = config.sensitivity in GRADUAL and not config.needs_gradients
-    kind = "none" if gradual else config.sensitivity
+    wanted = config.objective.sensitivity
+    unused = wanted in GRADIENT_BASED and not config.needs_gradients
+    kind: Sensitivity = "none" if unused else wanted
     seen = [other.tokens for other in statistics.values() if other.tokens]
     share = (own.tokens or min(seen, default=1)) / max(seen, default=1)
     return [
@@ -284,7 +285,7 @@ def _quantize(
         quantized = quantize_stack(targets, hessian, config, alpha)
     except CerwuError as error:
         raise type(error)(f"{name}: {error}") from error
-    if quantized.damping != config.damping:
+    if quantized.damping != config.objective.damping:
         events.append(f"its Hessian needed a damping of {quantized.damping:.3g}")
     if events and config.strict:
         raise CalibrationError(

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import shlex
-from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 import cerwu_gpu
 from cerwu_gpu.compression.resume import LIBRARIES
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import CompressionConfig, settings
 from cerwu_gpu.container.breakdown import breakdown
 from cerwu_gpu.container.output import write_text, written
 from cerwu_gpu.errors import OutputError
@@ -26,8 +25,6 @@ REPORT_KEYS = {"model", "output", "finished", "layers", "settings", "machine"}
 """Keys by which a report.json of ours is known."""
 PAGE_START = 4096
 """Number of characters by which a report.html of ours is known."""
-OPPOSITES = {"correct_drift": "--ignore-drift"}
-"""Options for False of settings whose default is not False."""
 
 
 def report_paths(output: Path, folder: Path | None) -> tuple[Path, Path]:
@@ -110,7 +107,7 @@ def write_report(
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **report.to_dict(),
             "bytes": breakdown(output),
-            "settings": asdict(config),
+            "settings": settings(config),
             "changed": sorted(_changed(config)),
             "command": None if model is None else _command(model, given, config, device, options),
             "python": _python(config),
@@ -125,13 +122,9 @@ def write_report(
 
 
 def _changed(config: CompressionConfig) -> dict[str, Any]:
-    """The settings that are not the default."""
-    default = CompressionConfig()
-    return {
-        field.name: value
-        for field in fields(config)
-        if (value := getattr(config, field.name)) != getattr(default, field.name)
-    }
+    """Return the settings that are not the default."""
+    default = settings(CompressionConfig())
+    return {name: value for name, value in settings(config).items() if value != default[name]}
 
 
 def _command(
@@ -141,12 +134,12 @@ def _command(
     device: torch.device,
     options: dict[str, bool],
 ) -> str:
-    """The command line that does the same again."""
+    """Return the command line that does the same again."""
     words = ["cerwu-gpu", "compress", model, "-o", str(output)]
     for name, value in _changed(config).items():
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
-            words.append(option if value else OPPOSITES[name])
+            words.append(option)
         elif name == "grid":
             words.append(f"{option}={','.join(map(repr, value))}")  # it may begin with a minus
         elif isinstance(value, tuple):
@@ -160,7 +153,7 @@ def _command(
 
 def _python(config: CompressionConfig) -> str:
     given = ", ".join(f"{name}={value!r}" for name, value in _changed(config).items())
-    return f"CompressionConfig({given})"
+    return f"from_settings({given})"
 
 
 def _machine(device: torch.device) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 import cerwu_gpu
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import CompressionConfig, settings
 
 LIBRARIES = ("torch", "transformers", "constriction", "numpy")
 
@@ -19,7 +18,7 @@ def settings_fingerprint(config: CompressionConfig, device: torch.device) -> Map
     """Return what is known before anything is loaded: settings, code and the machine's kind."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
-        **{name: str(value) for name, value in asdict(config).items()},
+        **{name: str(value) for name, value in settings(config).items()},
         "device": kind,
         "cerwu_gpu": cerwu_gpu.__version__,
         "the version of cerwu_gpu's code": _code_digest(),

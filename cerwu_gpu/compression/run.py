@@ -80,7 +80,6 @@ class Run:
         clock: Clock,
         overwrite: bool = False,
         verify: bool = True,
-        card: bool = False,
         work: Path | None = None,
         progress: bool = False,
     ) -> None:
@@ -89,7 +88,6 @@ class Run:
         Args:
             overwrite: replace a compressed directory at `output`.
             verify: decode what was written and compare it with the weights in memory.
-            card: write a model card into every attempt.
             work: this run's own directory (container/work.py), where finished blocks are kept;
                 None: they are not.
             progress: show bars on stderr.
@@ -99,7 +97,6 @@ class Run:
         self.clock = clock
         self._overwrite = overwrite
         self._verify = verify
-        self._card = card
         self._work = work
         self._progress = progress
         self._stack = ExitStack()
@@ -130,10 +127,10 @@ class Run:
         adapter, layouts, clock = self.adapter, self.adapter.layouts, self.clock
         self._stack.close()  # what an earlier attempt wrote
         adapter.restore()
-        if config.targeted:
+        if config.target is not None:
             adapter.keep_originals()
         sensitivities = self.sensitivities(config)
-        if self._card and self._original_loss is None:
+        if adapter.card is not None and self._original_loss is None:
             self._original_loss = self._loss()
         writer = self._stack.enter_context(
             DirectoryWriter(
@@ -153,15 +150,15 @@ class Run:
         )
         with clock.stage("quantize"):
             adapter.finish(config)
-        loss = self._loss() if self._card else None
+        loss = None if adapter.card is None else self._loss()
         with clock.stage("write"):
             for name, tensor in plain_tensors(adapter.module, layouts).items():
                 writer.add_plain(name, tensor)
             adapter.write_files(writer.folder)
             writer.complete()
-            if self._card:
+            if adapter.card is not None:
                 with written(writer.folder):
-                    adapter.write_card(writer.folder, self._original_loss, loss)
+                    adapter.card(writer.folder, self._original_loss, loss)
         if self._verify:
             with clock.stage("verify"):
                 check_stored(writer.folder, parameters, progress=self._progress)

@@ -8,7 +8,7 @@ passes then measure corrects the sample's bias.
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from cerwu_gpu.compression.estimate import (
     sample_stacks,
 )
 from cerwu_gpu.compression.run import Attempt, Run, directory_bytes, plain_bytes, plain_tensors
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import Bits, CompressionConfig, MaxPerplexityIncrease, MaxSize
 from cerwu_gpu.errors import ConfigError, TargetError
 
 FULL_PASSES = 3
@@ -61,7 +61,7 @@ class Goal:
 
 
 def to_target(run: Run, config: CompressionConfig) -> Attempt:
-    """Return the attempt that meets config.bits, max_size or max_perplexity_increase.
+    """Return the attempt that meets config.target.
 
     Raises:
         ConfigError: the quality is asked for, and the model has no loss.
@@ -77,16 +77,16 @@ def to_target(run: Run, config: CompressionConfig) -> Attempt:
 
     @cache
     def predicted(lmbda: float) -> float:
-        return goal.on_sample(estimate(probes, replace(config, lmbda=lmbda)))
+        return goal.on_sample(estimate(probes, config.at(lmbda)))
 
-    drift = adapter.drifts and bool(config.correct_drift) and goal.falls
+    drift = adapter.drifts and config.corrects_drift and goal.falls
     correction, measured = Correction(relative=not goal.falls, drift=drift), 0.0
     lmbda, step = first_lmbda(probes), math.log(4.0)
     passes = FULL_PASSES if _weights(run) > SMALL_MODEL else SMALL_PASSES
     for number in range(1, passes + 1):
         with clock.stage("target"):
             lmbda = _solved(goal, predicted, correction, lmbda, step)
-        attempt = run.attempt(replace(config, lmbda=lmbda))
+        attempt = run.attempt(config.at(lmbda))
         with clock.stage("target"):
             measured = goal.on_attempt(attempt)
             if goal.accepts(attempt, measured, number == passes):
@@ -116,12 +116,15 @@ def _solved(
 
 
 def _goal(run: Run, config: CompressionConfig) -> Goal:
-    if config.bits is not None:
-        return _bits_goal(config.bits)
-    if config.max_size is not None:
-        return _size_goal(run, config.max_size)
-    assert config.max_perplexity_increase is not None
-    return _quality_goal(run, config.max_perplexity_increase)
+    match config.target:
+        case Bits(bits):
+            return _bits_goal(bits)
+        case MaxSize(size):
+            return _size_goal(run, size)
+        case MaxPerplexityIncrease(share):
+            return _quality_goal(run, share)
+        case None:
+            raise ValueError("a configuration without a target has no goal")
 
 
 def _bits_goal(bits: float) -> Goal:

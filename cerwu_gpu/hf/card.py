@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from cerwu_gpu import __version__
 from cerwu_gpu.container.reader import inventory
+from cerwu_gpu.hf.evaluation import perplexity_of
 from cerwu_gpu.hf.text import SELF, SHORT_NAMES
 
 CARD_FILE = "README.md"
@@ -45,21 +46,64 @@ pip install cerwu_gpu
 ```
 
 ```python
-import cerwu_gpu  # tells transformers about the format
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-name = "..."  # this repository, or a directory with its files
-model = AutoModelForCausalLM.from_pretrained(name)
-tokenizer = AutoTokenizer.from_pretrained(name)
+{loading}
 ```
 
-The model is an ordinary dense one once it is loaded, and `save_pretrained` writes dense weights.
-`cerwu_gpu.load_compressed(name, resident="compressed")` keeps its blocks compressed in memory.
+{after}
 
 ## Licence
 
 {licence}
 """
+
+
+_OF_TRANSFORMERS = """\
+import cerwu_gpu  # registers the format with transformers
+from transformers import {model}, {processor}
+
+name = "..."  # this repository, or a directory with its files
+model = {model}.from_pretrained(name)
+{variable} = {processor}.from_pretrained(name)"""
+_OF_A_MODULE = """\
+import cerwu_gpu
+
+name = "..."  # a directory with the files of this repository
+model = ...  # a module of the class that was compressed
+cerwu_gpu.load_compressed(name, into=model)"""
+_DENSE = (
+    "The model is an ordinary dense one once it is loaded, and `save_pretrained` writes dense "
+    "weights."
+)
+_RESIDENT = (
+    '`cerwu_gpu.load_compressed(name, resident="compressed")` keeps its blocks compressed in '
+    "memory."
+)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How a kind of model is loaded, for its card.
+
+    Attributes:
+        title: the kind, without its article.
+        tag: the Hub's name of its task.
+        model, processor: classes of transformers.
+        blocks: whether its blocks can stay compressed in memory.
+    """
+
+    title: str
+    tag: str
+    model: str
+    processor: str
+    blocks: bool
+
+    def instructions(self) -> tuple[str, str]:
+        """Return code that loads it, and a paragraph about what is loaded."""
+        variable = "tokenizer" if self.processor == "AutoTokenizer" else "processor"
+        code = _OF_TRANSFORMERS.format(
+            model=self.model, processor=self.processor, variable=variable
+        )
+        return code, f"{_DENSE}\n{_RESIDENT}" if self.blocks else _DENSE
 
 
 @dataclass(frozen=True)
@@ -78,28 +122,40 @@ class Quality:
 
 @dataclass(frozen=True)
 class Card:
-    """What a directory's files do not tell about where the model comes from.
+    """Provenance that the directory itself does not record.
 
     Attributes:
         base_model: hub name of the original, None where there is none.
         source: what the original's own card or licence file says, by the names of the hub's
             metadata; see CARRIED_OVER.
         original_bytes: of the original's weights.
-        text: by which name its readers know the calibration text; None: by none.
+        text: public name of the calibration text; None: it has none.
+        loader: how its kind is loaded; None: a plain module.
     """
 
     base_model: str | None
     source: dict[str, Any]
     original_bytes: int
     text: str | None = None
+    loader: Loader | None = None
+
+    def write_judged(
+        self, folder: Path, before: float | None, after: float | None, *, predictions: int
+    ) -> None:
+        """Write README.md into `folder`, with the mean losses [nats] of the original and of the
+        compressed model over so many predictions, where they are known."""
+        quality = None
+        if before is not None and after is not None and predictions:
+            quality = Quality(perplexity_of(before), perplexity_of(after), predictions)
+        self.write(folder, quality)
 
     def write(self, folder: Path, quality: Quality | None = None) -> None:
         """Write README.md into the complete compressed directory `folder`."""
         related: dict[str, Any] = {"base_model_relation": "quantized"} if self.base_model else {}
         data = ModelCardData(
             base_model=self.base_model,
-            library_name="transformers",
-            pipeline_tag="text-generation",
+            library_name="transformers" if self.loader else "cerwu_gpu",
+            pipeline_tag=None if self.loader is None else self.loader.tag,
             tags=["cerwu", "compressed", "entropy-coding"],
             **related,
             **self.source,
@@ -111,8 +167,10 @@ class Card:
         tensors = inventory(folder).tensors
         quantized = [tensor for tensor in tensors if tensor.quantizer is not None]
         weights = sum(tensor.weights for tensor in quantized)
+        kind = "module" if self.loader is None else self.loader.title
+        code, paragraph = (_OF_A_MODULE, "") if self.loader is None else self.loader.instructions()
         if self.base_model is None:
-            title, origin = "Compressed language model", "This is a compressed language model."
+            title, origin = f"Compressed {kind}", f"This is a compressed {kind}."
         else:
             title = f"{self.base_model.rpartition('/')[2]}, compressed"
             link = f"[{self.base_model}](https://huggingface.co/{self.base_model})"
@@ -128,6 +186,8 @@ class Card:
             weights=weights,
             matrices=len(quantized),
             licence=self._licence(),
+            loading=code,
+            after=paragraph,
         )
 
     def _perplexity(self, quality: Quality) -> str:
@@ -147,17 +207,20 @@ def card_of(
     files: Path | None,
     original_bytes: int,
     calibration: str | None = None,
+    loader: Loader | None = None,
 ) -> Card:
-    """The card of what is made from `model`.
+    """Return the card of what is made from `model`.
 
     Args:
         model: as `compress` takes it.
         files: local directory of the original, None where there is none.
         original_bytes: of the original's weights.
-        calibration: what the calibration text was asked for by; None: it was given as a string.
+        calibration: name that the calibration text was asked for by; None: it was at hand.
+        loader: how the kind of model is loaded; None: a plain module.
     """
     source = {} if files is None else _carried_over(files)
-    return Card(_base_model(model), source, original_bytes, _public_name(calibration))
+    name = _public_name(calibration)
+    return Card(_base_model(model), source, original_bytes, name, loader)
 
 
 def _public_name(calibration: str | None) -> str | None:

@@ -23,9 +23,14 @@ from cerwu_gpu.calibration.capture import Capture
 from cerwu_gpu.calibration.sensitivity import blockwise_sensitivities
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.blocks import Blocks
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import (
+    Batches,
+    Calibration,
+    CompressionConfig,
+    MaxPerplexityIncrease,
+    Text,
+)
 from cerwu_gpu.errors import CalibrationError
-from cerwu_gpu.hf.card import Card, Quality
 from cerwu_gpu.hf.companions import (
     COPIED_FILES,
     LICENCE_PATTERNS,
@@ -34,10 +39,10 @@ from cerwu_gpu.hf.companions import (
     write_config,
 )
 from cerwu_gpu.hf.ends import Ends, ends_placed
-from cerwu_gpu.hf.evaluation import mean_loss, perplexity_of
+from cerwu_gpu.hf.evaluation import mean_loss
 from cerwu_gpu.hf.head import HeadBlocks, HeadGradients, head_layouts
 from cerwu_gpu.hf.models import LoadedModel, check_tokens, is_conv1d
-from cerwu_gpu.hf.text import calibration_tokens
+from cerwu_gpu.hf.text import CalibrationTokens, batched_tokens, calibration_tokens
 from cerwu_gpu.layout import Label
 from cerwu_gpu.models.selection import (
     Selection,
@@ -103,10 +108,10 @@ class CausalLM(Adapter):
         self.module = loaded.model.train(False)
         self.data = Data(torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0, dtype=torch.int64))
         self.cache: HessianCache | None = None
-        self.card: Card | None = None
         self._kept: HessianCache | None = None
         self._text_events: tuple[str, ...] = ()
         self._noted = False
+        self._batch_size = Calibration().batch_size
         self._device = device
         self._progress = progress
         self._blocks = find_blocks(self.module, is_conv1d)
@@ -123,7 +128,6 @@ class CausalLM(Adapter):
         self,
         config: CompressionConfig,
         *,
-        text: str | None = None,
         hessian_cache: Path | None = None,
         work: Path | None = None,
         judged: bool = False,
@@ -131,7 +135,6 @@ class CausalLM(Adapter):
         """Tokenize the calibration text and find the place of its Hessians.
 
         Args:
-            text: instead of what config.calibration names.
             hessian_cache: directory for Hessians and sensitivities, for later runs too.
             work: this run's own directory (container/work.py), for what a run that dies would have
                 to compute again.
@@ -143,41 +146,52 @@ class CausalLM(Adapter):
         """
         require_finite(self.module, self.layouts)
         # Where an increase is asked for, some of what calibrates is held out anyway.
-        apart = judged and config.max_perplexity_increase is None
-        tokens, held_out, events = calibration_tokens(
-            config.calibration,
-            self.module,
-            self.loaded.tokenizer,
-            samples=config.samples,
-            sequence_length=config.sequence_length,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            unseen=-(-JUDGING_TOKENS // config.sequence_length) if apart else 0,
-            text=text,
-            progress=self._progress,
-        )
-        if apart and not len(held_out):
-            events = (
-                *events,
-                "no calibration text is left to judge by: the card has no perplexity.",
-            )
+        holding_out = isinstance(config.target, MaxPerplexityIncrease)
+        if isinstance(config.calibration, Batches):
+            tokens = batched_tokens(config.calibration.inputs)
+            data = CalibrationTokens(tokens, tokens[:0], ())
+            events: tuple[str, ...] = ()
+        else:
+            data, events = self._text_tokens(config.calibration, judged and not holding_out)
         if config.strict and events:
             raise CalibrationError(f"{events[0]} (strict)")
-        if config.max_perplexity_increase is not None:
-            tokens, held_out = _split(tokens)
         self._text_events = events
         self.events = (*self.events, *events)
-        self.take(Data(tokens, held_out))
+        self.take(Data(*_split(data.tokens)) if holding_out else Data(data.tokens, data.unseen))
         if hessian_cache is not None:
             self._check_cache(config)
             key = hessian_key(
                 self.module,
                 described(self.module),
                 list(self.layouts.values()),
-                tensors_digest([tokens]),
+                tensors_digest([self.data.tokens]),
             )
             self.cache = HessianCache(hessian_cache, key)
         self._kept = self.cache or (HessianCache(work, "calibration") if work else None)
+
+    def _text_tokens(
+        self, calibration: Calibration, apart: bool
+    ) -> tuple[CalibrationTokens, tuple[str, ...]]:
+        """Return tokens of the calibration text, `apart` with others to judge by, and events."""
+        self._batch_size = calibration.batch_size
+        source = calibration.source
+        data = calibration_tokens(
+            calibration.named or "",
+            self.module,
+            self.loaded.tokenizer,
+            samples=calibration.samples,
+            sequence_length=calibration.sequence_length,
+            seed=calibration.seed,
+            batch_size=calibration.batch_size,
+            unseen=-(-JUDGING_TOKENS // calibration.sequence_length) if apart else 0,
+            text=source.content if isinstance(source, Text) else None,
+            progress=self._progress,
+        )
+        events = data.events
+        if apart and not len(data.unseen):
+            missing = "no calibration text is left to judge by: the card has no perplexity."
+            events = (*events, missing)
+        return data, events
 
     def take(self, data: Data) -> None:
         """Take calibration tokens.
@@ -191,15 +205,15 @@ class CausalLM(Adapter):
 
     @staticmethod
     def _check_cache(config: CompressionConfig) -> None:
-        if config.correct_drift and not config.targeted:
+        if config.corrects_drift and config.target is None:
             raise CalibrationError(
                 "Hessians behind compressed blocks belong to one setting only and are not kept: "
-                "drop correct_drift or the Hessian cache."
+                "take drift ignore, or drop the Hessian cache."
             )
         if config.sequential:
             raise CalibrationError(
-                "sequential Hessians belong to one setting only and are not kept: drop "
-                "sequential, or the Hessian cache and any target."
+                "sequential Hessians belong to one setting only and are not kept: take another "
+                "drift, or drop the Hessian cache and any target."
             )
 
     # What the model is told about tokens; a masked language model differs here alone.
@@ -249,7 +263,7 @@ class CausalLM(Adapter):
         if kept is None:
             tokens = self.data.tokens
             count = -(-SENSITIVITY_TOKENS // tokens.shape[1])
-            kept = self.backward(tokens[:count], config.batch_size)
+            kept = self.backward(tokens[:count], self._batch_size)
             if self._kept is not None:
                 self._kept.write_sensitivities(kept)
         return _filled(kept)
@@ -285,7 +299,7 @@ class CausalLM(Adapter):
         return Sensitivities(alphas, additions)
 
     def blocks(self, config: CompressionConfig) -> Blocks:
-        if self.cache is None or config.correct_drift:
+        if self.cache is None or config.corrects_drift:
             return self._calibrated(config)
         return self.sample_blocks(config)
 
@@ -307,8 +321,8 @@ class CausalLM(Adapter):
             self.backbone()[0],
             self.data.tokens,
             device=self._device,
-            batch_size=config.batch_size,
-            drift=Drift(config.sequential, bool(config.correct_drift) and not sampling),
+            batch_size=self._batch_size,
+            drift=Drift(config.sequential, config.corrects_drift and not sampling),
             progress=self._progress,
         )
 
@@ -330,13 +344,11 @@ class CausalLM(Adapter):
         else:
             save_text_files(self.module, self.loaded.tokenizer, folder)
 
-    def write_card(self, folder: Path, before: float | None, after: float | None) -> None:
-        assert self.card is not None
-        quality = None
-        if before is not None and after is not None:
-            samples, length = self.data.held_out.shape
-            quality = Quality(perplexity_of(before), perplexity_of(after), samples * (length - 1))
-        self.card.write(folder, quality)
+    @property
+    def predictions(self) -> int:
+        """Number of held-out tokens that are predicted."""
+        samples, length = self.data.held_out.shape
+        return samples * (length - 1)
 
 
 class _Tail:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
-from cerwu_gpu.errors import ModelError, reason
+from cerwu_gpu.errors import ModelError
 from cerwu_gpu.hf.companions import (
     LICENCE_PATTERNS,
     copy_files,
@@ -63,23 +63,3 @@ def _check_unchanged(model: PreTrainedModel) -> None:
             f"{min(changed)} of {type(model).__name__} is not as its configuration says (folded or "
             "changed layers): its directory could not be loaded."
         )
-
-
-def load_classifier(
-    source: str | Path, trust_remote_code: bool
-) -> tuple[PreTrainedModel, Path | None]:
-    """Load an image classifier by hub name or directory; return it with its local directory.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    try:
-        model = AutoModelForImageClassification.from_pretrained(
-            source, dtype="auto", trust_remote_code=trust_remote_code
-        )
-    except Exception as error:
-        raise ModelError(
-            f"{source} cannot be loaded as an image classifier: {reason(error)}"
-        ) from error
-    folder = Path(source).expanduser()
-    return model, folder if folder.is_dir() else None

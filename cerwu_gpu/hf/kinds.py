@@ -3,7 +3,10 @@
 A new kind is an adapter, a line in KINDS, and tests.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -14,10 +17,16 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from cerwu_gpu.errors import ModelError
+from cerwu_gpu.hf.card import Loader
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.classifier import ImageClassifier
+from cerwu_gpu.hf.models import LoadedModel, is_gguf, load_model, local_directory
 
 
 @dataclass(frozen=True)
@@ -27,19 +36,30 @@ class Kind:
     Attributes:
         name: with its article.
         mapping: transformers' mapping from configurations to classes.
+        names: the same by names, which imports none of them.
         auto: the Auto class that loads it.
         adapter: its adapter; one that takes text is a CausalLM.
+        tag: the Hub's name of its task.
     """
 
     name: str
     mapping: Any
+    names: Mapping[str, Any]
     auto: Any
     adapter: type[CausalLM] | type[ImageClassifier]
+    tag: str
 
     @property
     def takes_text(self) -> bool:
         """Whether it is calibrated by text, not by batches of inputs."""
         return issubclass(self.adapter, CausalLM)
+
+    @property
+    def loader(self) -> Loader:
+        """How it is loaded, for its card."""
+        processor = "AutoTokenizer" if self.takes_text else "AutoImageProcessor"
+        title = self.name.partition(" ")[2]
+        return Loader(title, self.tag, self.auto.__name__, processor, self.takes_text)
 
     def class_of(self, config: PretrainedConfig) -> Any:
         """Return the class for a configuration; None where this kind has none."""
@@ -48,12 +68,21 @@ class Kind:
 
 
 KINDS = (
-    Kind("a causal language model", MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, CausalLM),
+    Kind(
+        "a causal language model",
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        AutoModelForCausalLM,
+        CausalLM,
+        "text-generation",
+    ),
     Kind(
         "an image classifier",
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         AutoModelForImageClassification,
         ImageClassifier,
+        "image-classification",
     ),
 )
 
@@ -86,3 +115,32 @@ def model_class(config: PretrainedConfig, architectures: object) -> type[PreTrai
         raise ModelError(f"{type(config).__name__} is neither of {kinds}.")
     found: type[PreTrainedModel] = kind.class_of(config)
     return found
+
+
+def load_kind(source: str | Path, *, trust_remote_code: bool = False) -> tuple[Kind, LoadedModel]:
+    """Load a model of the kind that its config.json names by its architecture; a causal language
+    model where that names none.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    kind = KINDS[0]
+    if not is_gguf(source):
+        source = local_directory(source)
+        kind = _named_kind(source) or kind
+    loaded = load_model(source, trust_remote_code=trust_remote_code, auto=kind.auto, what=kind.name)
+    return kind, loaded
+
+
+def _named_kind(folder: Path) -> Kind | None:
+    """Return the kind of the architecture in a directory's config.json, if it is known."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (architecture,) = content["architectures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # load_model has the sentence for it
+    for kind in KINDS:
+        classes = [n for x in kind.names.values() for n in (x if isinstance(x, tuple) else (x,))]
+        if architecture in classes:
+            return kind
+    return None

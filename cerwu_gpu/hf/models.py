@@ -56,33 +56,58 @@ class LoadedModel:
 
 
 def load_model(
-    source: str | Path, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+    source: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    auto: Any = AutoModelForCausalLM,
+    what: str = "a causal language model",
 ) -> LoadedModel:
     """Load a hub name, a local model directory or a .gguf file.
 
-    `dtype` None keeps the checkpoint's own dtype (float32 for GGUF, whose weights are decoded).
+    Args:
+        dtype: of the weights; None: the checkpoint's own (float32 for GGUF, whose weights are
+            decoded).
+        auto: the Auto class of transformers that loads it.
+        what: the kind of model that it loads, with its article.
 
     Raises:
         ModelError: the source is missing, has no or incomplete weights, is quantized already, has
             no linear layer, needs code that is not trusted, or its tokenizer cannot be read.
     """
     path = Path(source).expanduser()
-    if path.suffix == ".gguf" and not path.is_dir():
+    if is_gguf(source):
         check_gguf(path)
         with read_once():
             loaded = LoadedModel(gguf_model(path, dtype), gguf_tokenizer(path), None)
-    elif path.is_dir():
-        loaded = _load_directory(path, trust_remote_code, dtype)
-    elif path.exists():
-        raise ModelError(f"{path} is a file: give a model directory, a .gguf file or a hub name.")
-    elif isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
-        raise ModelError(f"{path} does not exist: check the path.")
     else:
-        loaded = _load_directory(_download(source), trust_remote_code, dtype)
-    if not holds_matrices(loaded.model, is_conv1d):
+        loaded = _load_directory(local_directory(source), trust_remote_code, dtype, auto, what)
+    if not holds_matrices(loaded.model, is_conv1d) and auto is AutoModelForCausalLM:
         raise ModelError(f"{source} has no linear layer: there is nothing to compress.")
     loaded.model.train(False)
     return loaded
+
+
+def is_gguf(source: str | Path) -> bool:
+    """Return whether a source is meant as a .gguf file."""
+    path = Path(source).expanduser()
+    return path.suffix == ".gguf" and not path.is_dir()
+
+
+def local_directory(source: str | Path) -> Path:
+    """Return a local model directory, or the local snapshot of a hub name.
+
+    Raises:
+        ModelError: there is none.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is a file: give a model directory, a .gguf file or a hub name.")
+    if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        raise ModelError(f"{path} does not exist: check the path.")
+    return _download(source)
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -159,21 +184,21 @@ def _first_kind(files: Iterable[str]) -> str | None:
     return next((p for p in WEIGHT_FILES if any(name.match(p) for name in names)), None)
 
 
-def _load_directory(path: Path, trust_remote_code: bool, dtype: torch.dtype | None) -> LoadedModel:
+def _load_directory(
+    path: Path, trust_remote_code: bool, dtype: torch.dtype | None, auto: Any, what: str
+) -> LoadedModel:
     _check_config(path)
     if not any(found for pattern in WEIGHT_FILES for found in path.glob(pattern)):
         raise ModelError(f"{path} has no weights (model*.safetensors): it is no complete model.")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             path,
             dtype="auto" if dtype is None else dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
     except Exception as error:
-        raise ModelError(
-            f"{path} cannot be loaded as a causal language model: {reason(error)}"
-        ) from error
+        raise ModelError(f"{path} cannot be loaded as {what}: {reason(error)}") from error
     model, report = loaded
     if report["missing_keys"]:
         # transformers fills these with random numbers and only warns.

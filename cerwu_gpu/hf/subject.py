@@ -14,7 +14,7 @@ from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.evaluation import perplexity
 from cerwu_gpu.hf.loading import load_compressed
 from cerwu_gpu.hf.models import bytes_of_original, load_model, require_tokenizer
-from cerwu_gpu.sweep.model import Measure, ModelSubject, check_base
+from cerwu_gpu.sweep.model import Measure, ModelSubject, kept_hessians
 
 
 def language_subject(
@@ -45,7 +45,7 @@ def language_subject(
     Raises:
         CerwuError: a subclass that says what is wrong.
     """
-    check_base(base)
+    base = kept_hessians(base)
     target = find_device(device)
     loaded = load_model(model, trust_remote_code=trust_remote_code)
     tokenizer = require_tokenizer(loaded.tokenizer)

@@ -1,6 +1,7 @@
 """Text for calibration and evaluation, and its way into tokens."""
 
 import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -69,6 +70,24 @@ def calibration_tokens(
         return CalibrationTokens(tokens, others, ())
     text = load_text(name) if text is None else text
     return token_windows(text, tokenizer, samples, sequence_length, seed, unseen)
+
+
+def batched_tokens(batches: Iterable[Any]) -> Tensor:
+    """Return batches of tokens as one tensor, int64 [samples, sequence].
+
+    Raises:
+        CalibrationError: they are no tokens, or of several lengths.
+    """
+    tensors = list(batches)
+    plain = all(isinstance(x, Tensor) and x.dim() == 2 for x in tensors)
+    if not tensors or not plain or any(x.is_floating_point() for x in tensors):
+        raise CalibrationError(
+            "batches of a language model are tokens, integers [samples, sequence]: give such, or a "
+            "text."
+        )
+    if len({x.shape[1] for x in tensors}) > 1:
+        raise CalibrationError("batches of tokens differ in length: cut them to one length.")
+    return torch.cat([x.cpu().to(torch.int64) for x in tensors])
 
 
 def load_text(name: str, *, part: Part = "calibration") -> str:

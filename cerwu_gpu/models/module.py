@@ -19,10 +19,10 @@ from cerwu_gpu.calibration.sensitivity import Loss, losses, module_sensitivities
 from cerwu_gpu.calibration.whole import HESSIAN_BYTES, CalibratedLayers
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.blocks import Blocks
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import Batches, CompressionConfig, MaxPerplexityIncrease
 from cerwu_gpu.container.reader import CompressedDirectory
 from cerwu_gpu.errors import CalibrationError, ConfigError, FormatError
-from cerwu_gpu.models.norms import FollowingNorms, following_norms
+from cerwu_gpu.models.norms import FollowingNorms, following_norms, norms_follow
 from cerwu_gpu.models.selection import require_finite, require_values, select_in_module
 from cerwu_gpu.progress import note
 from cerwu_gpu.quantize.sensitivity import Sensitivities
@@ -36,7 +36,7 @@ HELD_OUT = 8
 class ModuleAdapter(Adapter):
     """A module with linear layers and 2-D convolutions, and batches of its inputs.
 
-    Batch norms follow the quantized weights (norms.py) where config.correct_drift says so.
+    Batch norms follow the quantized weights (norms.py) unless config.drift says otherwise.
 
     Attributes:
         batches: the inputs that calibrate.
@@ -45,10 +45,8 @@ class ModuleAdapter(Adapter):
     def __init__(
         self,
         module: nn.Module,
-        batches: Iterable[Batch],
         config: CompressionConfig,
         *,
-        loss: Loss | None = None,
         device: torch.device | None = None,
         hessian_cache: Path | None = None,
         work: Path | None = None,
@@ -58,8 +56,8 @@ class ModuleAdapter(Adapter):
         """Choose the weights; the module has its original ones.
 
         Args:
-            batches: inputs that calibrate (running.Batch); they are kept and run several times.
-            loss: what the sensitivities are of, and what `loss` measures.
+            config: with batches of inputs that calibrate (running.Batch), which are kept and run
+                several times, and a loss, which the sensitivities are of and `loss` measures.
             device: where the module runs; None: where it is.
             hessian_cache: directory for Hessians and sensitivities, for later runs too.
             work: this run's own directory (container/work.py), for what a run that dies would have
@@ -71,13 +69,16 @@ class ModuleAdapter(Adapter):
             CerwuError: a subclass that says what is wrong.
         """
         super().__init__()
+        if not isinstance(config.calibration, Batches):
+            raise ConfigError(f"{type(module).__name__} is calibrated by batches: give Batches.")
+        loss = config.calibration.loss
         require_values(module)
         self.module = module
         self.select(config)
         require_finite(module, self.layouts)
-        self.batches = materialized(batches)
+        self.batches = materialized(config.calibration.inputs)
         self._held_out: list[Batch] = []
-        if config.max_perplexity_increase is not None:
+        if isinstance(config.target, MaxPerplexityIncrease):
             self.batches, self._held_out = _split(self.batches, loss)
         self._loss = loss
         home = module.get_parameter(next(iter(self.layouts))).device
@@ -168,7 +169,7 @@ class ModuleAdapter(Adapter):
             self._norms.put_back()
 
     def finish(self, config: CompressionConfig) -> None:
-        if self._norms is not None and config.with_drift_decided(hessians_kept=False).correct_drift:
+        if self._norms is not None and norms_follow(config):
             self._norms.follow()
 
     @torch.no_grad()

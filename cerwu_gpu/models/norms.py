@@ -178,6 +178,11 @@ def _watching(
             handle.remove()
 
 
+def norms_follow(config: CompressionConfig) -> bool:
+    """Return whether batch norms follow the weights; auto: where steps follow from lmbda."""
+    return config.drift == "correct" or (config.drift == "auto" and not config.bounded)
+
+
 def following_norms(
     module: nn.Module,
     batches: Sequence[Batch],
@@ -186,19 +191,19 @@ def following_norms(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> FollowingNorms | None:
-    """Return the norms of a module with its original weights; None where config.correct_drift is
-    off.
+    """Return the norms of a module with its original weights; None where they are not to
+    follow.
 
     Raises:
-        ConfigError: config.correct_drift is asked for, and there is no norm.
+        ConfigError: it is asked for, and there is no norm.
         CalibrationError: the module does not take the batches.
     """
-    if not config.with_drift_decided(hessians_kept=False).correct_drift:
+    if not norms_follow(config):
         return None
     norms = FollowingNorms(module, batches, device=device, progress=progress)
-    if config.correct_drift and not len(norms):
+    if config.drift == "correct" and not len(norms):
         raise ConfigError(
-            "correct_drift has a module's batch norms follow its weights, and this one has none "
+            "drift correct has a module's batch norms follow its weights, and this one has none "
             "with stored statistics: take sequential."
         )
     return norms

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import Uniform, Values
 from cerwu_gpu.steps import covering_code, step_codes, step_values
 
 COARSE_STEPS = 904.0
@@ -89,23 +89,22 @@ def step_unit(weights: int) -> int:
     return 1 << max(0, min(8, round(exact)))
 
 
-def scaled(weight: Tensor, config: CompressionConfig) -> Grid:
-    """A uniform grid of config.levels, or the list config.grid, covering W [m, n]."""
-    size = weight.abs().amax(dim=1) if config.scale == "per-row" else weight.abs().max()[None]
+def scaled(weight: Tensor, given: Uniform | Values) -> Grid:
+    """Return a given grid, scaled to cover W [m, n]."""
+    size = weight.abs().amax(dim=1) if given.scale == "per-row" else weight.abs().max()[None]
     unit = torch.zeros(1, dtype=torch.int16, device=weight.device)
-    if config.grid is not None:
-        levels = torch.tensor(config.grid, dtype=torch.float32, device=weight.device)
+    if isinstance(given, Values):
+        levels = torch.tensor(given.values, dtype=torch.float32, device=weight.device)
         reach = float(levels.abs().max())
-        return Grid(unit, _codes(size / reach), 0, len(config.grid) - 1, levels)
-    assert config.levels is not None
-    half = config.levels // 2
-    if config.levels % 2:
+        return Grid(unit, _codes(size / reach), 0, len(given.values) - 1, levels)
+    half = given.levels // 2
+    if given.levels % 2:
         return Grid(unit, _codes(size / half), -half, half)
     # An even number of levels has no mirror image: its longer side faces the largest weight.
     flat = weight.flatten()
     upward = bool(flat[flat.abs().argmax()] > 0)
     lowest = -half + 1 if upward else -half
-    return Grid(unit, _codes(size / half), lowest, lowest + config.levels - 1)
+    return Grid(unit, _codes(size / half), lowest, lowest + given.levels - 1)
 
 
 def _codes(sizes: Tensor) -> Tensor:

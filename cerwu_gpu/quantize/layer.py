@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from cerwu_gpu.config import TRELLIS_STATES, CompressionConfig
+from cerwu_gpu.config import CompressionConfig, Uniform, Values, Waterfilled
 from cerwu_gpu.quantize.classes import Classes
 from cerwu_gpu.quantize.grid import Grid, nearest, scaled
 from cerwu_gpu.quantize.limit import limit_bits
@@ -87,14 +87,16 @@ def _quantize(
     weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
     check_finite(weight, hessian, sensitivities or ())
     bounds = [0, *torch.tensor([len(w) for w in weights]).cumsum(0).tolist()]
-    states = TRELLIS_STATES[config.quantizer]
+    states = config.states
     raised: Tensor | None = None
     alpha = weight.new_ones(len(weight)) if sensitivities is None else torch.cat([*sensitivities])
-    if config.method == "rtn":
-        symbols, grid, classes = _round_to_nearest(weight, config)
-        damping = config.damping
+    if not isinstance(config.grid, Waterfilled) and config.grid.method == "rtn":
+        symbols, grid, classes = _round_to_nearest(weight, config.grid)
+        damping = config.objective.damping
     else:
-        damped, upper, damping = factor_with_damping(hessian, config.damping, config.damping_by)
+        damped, upper, damping = factor_with_damping(
+            hessian, config.objective.damping, config.objective.damping_by
+        )
         problem = Problem.build(weight, alpha, damped, upper, bounds, config)
         symbols, grid, classes = problem.solve(), problem.grid, problem.classes
         if not config.bounded:
@@ -143,8 +145,8 @@ def _share(error: float, energy: float) -> float:
     return max(error, 0.0) / energy
 
 
-def _round_to_nearest(weight: Tensor, config: CompressionConfig) -> tuple[Tensor, Grid, Classes]:
-    grid = scaled(weight, config)
+def _round_to_nearest(weight: Tensor, given: Uniform | Values) -> tuple[Tensor, Grid, Classes]:
+    grid = scaled(weight, given)
     x = weight / (grid.steps(weight.shape[1]) * grid.scales(weight.shape[0])[:, None])
     classes = Classes.single(*x.shape, device=x.device)
     return nearest(x, grid), grid, classes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.block_problem import Alphabet, BlockProblem
-from cerwu_gpu.config import TRELLIS_STATES, CompressionConfig
+from cerwu_gpu.config import CompressionConfig, Waterfilled
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.quantize import rate
 from cerwu_gpu.quantize.classes import Classes, choose_classes
@@ -75,17 +75,18 @@ class Problem:
         rows, columns = weight.shape
         lmbda = 0.0 if config.method == "optq" else config.lmbda
         diagonal = 1 / upper.diagonal()  # of C = R^-1
-        if config.bounded:
-            grid = scaled(weight, config)
+        if not isinstance(config.grid, Waterfilled):
+            grid = scaled(weight, config.grid)
             unit, price = torch.ones_like(sensitivity), lmbda / float(sensitivity.mean())
         else:
-            states = TRELLIS_STATES[config.quantizer]
-            grid = waterfilled(weight, diagonal, sensitivity, config.lmbda, states, len(bounds) - 1)
+            grid = waterfilled(
+                weight, diagonal, sensitivity, config.lmbda, config.states, len(bounds) - 1
+            )
             unit, price = grid.scales(rows), lmbda
         weight = weight / unit[:, None]
         penalty = price * _gaussian_curvature(weight, per_column=not config.bounded)
         penalty = penalty.minimum(PENALTY_LIMIT / diagonal.square())
-        if config.method != "cerwu" or lmbda == 0:
+        if not config.completes_square or lmbda == 0:
             penalty, factor = torch.zeros_like(penalty), inverse_upper(upper)
         else:
             weight, factor = complete_square(weight, damped, penalty)
@@ -112,7 +113,7 @@ class Problem:
         """Symbols [m, n] int32 after all passes."""
         sampled = self._sampled()
         alphabet = sampled._first_alphabet()
-        for _ in range(self.config.passes - 1):
+        for _ in range(self.config.objective.passes - 1):
             alphabet = sampled._alphabet(sampled._pass(alphabet))
         return self._pass(alphabet)
 
@@ -129,7 +130,7 @@ class Problem:
 
     @property
     def _states(self) -> int:
-        return TRELLIS_STATES[self.config.quantizer]
+        return self.config.states
 
     def _first_alphabet(self) -> Alphabet:
         """Tables before any pass: of plain rounding, in each quantizer of a trellis."""
@@ -143,7 +144,7 @@ class Problem:
         return self._tables(even.to(torch.int32), odd.to(torch.int32))
 
     def _modelled(self, values: Tensor) -> Alphabet:
-        """A table for each matrix of the stack by config.rate_model, on a given grid."""
+        """A table for each matrix of the stack by the rate model, on a given grid."""
         levels = self.grid.values()
         rates = [
             model_bits(self.config.rate_model, levels, values[first:last])
@@ -203,7 +204,7 @@ class Problem:
             importance=self.importance,
             curvature=self.curvature,
         )
-        block_size = self.config.block_size
+        block_size = self.config.objective.block_size
         if self._states:
             symbols = trellis_pass(problem, block_size=block_size, states=self._states)
         else:
@@ -239,7 +240,7 @@ def _chosen_classes(x: Tensor, bounds: list[int], config: CompressionConfig) -> 
     """One class on a given grid, else the ones that suit x."""
     if config.bounded:
         return Classes.single(*x.shape, device=x.device)
-    quantizers = 2 if TRELLIS_STATES[config.quantizer] else 1
+    quantizers = 2 if config.states else 1
     return choose_classes(x, matrices=len(bounds) - 1, quantizers=quantizers)
 
 

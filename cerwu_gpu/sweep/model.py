@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from cerwu_gpu.calibration.running import Batch
 from cerwu_gpu.calibration.sensitivity import Loss
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.run import Run, directory_bytes, plain_bytes
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import Batches, CompressionConfig
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.models.module import ModuleAdapter, fill
@@ -22,16 +22,15 @@ from cerwu_gpu.sweep.points import Point
 from cerwu_gpu.sweep.subject import Outcome, Quality
 
 
-def check_base(base: CompressionConfig) -> None:
-    """Refuse Hessians that belong to one setting only.
+def kept_hessians(base: CompressionConfig) -> CompressionConfig:
+    """Return the settings with Hessians of original inputs, which serve all points.
 
     Raises:
-        ConfigError: `base` asks for them.
+        ConfigError: `base` asks for Hessians that belong to one setting only.
     """
-    if base.sequential or base.correct_drift:
-        raise ConfigError(
-            "a sweep keeps Hessians for all points: drop sequential and correct_drift."
-        )
+    if base.drift in ("sequential", "correct"):
+        raise ConfigError(f"a sweep keeps Hessians for all points: drop drift {base.drift}.")
+    return replace(base, drift="ignore")
 
 
 @dataclass(frozen=True)
@@ -189,12 +188,11 @@ def module_subject(
     Raises:
         CerwuError: there is nothing to compress, or no batch.
     """
-    check_base(base)
+    calibration = Batches(inputs=batches, loss=loss, seed=base.seed)
+    base = replace(kept_hessians(base), calibration=calibration)
     adapter = ModuleAdapter(
         module.eval(),
-        batches,
         base,
-        loss=loss,
         device=torch.device(device),
         hessian_cache=hessian_cache,
         progress=progress,

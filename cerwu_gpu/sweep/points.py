@@ -3,16 +3,29 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from itertools import product
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
-from cerwu_gpu.config import CompressionConfig, Quantizer, RateModel, Scale, Sensitivity
+from cerwu_gpu.config import (
+    CompressionConfig,
+    GridMethod,
+    Quantizer,
+    RateModel,
+    Scale,
+    Sensitivity,
+    Uniform,
+    Waterfilled,
+    settings,
+)
 from cerwu_gpu.errors import ConfigError
 
-System = Literal["ours", "cerwu", "cerwu-gamma0", "optq", "rtn", "nncodec", "nncodec-dependent"]
-"""ours: steps by column that follow from lmbda; cerwu to rtn: uniform grids; nncodec: its own."""
+System = Literal[
+    "waterfilled", "cerwu", "cerwu-gamma0", "optq", "rtn", "nncodec", "nncodec-dependent"
+]
+"""waterfilled: steps by column that follow from lmbda; cerwu to rtn: uniform grids, cerwu as the
+paper has it; nncodec: its own."""
 UNIFORM: tuple[System, ...] = ("cerwu", "cerwu-gamma0", "optq", "rtn")
 RATED: tuple[System, ...] = ("cerwu", "cerwu-gamma0")
 """Uniform grids on which lmbda plays a part."""
@@ -55,19 +68,19 @@ class Point:
     @property
     def label(self) -> str:
         """The kind of method in words; points that differ in rate alone share it."""
-        config = self.config
+        config, grid = self.config, self.config.grid
         parts = [NAMES.get(self.system, self.system)]
-        if self.system == "ours":
-            parts = [f"ours {config.quantizer}"]
-            if config.sensitivity != CompressionConfig.sensitivity:
-                parts.append(f"sensitivity {config.sensitivity}")
-            if config.correct_drift:
+        if self.system == "waterfilled" and isinstance(grid, Waterfilled):
+            parts = [f"waterfilled {grid.quantizer}"]
+            if config.objective.sensitivity != "row":
+                parts.append(f"sensitivity {config.objective.sensitivity}")
+            if config.drift == "correct":
                 parts.append("drift")
-        elif self.system in UNIFORM:
-            if config.scale != USUAL_SCALE[self.system]:
-                parts.append(config.scale)
-            if config.rate_model != CompressionConfig.rate_model:
-                parts.append(f"{config.rate_model} rate")
+        elif isinstance(grid, Uniform):
+            if grid.scale != USUAL_SCALE[self.system]:
+                parts.append(grid.scale)
+            if grid.rate_model != "histogram":
+                parts.append(f"{grid.rate_model} rate")
         if config.keep_head:
             parts.append("head kept")
         return ", ".join(parts)
@@ -75,27 +88,30 @@ class Point:
     @property
     def key(self) -> str:
         """16 hexadecimal digits that stand for every setting of the point."""
-        settings = {
-            name: value for name, value in asdict(self.config).items() if name not in SHARED
-        }
-        text = json.dumps([self.system, settings, self.qp], sort_keys=True)
+        values = {name: v for name, v in settings(self.config).items() if name not in SHARED}
+        text = json.dumps([self.system, values, self.qp], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Setting]:
-        """Method, quantizer, levels, lmbda, rate_model, scale, sensitivity, correct_drift,
-        keep_head, qp; None where the method does not know such a thing."""
-        config, system = self.config, self.system
-        uniform, ours = system in UNIFORM, system == "ours"
-        rated = ours or system in RATED
+        """Return method, quantizer, levels, lmbda, rate_model, scale, sensitivity, correct_drift,
+        keep_head and qp; None where the method does not know such a thing."""
+        config, grid = self.config, self.config.grid
+        uniform = grid if isinstance(grid, Uniform) else None
+        coded = self.qp is not None
+        rated = not coded and self.system not in ("optq", "rtn")
         return {
-            "method": config.method if uniform or ours else system,
-            "quantizer": config.quantizer if uniform or ours else None,
-            "levels": config.levels if uniform else None,
+            "method": self.system,
+            "quantizer": None
+            if coded
+            else grid.quantizer
+            if isinstance(grid, Waterfilled)
+            else "scalar",
+            "levels": None if uniform is None else uniform.levels,
             "lmbda": config.lmbda if rated else None,
             "rate_model": config.rate_model if rated else None,
-            "scale": config.scale if uniform else None,
-            "sensitivity": config.sensitivity if rated else None,
-            "correct_drift": bool(config.correct_drift),
+            "scale": None if uniform is None else uniform.scale,
+            "sensitivity": config.objective.sensitivity if rated else None,
+            "correct_drift": config.drift == "correct",
             "keep_head": config.keep_head,
             "qp": self.qp,
         }
@@ -109,12 +125,12 @@ class Axes:
         ConfigError: an axis that a system needs is empty, or a system is unknown.
     """
 
-    systems: tuple[System, ...] = ("ours", "cerwu", "cerwu-gamma0", "optq", "rtn")
+    systems: tuple[System, ...] = ("waterfilled", "cerwu", "cerwu-gamma0", "optq", "rtn")
     quantizers: tuple[Quantizer, ...] = ("scalar",)
     lmbdas: tuple[float, ...] = (3e-10, 1e-9, 3e-9, 1e-8)
-    """Of ours; their unit follows from the sensitivity."""
+    """Of waterfilled; their unit follows from the sensitivity."""
     sensitivities: tuple[Sensitivity, ...] = ("row",)
-    """Of ours."""
+    """Of waterfilled."""
     levels: tuple[int, ...] = (8, 16, 32, 64)
     """Of uniform grids."""
     uniform_lmbdas: tuple[float, ...] = (1e-6, 1e-5, 1e-4)
@@ -126,7 +142,7 @@ class Axes:
     qps: tuple[int, ...] = (-36, -32, -28, -24, -20)
     """Of NNCodec."""
     drifts: tuple[bool, ...] = (False,)
-    """Of ours: with correct_drift a point calibrates anew, behind its own compressed blocks."""
+    """Of waterfilled: with corrected drift a point calibrates anew, behind its own blocks."""
     keep_heads: tuple[bool, ...] = (False,)
 
     def __post_init__(self) -> None:
@@ -149,17 +165,9 @@ def grid_points(axes: Axes, base: CompressionConfig) -> list[Point]:
     Raises:
         ConfigError: a value is outside its range, or `base` asks for a rate, size or quality.
     """
-    if base.targeted:
+    if base.target is not None:
         raise ConfigError("a sweep sets lmbda itself: drop bits, max_size or the like.")
-    plain = replace(
-        base,
-        method="cerwu",
-        levels=None,
-        grid=None,
-        quantizer="scalar",
-        rate_model="histogram",
-        correct_drift=False,
-    )
+    plain = replace(base, grid=Waterfilled(), drift="ignore")
     points = [
         point
         for keep_head in axes.keep_heads
@@ -170,37 +178,26 @@ def grid_points(axes: Axes, base: CompressionConfig) -> list[Point]:
 
 
 def _of_system(system: System, axes: Axes, plain: CompressionConfig) -> Iterator[Point]:
-    if system == "ours":
+    if system == "waterfilled":
         for drift, quantizer, sensitivity, lmbda in product(
             axes.drifts, axes.quantizers, axes.sensitivities, axes.lmbdas
         ):
-            yield Point(
-                system=system,
-                config=replace(
-                    plain,
-                    correct_drift=drift,
-                    quantizer=quantizer,
-                    sensitivity=sensitivity,
-                    lmbda=lmbda,
-                ),
+            config = replace(
+                plain,
+                grid=Waterfilled(quantizer=quantizer),
+                objective=replace(plain.objective, sensitivity=sensitivity, lmbda=lmbda),
+                drift="correct" if drift else "ignore",
             )
+            yield Point(system=system, config=config)
     elif system in UNIFORM:
         scales = axes.scales or (USUAL_SCALE[system],)
         lmbdas = axes.uniform_lmbdas if system in RATED else (0.0,)
-        models = axes.rate_models if system in RATED else (CompressionConfig.rate_model,)
+        models: tuple[RateModel, ...] = axes.rate_models if system in RATED else ("histogram",)
+        method = cast(GridMethod, system)
         for model, scale, levels, lmbda in product(models, scales, axes.levels, lmbdas):
-            yield Point(
-                system=system,
-                config=replace(
-                    plain,
-                    method=system,  # type: ignore[arg-type]
-                    sensitivity="none",
-                    scale=scale,
-                    levels=levels,
-                    lmbda=lmbda,
-                    rate_model=model,
-                ),
-            )
+            grid = Uniform(levels=levels, method=method, scale=scale, rate_model=model)
+            objective = replace(plain.objective, sensitivity="none", lmbda=lmbda)
+            yield Point(system=system, config=replace(plain, grid=grid, objective=objective))
     else:
         for qp in axes.qps:
             yield Point(system=system, config=plain, qp=qp)

@@ -8,6 +8,7 @@ import torch
 
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.quantize.layer import QuantizedStack, quantize_stack
+from tests.configs import configured
 
 TIES = 1e-5
 """Largest share of weights at which a row may leave the definition's path; where it has, the
@@ -26,7 +27,7 @@ def quantized(form: str, layer: Path, config: CompressionConfig) -> QuantizedSta
 @pytest.mark.parametrize("name", ["14.self_attn.q_proj", "29.mlp.down_proj"])
 def test_symbols_are_the_definition_s_but_for_ties(name: str, quantizer: str, data: Path) -> None:
     layer = data / "layers" / f"model.layers.{name}.npz"
-    config = CompressionConfig(lmbda=2e-4, quantizer=quantizer)  # type: ignore[arg-type]
+    config = configured(lmbda=2e-4, quantizer=quantizer)  # type: ignore[arg-type]
     ours, theirs = (quantized(form, layer, config) for form in ("numba", "torch"))
     assert 1e-4 < ours.relative_losses[0] < 0.5
     assert ours.relative_losses[0] == pytest.approx(theirs.relative_losses[0], rel=1e-3)

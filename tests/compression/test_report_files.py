@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import cerwu_gpu
-from cerwu_gpu import CompressionConfig
+from cerwu_gpu.config import from_settings
 from cerwu_gpu.container.breakdown import breakdown
 from cerwu_gpu.errors import OutputError
 from cerwu_gpu.report_page.page import page
+from tests.configs import compress_flat, configured
 from tests.hf.toys import toy
 
 FEW = ("--samples", "4", "--sequence-length", "32", "--quiet")
@@ -60,8 +61,8 @@ def test_its_command_gives_the_same_bytes(
 def test_what_python_hands_over_has_no_command_but_its_settings(
     toy_tokenizer: Any, toy_text: Path, tmp_path: Path
 ) -> None:
-    config = CompressionConfig(lmbda=1e-4, samples=2, sequence_length=32, limit_columns=0)
-    cerwu_gpu.compress(
+    config = configured(lmbda=1e-4, samples=2, sequence_length=32, limit_columns=0)
+    compress_flat(
         toy("llama"),
         tmp_path / "out",
         config=config,
@@ -72,8 +73,8 @@ def test_what_python_hands_over_has_no_command_but_its_settings(
     report = json.loads((tmp_path / "out.report.json").read_text(encoding="utf-8"))
     assert report["command"] is None
     assert report["model"] is None
-    made = eval(report["python"], {"CompressionConfig": CompressionConfig})
-    assert (made.lmbda, made.samples, made.limit_columns) == (1e-4, 2, 0)
+    made = eval(report["python"], {"from_settings": from_settings})
+    assert (made.lmbda, made.text.samples, made.limit_columns) == (1e-4, 2, 0)
     assert {layer["limit_bits"] for layer in report["layers"]} == {None}
 
 
@@ -106,10 +107,10 @@ def test_a_report_that_cannot_be_written_leaves_the_model(
 
     monkeypatch.setattr("cerwu_gpu.container.output.os.replace", full)
     with pytest.raises(OutputError, match=r"report\.json.*No space left"):
-        cerwu_gpu.compress(
+        compress_flat(
             toy("llama"),
             tmp_path / "out",
-            config=CompressionConfig(lmbda=1e-4, samples=2, sequence_length=32),
+            config=configured(lmbda=1e-4, samples=2, sequence_length=32),
             tokenizer=toy_tokenizer,
             text=toy_text.read_text(encoding="utf-8"),
             progress=False,

@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import cerwu_gpu
-from cerwu_gpu import CompressionConfig
 from cerwu_gpu.calibration import cache as hessian_cache
 from cerwu_gpu.calibration.cache import HessianCache
 from cerwu_gpu.container import writer
@@ -24,6 +23,7 @@ from cerwu_gpu.container.output import REPLACED
 from cerwu_gpu.container.work import work_directory, work_path
 from cerwu_gpu.errors import CalibrationError, OutputError
 from cerwu_gpu.hf import causal_lm
+from tests.configs import compress_flat, configured
 from tests.hf.toys import toy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,10 +43,10 @@ def compress(toy_tokenizer: Any, text: str) -> Callable[..., Any]:
         names = ("verify", "overwrite", "restart", "hessian_cache", "text", "model")
         options = {name: settings.pop(name) for name in names if name in settings}
         model = options.pop("model", None) or toy(family)
-        return cerwu_gpu.compress(
+        return compress_flat(
             model,
             output,
-            config=CompressionConfig(**{**FEW, **settings}),
+            config=configured(**{**FEW, **settings}),
             tokenizer=toy_tokenizer,
             progress=False,
             **{"text": text, "verify": False, **options},
@@ -59,10 +59,10 @@ def compress(toy_tokenizer: Any, text: str) -> Callable[..., Any]:
 def whole(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Any, toy_text: Path) -> Path:
     """What `compress` gives where nothing happens."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    cerwu_gpu.compress(
+    compress_flat(
         toy("llama"),
         output,
-        config=CompressionConfig(**FEW),
+        config=configured(**FEW),
         tokenizer=toy_tokenizer,
         text=toy_text.read_text(encoding="utf-8"),
         progress=False,
@@ -363,7 +363,7 @@ def stories(data: Path) -> Path:
 
 def test_threads_do_not_change_the_bytes(stories: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    config = CompressionConfig(
+    config = configured(
         samples=4,
         sequence_length=128,
         calibration=str(stories / "stories.txt"),
@@ -375,9 +375,7 @@ def test_threads_do_not_change_the_bytes(stories: Path, tmp_path: Path) -> None:
     try:
         for name, count in (("one", 1), ("two", 2), ("again", 1)):
             torch.set_num_threads(count)
-            cerwu_gpu.compress(
-                stories, tmp_path / name, config=config, verify=False, progress=False
-            )
+            compress_flat(stories, tmp_path / name, config=config, verify=False, progress=False)
             assert files(tmp_path / name) == files(tmp_path / "one")
     finally:
         torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ from cerwu_gpu import CompressionConfig, TargetError
 from cerwu_gpu.container.reader import inventory, open_directory
 from cerwu_gpu.errors import CalibrationError, ConfigError, FormatError, ModelError
 from cerwu_gpu.hf.loading import _built
+from tests.configs import compress_flat, configured
 from tests.hf.toys import FAMILIES, toy
 
 FEW: dict[str, Any] = {
@@ -25,8 +26,8 @@ FEW: dict[str, Any] = {
 
 def run(model: Any, output: Path, tokenizer: Any, text: str, **settings: Any) -> Any:
     options = {k: settings.pop(k) for k in ("hessian_cache", "overwrite") if k in settings}
-    config = CompressionConfig(**{**FEW, "lmbda": 3e-4, **settings})
-    return cerwu_gpu.compress(
+    config = configured(**{**FEW, "lmbda": 3e-4, **settings})
+    return compress_flat(
         model, output, config=config, tokenizer=tokenizer, text=text, progress=False, **options
     )
 
@@ -171,7 +172,7 @@ def test_a_size_out_of_reach_is_an_error(tmp_path: Path, toy_tokenizer: Any, tex
         ({"levels": 1}, "levels is 1"),
         ({"samples": 0}, "samples is 0"),
         ({"method": "rtn"}, "rtn rounds to a given grid"),
-        ({"method": "gptq"}, "choose one of cerwu"),
+        ({"method": "gptq"}, "choose one of waterfilled"),
         ({"lmbda": 0.0}, "steps follow from it"),
         ({"bits": 2.0, "max_size": 10}, "keep one of them"),
         ({"bits": 2.0, "levels": 16}, "reached through lmbda"),
@@ -183,7 +184,7 @@ def test_a_size_out_of_reach_is_an_error(tmp_path: Path, toy_tokenizer: Any, tex
 )
 def test_settings_are_checked_at_once(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        CompressionConfig(**settings)
+        configured(**settings)
 
 
 def test_settings_cannot_change() -> None:
@@ -240,8 +241,8 @@ def test_mixed_dtypes_come_back_one_by_one(tmp_path: Path, toy_tokenizer: Any, t
 
 @pytest.mark.gpu
 def test_compression_runs_on_a_gpu(tmp_path: Path, toy_tokenizer: Any, text: str) -> None:
-    config = CompressionConfig(samples=4, sequence_length=32, lmbda=1e-5, quantizer="trellis4")
-    report = cerwu_gpu.compress(
+    config = configured(samples=4, sequence_length=32, lmbda=1e-5, quantizer="trellis4")
+    report = compress_flat(
         toy("llama"),
         tmp_path / "out",
         config=config,
@@ -265,4 +266,4 @@ def test_compression_runs_on_a_gpu(tmp_path: Path, toy_tokenizer: Any, text: str
 )
 def test_settings_beyond_floats_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        CompressionConfig(**settings)
+        configured(**settings)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from cerwu_gpu.compression.estimate import Probe, estimate, first_lmbda
 from cerwu_gpu.compression.target import Correction, solve
-from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.errors import TargetError
+from tests.configs import configured
 
 
 def bits(lmbda: float) -> float:
@@ -49,7 +49,7 @@ def test_a_search_begins_near_two_bits(scale: float) -> None:
     inputs = torch.randn(192, 600, generator=generator)
     alpha = torch.full((200,), 3.0)
     sample = Probe("w", weight, inputs @ inputs.T / 300, alpha, weight.numel(), 1)
-    config = CompressionConfig(lmbda=first_lmbda([sample]))
+    config = configured(lmbda=first_lmbda([sample]))
     assert 1.5 < estimate([sample], config).bits < 3.0
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.header import Entry, Manifest, Part
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.container.reader import inventory, open_directory, verify
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import CerwuError, CorruptionError, FormatError, OutputError, VersionError
 from cerwu_gpu.quantize.layer import quantize_stack
+from tests.configs import configured
 from tests.fuzz.mutations import mend
 
 SETTINGS = {
@@ -33,7 +33,7 @@ def quantized(kind: str, rows: int = 24, columns: int = 18):
     if kind == "escapes":
         weight[3, 4], weight[5, 6] = 900.0, -77.0
     x = torch.randn(columns, 50, generator=generator)
-    stack = quantize_stack([weight], x @ x.t() / 25, CompressionConfig(**SETTINGS[kind]))
+    stack = quantize_stack([weight], x @ x.t() / 25, configured(**SETTINGS[kind]))
     return stack.matrices[0]
 
 

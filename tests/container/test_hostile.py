@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cerwu_gpu.coding import side
-from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.header import Manifest
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.container.reader import open_directory, verify
 from cerwu_gpu.errors import CorruptionError, FormatError, VersionError
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.spec import TABLE_SLOTS_LIMIT
+from tests.configs import configured
 from tests.fuzz.mutations import Opened
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -362,5 +362,5 @@ def test_tiny_matrices_have_no_more_tables_than_rows_and_columns(m, n, seed, oct
     spread = torch.rand(m, 1, generator=generator) * octaves
     weight = torch.randn(m, n, generator=generator) * torch.exp2(spread)
     x = torch.randn(n, 20, generator=generator) * torch.exp2(torch.rand(n, 1) * octaves)
-    stack = quantize_stack([weight], x @ x.t() / 10, CompressionConfig(lmbda=1e-3))
+    stack = quantize_stack([weight], x @ x.t() / 10, configured(lmbda=1e-3))
     encode_matrix(stack.matrices[0], 0.5).part.check("w")

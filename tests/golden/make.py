@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cerwu_gpu import CompressionConfig, compress
+from cerwu_gpu import compress
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.container.shard import tensor_bytes
@@ -42,6 +42,7 @@ from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
+from tests.configs import configured
 
 HERE = Path(__file__).resolve().parent
 WORDS = 40
@@ -154,7 +155,7 @@ def make(kind: str) -> dict[str, dict[str, Any]]:
         compress(
             model,
             HERE / kind,
-            config=CompressionConfig(**settings),
+            config=configured(**settings),
             tokenizer=tokenizer(),
             text=text,
             device="cpu",
@@ -255,7 +256,7 @@ def make_convolutions() -> dict[str, dict[str, Any]]:
             layout = WeightLayout(name, shape, groups, False)
             weight = torch.randn(shape, generator=generator)
             hessian = torch.eye(layout.matrix_shape[1])
-            config = CompressionConfig(lmbda=3e-2, quantizer=quantizer, sensitivity="none")
+            config = configured(lmbda=3e-2, quantizer=quantizer, sensitivity="none")
             coded = []
             for part in range(groups):
                 stack = quantize_stack([layout.matrix(weight, part)], hessian, config)

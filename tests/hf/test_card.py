@@ -1,6 +1,7 @@
 """The model card of a compressed directory."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 from huggingface_hub import ModelCard
 
 import cerwu_gpu
-from cerwu_gpu import CompressionConfig, ConfigError
+from cerwu_gpu.config import Text
 from cerwu_gpu.container.reader import inventory
 from cerwu_gpu.hf.card import Quality, card_of
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.evaluation import mean_loss, perplexity_of
 from cerwu_gpu.hf.models import load_model
 from cerwu_gpu.hf.text import token_windows
+from tests.configs import compress_flat, configured
 from tests.conftest import TEXT
 from tests.hf.toys import toy
 
@@ -34,8 +36,8 @@ def source(folder: Path, readme: str | None = None, licence: str | None = None) 
 
 
 def compress(model: Path, output: Path, text: str, **options: Any) -> ModelCard:
-    config = CompressionConfig(**CHEAP)
-    report = cerwu_gpu.compress(model, output, config=config, text=text, progress=False, **options)
+    config = configured(**CHEAP)
+    report = compress_flat(model, output, config=config, text=text, progress=False, **options)
     assert report.directory_bytes == inventory(output).total_bytes
     return ModelCard.load(output / "README.md")
 
@@ -76,10 +78,10 @@ def test_the_perplexities_are_those_of_text_that_did_not_calibrate(
     toy_directory: Path, tmp_path: Path, toy_text: Path
 ) -> None:
     sizes: dict[str, Any] = {"samples": 2, "sequence_length": 16}
-    config = CompressionConfig(**CHEAP, calibration=str(toy_text), bits=3.0)
+    config = configured(**CHEAP, calibration=str(toy_text), bits=3.0)
     output = tmp_path / "small"
-    plain = cerwu_gpu.compress(toy_directory, tmp_path / "plain", config=config, progress=False)
-    report = cerwu_gpu.compress(toy_directory, output, config=config, card=True, progress=False)
+    plain = compress_flat(toy_directory, tmp_path / "plain", config=config, progress=False)
+    report = compress_flat(toy_directory, output, config=config, card=True, progress=False)
     assert report.bits_per_weight == plain.bits_per_weight  # a card changes no weight
     loaded = load_model(toy_directory)
     text = toy_text.read_text(encoding="utf-8")
@@ -101,8 +103,8 @@ def test_the_perplexities_are_those_of_text_that_did_not_calibrate(
 def test_without_text_left_it_tells_no_perplexity_and_the_report_says_so(
     toy_directory: Path, tmp_path: Path
 ) -> None:
-    config = CompressionConfig(**{**CHEAP, "samples": 10_000})
-    report = cerwu_gpu.compress(
+    config = configured(**{**CHEAP, "samples": 10_000})
+    report = compress_flat(
         toy_directory, tmp_path / "small", config=config, text=TEXT, card=True, progress=False
     )
     assert any("the card has no perplexity" in event for event in report.events)
@@ -112,9 +114,10 @@ def test_without_text_left_it_tells_no_perplexity_and_the_report_says_so(
 def test_an_increase_that_was_asked_for_is_judged_by_the_text_that_it_holds_out(
     toy_directory: Path, tmp_path: Path
 ) -> None:
-    config = CompressionConfig(**{**CHEAP, "samples": 10_000}, max_perplexity_increase=0.5)
+    config = configured(**{**CHEAP, "samples": 10_000}, max_perplexity_increase=0.5)
+    config = replace(config, calibration=replace(config.text, source=Text(TEXT)))
     adapter = CausalLM(load_model(toy_directory), config, device=torch.device("cpu"))
-    adapter.calibrate(config, text=TEXT, judged=True)
+    adapter.calibrate(config, judged=True)
     assert len(adapter.data.held_out) > 0
     assert not any("the card has no perplexity" in event for event in adapter.events)
 
@@ -181,8 +184,3 @@ def test_the_metadata_names_the_base_model(compressed: tuple[Path, Any], tmp_pat
     card_of("someone/model", None, 1).write(tmp_path / "small")
     data = ModelCard.load(tmp_path / "small" / "README.md").data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("someone/model", "quantized")
-
-
-def test_a_card_is_for_language_models(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="card"):
-        cerwu_gpu.compress(toy("llama"), tmp_path / "small", batches=[], card=True)

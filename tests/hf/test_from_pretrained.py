@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import cerwu_gpu
-from cerwu_gpu import CompressionConfig, CorruptionError, ModelError
+from cerwu_gpu import CorruptionError, ModelError
 from cerwu_gpu.container.writer import DirectoryWriter
+from tests.configs import compress_flat, configured
 from tests.hf.toys import toy, toy_tokens
 
 CHEAP: dict[str, Any] = {
@@ -37,10 +38,10 @@ print(type(model).__name__, "cerwu" in AUTO_QUANTIZATION_CONFIG_MAPPING,
 
 
 def small(model: Any, output: Path, tokenizer: Any, text: Path, **settings: Any) -> Path:
-    cerwu_gpu.compress(
+    compress_flat(
         model,
         output,
-        config=CompressionConfig(**{**CHEAP, **settings}),
+        config=configured(**{**CHEAP, **settings}),
         tokenizer=tokenizer,
         text=text.read_text(encoding="utf-8"),
         progress=False,

@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from cerwu_gpu.calibration.cache import CachedBlocks, HessianCache
 from cerwu_gpu.compression.pipeline import compress_blocks, with_additions
-from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import CalibrationError, ConfigError, ModelError
@@ -20,6 +19,7 @@ from cerwu_gpu.hf.head import (
 )
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.quantize.sensitivity import Sensitivities
+from tests.configs import configured
 from tests.hf.calibrated import cached_blocks, find_weights, sensitivities_of
 from tests.hf.calibrated import calibrated_blocks as CalibratedBlocks
 from tests.hf.toys import FAMILIES, VOCABULARY, toy, toy_tokens
@@ -337,7 +337,7 @@ def test_the_pipeline_stores_them_like_any_matrix(family, tmp_path):
     original = {name: model.get_parameter(name).detach().clone() for name in layouts}
     blocks = CalibratedBlocks(model, list(layouts.values()), tokens)
     dtypes = dict.fromkeys(layouts, torch.float32)
-    config = CompressionConfig(lmbda=1e-8, sensitivity="row")
+    config = configured(lmbda=1e-8, sensitivity="row")
     with DirectoryWriter(tmp_path / "out", generator="test", overwrite=False) as writer:
         reports = compress_blocks(
             blocks, layouts, dtypes, writer, config, Clock(), sensitivities=sensitivities

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-import cerwu_gpu
-from cerwu_gpu import CompressionConfig
 from cerwu_gpu.errors import CalibrationError, ConfigError, ModelError
+from tests.configs import compress_flat, configured
 from tests.hf.calibrated import calibrated_blocks as CalibratedBlocks
 from tests.hf.calibrated import find_blocks, find_weights, output_sensitivities
 from tests.hf.toys import toy, toy_tokens
@@ -25,8 +24,8 @@ def text(toy_text: Path) -> str:
 def run(tmp_path: Path, toy_tokenizer: Any, text: str) -> Any:
     def compress(model: Any, **settings: Any) -> Any:
         words = settings.pop("text", text)
-        config = CompressionConfig(**{**FEW, **settings})
-        return cerwu_gpu.compress(
+        config = configured(**{**FEW, **settings})
+        return compress_flat(
             model, tmp_path / "out", config=config, tokenizer=toy_tokenizer, text=words,
             progress=False, overwrite=True,
         )  # fmt: skip

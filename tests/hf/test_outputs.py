@@ -6,10 +6,9 @@ from typing import Any
 
 import transformers.models
 
-import cerwu_gpu
-from cerwu_gpu import CompressionConfig
 from cerwu_gpu.container.output import foreign_content
 from cerwu_gpu.hf import card, classifier, companions
+from tests.configs import compress_flat, configured
 from tests.hf.toys import toy
 
 COPIED = sorted(
@@ -60,10 +59,10 @@ def test_a_model_in_memory_is_replaced_with_all_that_its_tokenizer_saves(
     tokenizer = toy_tokenizer.from_pretrained(_saved(toy_tokenizer, tmp_path / "tokenizer"))
     tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
     for overwrite in (False, True):
-        cerwu_gpu.compress(
+        compress_flat(
             toy("llama"),
             tmp_path / "out",
-            config=CompressionConfig(samples=2, sequence_length=32, sensitivity="none"),
+            config=configured(samples=2, sequence_length=32, sensitivity="none"),
             tokenizer=tokenizer,
             text=toy_text.read_text(encoding="utf-8"),
             card=True,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import cerwu_gpu
-from cerwu_gpu import CompressionConfig, ConfigError, ModelError
+from cerwu_gpu import ConfigError, ModelError
+from tests.configs import compress_flat, configured
 from tests.hf.toys import toy, toy_tokens
 
 CHEAP: dict[str, Any] = {
@@ -23,8 +24,8 @@ FAMILIES = ("llama", "gpt2", "gpt_oss", "gemma3")
 
 
 def small(family: str, output: Path, tokenizer: Any, text: Path, **settings: Any) -> Path:
-    config = CompressionConfig(**{**CHEAP, **settings})
-    cerwu_gpu.compress(
+    config = configured(**{**CHEAP, **settings})
+    compress_flat(
         toy(family),
         output,
         config=config,
@@ -72,8 +73,8 @@ def test_logits_and_tokens_are_those_of_the_dense_model(
 
 def test_a_real_model_gives_the_same_logits(tmp_path: Path, data: Path) -> None:
     source = data / "stories260k"
-    config = CompressionConfig(**{**CHEAP, "lmbda": 1e-7, "calibration": "self"})
-    cerwu_gpu.compress(source, tmp_path / "small", config=config, progress=False)
+    config = configured(**{**CHEAP, "lmbda": 1e-7, "calibration": "self"})
+    compress_flat(source, tmp_path / "small", config=config, progress=False)
     tokens = torch.arange(3, 99).view(2, 48)
     with torch.no_grad():
         dense = cerwu_gpu.load_compressed(tmp_path / "small")(tokens).logits

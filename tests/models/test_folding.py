@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import cerwu_gpu
-from cerwu_gpu import CompressionConfig, fold_batch_norm
+from cerwu_gpu import fold_batch_norm
+from tests.configs import compress_flat, configured
 from tests.models.toys import images, toy
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -72,8 +73,8 @@ def test_the_mode_stays() -> None:
 def test_a_folded_module_is_compressed_and_filled(tmp_path: Path) -> None:
     module, (x, other) = trained(Network()), images()
     fold_batch_norm(module, x)
-    config = CompressionConfig(lmbda=1e-3, sensitivity="relative")
-    cerwu_gpu.compress(module, tmp_path / "out", batches=[x], config=config, progress=False)
+    config = configured(lmbda=1e-3, sensitivity="relative")
+    compress_flat(module, tmp_path / "out", batches=[x], config=config, progress=False)
     fresh = Network().eval()
     fold_batch_norm(fresh, x)
     cerwu_gpu.load_compressed(tmp_path / "out", into=fresh)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import cerwu_gpu
-from cerwu_gpu import CompressionConfig, ConfigError
+from cerwu_gpu import ConfigError
 from cerwu_gpu.models.norms import GAIN_LIMIT, FollowingNorms
 from cerwu_gpu.sweep.model import module_subject
 from cerwu_gpu.sweep.points import Axes, grid_points
+from tests.configs import compress_flat, configured
 from tests.models.toys import toy
 
 
@@ -128,9 +129,9 @@ def test_norms_that_are_used_twice_or_have_no_statistics_are_left_alone() -> Non
 
 
 def compressed(module: nn.Module, output: Path, **settings: Any) -> nn.Module:
-    config = CompressionConfig(**{"lmbda": 1e-3, "sensitivity": "relative", **settings})
+    config = configured(**{"lmbda": 1e-3, "sensitivity": "relative", **settings})
     batches = inputs(8, 8)
-    cerwu_gpu.compress(module, output, batches=batches, config=config, progress=False)
+    compress_flat(module, output, batches=batches, config=config, progress=False)
     loaded = cerwu_gpu.load_compressed(output, into=Deep())
     for name, tensor in module.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
@@ -163,9 +164,9 @@ def test_norms_stay_as_they_are_where_drift_is_not_corrected(
 
 def test_without_a_norm_there_is_nothing_to_ask_for(tmp_path: Path) -> None:
     model, batches = toy("vit"), [torch.randn(4, 3, 32, 32)]
-    config = CompressionConfig(lmbda=1e-3, sensitivity="relative", correct_drift=True)
+    config = configured(lmbda=1e-3, sensitivity="relative", correct_drift=True)
     with pytest.raises(ConfigError, match="this one has none with stored statistics"):
-        cerwu_gpu.compress(model, tmp_path / "out", batches=batches, config=config, progress=False)
+        compress_flat(model, tmp_path / "out", batches=batches, config=config, progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -177,7 +178,7 @@ def test_points_of_a_sweep_with_and_without_do_not_touch_each_other(tmp_path: Pa
         seen.append(statistics(now))
         return 1.0
 
-    base = CompressionConfig(include=("convs.*",))
+    base = configured(include=("convs.*",))
     subject = module_subject(
         "deep",
         module,
@@ -188,7 +189,7 @@ def test_points_of_a_sweep_with_and_without_do_not_touch_each_other(tmp_path: Pa
         hessian_cache=tmp_path / "hessians",
     )
     axes = Axes(
-        systems=("ours",), drifts=(False, True), sensitivities=("relative",), lmbdas=(1e-3,)
+        systems=("waterfilled",), drifts=(False, True), sensitivities=("relative",), lmbdas=(1e-3,)
     )
     (ignore, correct) = grid_points(axes, base)
     for number, point in enumerate((ignore, correct, ignore, correct)):

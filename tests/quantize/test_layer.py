@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.errors import FactorizationError
 from cerwu_gpu.quantize import layer as quantize_layer
@@ -17,6 +16,7 @@ from cerwu_gpu.quantize.grid import step_unit
 from cerwu_gpu.quantize.layer import quantize_stack, relative_loss
 from cerwu_gpu.quantize.limit import limit_bits
 from cerwu_gpu.quantize.objective import quadratic_error
+from tests.configs import configured
 
 QUANTIZERS = ["scalar", "trellis4", "trellis8"]
 
@@ -51,7 +51,7 @@ def straight_optq(weight: torch.Tensor, hessian: torch.Tensor, step: np.ndarray,
 
 def test_lmbda_zero_is_optq():
     weight, hessian = layer(40, 33)
-    config = CompressionConfig(
+    config = configured(
         levels=31, lmbda=0.0, scale="per-row", block_size=8, damping=0.01, damping_by="mean"
     )
     matrix = quantize_stack([weight], hessian, config).matrices[0]
@@ -60,7 +60,11 @@ def test_lmbda_zero_is_optq():
     assert (matrix.symbols == expected).float().mean() > 0.995
     assert torch.equal(
         matrix.symbols,
-        quantize_stack([weight], hessian, dataclasses.replace(config, method="optq"))
+        quantize_stack(
+            [weight],
+            hessian,
+            dataclasses.replace(config, grid=dataclasses.replace(config.grid, method="optq")),
+        )
         .matrices[0]
         .symbols,
     )
@@ -68,7 +72,7 @@ def test_lmbda_zero_is_optq():
 
 def test_round_to_nearest_ignores_the_hessian():
     weight, hessian = layer(12, 20)
-    config = CompressionConfig(method="rtn", levels=15, scale="per-tensor")
+    config = configured(method="rtn", levels=15, scale="per-tensor")
     matrix = quantize_stack([weight], hessian, config).matrices[0]
     step = float(2.0 ** (matrix.row_scale.double() / 256))
     assert step >= weight.abs().max() / 7
@@ -79,7 +83,7 @@ def test_round_to_nearest_ignores_the_hessian():
 @pytest.mark.parametrize("scale", ["per-tensor", "per-row"])
 def test_levels_bound_the_alphabet_and_cover_the_largest_weight(levels, scale):
     weight, hessian = layer(9, 14, seed=levels)
-    config = CompressionConfig(method="rtn", levels=levels, scale=scale)
+    config = configured(method="rtn", levels=levels, scale=scale)
     matrix = quantize_stack([weight], hessian, config).matrices[0]
     assert matrix.size == levels
     inside = (matrix.symbols >= matrix.lowest) & (matrix.symbols < matrix.lowest + levels)
@@ -94,7 +98,7 @@ def test_a_smaller_lmbda_buys_a_smaller_loss_with_more_bits(quantizer):
     weight, hessian = layer(64, 48)
     losses, sizes = [], []
     for lmbda in (1e-1, 1e-2, 1e-3):
-        config = CompressionConfig(lmbda=lmbda, quantizer=quantizer)
+        config = configured(lmbda=lmbda, quantizer=quantizer)
         stack = quantize_stack([weight], hessian, config)
         losses.append(stack.relative_losses[0])
         sizes.append(len(encode_matrix(stack.matrices[0], 0.0).words))
@@ -105,7 +109,7 @@ def test_a_smaller_lmbda_buys_a_smaller_loss_with_more_bits(quantizer):
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_the_reported_loss_is_that_of_the_decoded_weight(quantizer):
     weight, hessian = layer(30, 25)
-    config = CompressionConfig(lmbda=1e-2, quantizer=quantizer)
+    config = configured(lmbda=1e-2, quantizer=quantizer)
     stack = quantize_stack([weight], hessian, config)
     difference = (weight - stack.matrices[0].weight(torch.float32)).double()
     loss = torch.trace(difference @ hessian.double() @ difference.t())
@@ -117,7 +121,7 @@ def test_completing_the_square_pays():
     weight, hessian = layer(96, 64)
     objective = []
     for method in ("cerwu", "cerwu-gamma0"):
-        config = CompressionConfig(method=method, lmbda=0.1)
+        config = configured(method=method, lmbda=0.1)
         stack = quantize_stack([weight], hessian, config)
         encoded = encode_matrix(stack.matrices[0], 0.0)
         error = quadratic_error(weight - stack.matrices[0].weight(torch.float32), hessian)
@@ -128,7 +132,7 @@ def test_completing_the_square_pays():
 def test_outliers_are_escaped_not_clipped():
     weight, hessian = layer(600, 8)
     weight[17, 3] = 4000.0
-    stack = quantize_stack([weight], hessian, CompressionConfig(lmbda=0.1))
+    stack = quantize_stack([weight], hessian, configured(lmbda=0.1))
     matrix = stack.matrices[0]
     assert matrix.escapes == 1
     assert int(matrix.symbols.abs().max()) > matrix.lowest + matrix.size
@@ -144,7 +148,7 @@ def test_a_stack_equals_its_matrices_in_steps_and_shares_nothing_else(monkeypatc
     monkeypatch.setattr(quantize_layer, "refit", unfitted)  # it sees each one's errors
     first, hessian = layer(28, 16, seed=1)
     second, _ = layer(28, 16, seed=2)
-    config = CompressionConfig(lmbda=1e-2)
+    config = configured(lmbda=1e-2)
     stack = quantize_stack([first, second], hessian, config)
     alone = quantize_stack([second], hessian, config)
     assert torch.equal(stack.matrices[1].column_step, alone.matrices[0].column_step)
@@ -156,7 +160,7 @@ def test_sensitive_rows_get_finer_steps_and_smaller_losses():
     weight, hessian = layer(64, 32)
     alpha = torch.ones(64)
     alpha[:8] = 100.0
-    config = CompressionConfig(lmbda=1e-2)
+    config = configured(lmbda=1e-2)
     plain = quantize_stack([weight], hessian, config).matrices[0]
     stack = quantize_stack([weight], hessian, config, [alpha])
     matrix = stack.matrices[0]
@@ -188,7 +192,7 @@ def test_degenerate_layers_have_a_defined_outcome(rows, columns, kind, quantizer
     else:
         x = torch.randn(columns, 1)
         hessian = 2 * x @ x.t()
-    config = CompressionConfig(lmbda=1e-2, quantizer=quantizer)
+    config = configured(lmbda=1e-2, quantizer=quantizer)
     stack = quantize_stack([weight], hessian, config)
     decoded = stack.matrices[0].weight(torch.float32)
     assert bool(torch.isfinite(decoded).all())
@@ -199,12 +203,12 @@ def test_degenerate_layers_have_a_defined_outcome(rows, columns, kind, quantizer
 def test_a_hessian_without_a_factor_is_refused():
     weight, hessian = layer(4, 6)
     with pytest.raises(FactorizationError, match="not positive definite"):
-        quantize_stack([weight], -hessian, CompressionConfig(lmbda=1e-2))
+        quantize_stack([weight], -hessian, configured(lmbda=1e-2))
 
 
 def test_the_same_input_gives_the_same_symbols_on_one_and_two_threads():
     weight, hessian = layer(200, 150)
-    config = CompressionConfig(lmbda=1e-2, quantizer="trellis4")
+    config = configured(lmbda=1e-2, quantizer="trellis4")
     threads = torch.get_num_threads()
     found = []
     try:
@@ -226,7 +230,7 @@ def test_the_limit_is_that_of_the_weighted_loss_and_only_up_to_the_width_that_wa
     weight, hessian = layer(40, 24)
     alpha = torch.rand(40, generator=torch.Generator().manual_seed(1)) + 0.1
     stack = quantize_stack(
-        [weight[:16], weight[16:]], hessian, CompressionConfig(lmbda=1e-3), [alpha[:16], alpha[16:]]
+        [weight[:16], weight[16:]], hessian, configured(lmbda=1e-3), [alpha[:16], alpha[16:]]
     )
     first = 0
     for matrix, limit in zip(stack.matrices, stack.limits, strict=True):
@@ -238,16 +242,16 @@ def test_the_limit_is_that_of_the_weighted_loss_and_only_up_to_the_width_that_wa
         assert limit == pytest.approx(limit_bits(scaled, hessian, loss))
         assert limit > 1
         assert limit != pytest.approx(limit_bits(weight[rows], hessian, loss), rel=1e-3)
-    narrow = CompressionConfig(lmbda=1e-3, limit_columns=23)
+    narrow = configured(lmbda=1e-3, limit_columns=23)
     assert quantize_stack([weight], hessian, narrow).limits == (None,)
-    assert quantize_stack([0 * weight], hessian, CompressionConfig(lmbda=1e-3)).limits == (0.0,)
+    assert quantize_stack([0 * weight], hessian, configured(lmbda=1e-3)).limits == (0.0,)
 
 
 @pytest.mark.parametrize(("quantizer", "gap"), [("scalar", 0.32), ("trellis8", 0.20)])
 def test_a_real_layer_comes_close_to_the_limit(data: Path, quantizer: str, gap: float):
     arrays = np.load(data / "layers" / "model.layers.14.self_attn.q_proj.npz")
     weight, hessian = torch.from_numpy(arrays["W"]), torch.from_numpy(arrays["H"])
-    config = CompressionConfig(lmbda=1.8e-5, quantizer=quantizer)
+    config = configured(lmbda=1.8e-5, quantizer=quantizer)
     stack = quantize_stack([weight], hessian, config)
     encoded = encode_matrix(stack.matrices[0], 0.0)
     bits = 8 * (4 * len(encoded.words) + len(encoded.side)) / weight.numel()

@@ -7,15 +7,15 @@ import torch
 
 from cerwu_gpu.block_problem import Alphabet, BlockProblem
 from cerwu_gpu.compiled import obs as compiled
-from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.matrix import encode_matrix, unpack_matrix
 from cerwu_gpu.errors import CalibrationError, CerwuError, ConfigError, ModelError
 from cerwu_gpu.quantize.layer import QuantizedStack, quantize_stack
 from cerwu_gpu.quantize.objective import quadratic_error
-from cerwu_gpu.quantize.sensitivity import squared_gradient
+from cerwu_gpu.quantize.sensitivity import Sensitivities
 from cerwu_gpu.reference import obs
 from cerwu_gpu.reference.weights import decode_weights
 from cerwu_gpu.steps import covering_code, step_codes, step_values
+from tests.configs import configured
 from tests.quantize.test_layer import layer
 
 ROWS, COLUMNS = 5, 20
@@ -45,7 +45,7 @@ def solved(
     **setting: object,
 ) -> tuple[QuantizedStack, torch.Tensor]:
     """The stack, and its weight after a way through the file, which must not change a bit."""
-    config = CompressionConfig(**{"lmbda": 1e-2, **setting})
+    config = configured(**{"lmbda": 1e-2, **setting})
     stack = quantize_stack([weight], hessian, config, None if alpha is None else [alpha])
     matrix = stack.matrices[0]
     coded = encode_matrix(matrix, stack.relative_losses[0])
@@ -261,9 +261,8 @@ def test_a_matrix_without_gradients_counts_like_the_mean_of_the_others() -> None
         ("a", 0): torch.tensor([1.0, 3.0]),
         ("b", 0): torch.tensor([6.0]),
         ("c", 0): torch.zeros(3),
-        ("e", -1): torch.full((2, 2), 100.0),
     }
-    assert squared_gradient(gradients, "a", 0) is gradients["a", 0]
-    found = squared_gradient(gradients, "c", 0)
+    assert Sensitivities(gradients).squared_gradient("a", 0) is gradients["a", 0]
+    found = Sensitivities(gradients).squared_gradient("c", 0)
     assert found is not None and torch.equal(found, torch.full((3,), 4.0))
-    assert squared_gradient(gradients, "d", 0) is None
+    assert Sensitivities(gradients).squared_gradient("d", 0) is None

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cerwu_gpu.coding.tables import bits, table_from_codes
-from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.quantize.layer import QuantizedStack, quantize_stack
 from cerwu_gpu.quantize.rate_models import gaussian_bits, histogram_bits, model_bits, uniform_bits
+from tests.configs import configured
 
 LMBDA = 0.5
 
@@ -86,10 +86,10 @@ def test_uniform_bits_are_those_of_a_plain_code() -> None:
 
 def test_a_uniform_rate_plays_no_part() -> None:
     weight, hessian = layer(40, 33)
-    rated = CompressionConfig(
+    rated = configured(
         method="cerwu-gamma0", rate_model="uniform", levels=31, lmbda=LMBDA, sensitivity="none"
     )
-    free = CompressionConfig(method="optq", levels=31, sensitivity="none")
+    free = configured(method="optq", levels=31, sensitivity="none")
     found = quantize_stack([weight], hessian, rated).matrices[0].symbols
     assert torch.equal(found, quantize_stack([weight], hessian, free).matrices[0].symbols)
 
@@ -103,7 +103,7 @@ def test_a_uniform_rate_plays_no_part() -> None:
 def test_a_gaussian_rate_is_weighed_against_the_error(grid: dict[str, object], passes: int) -> None:
     """Without correlations each weight is on its own, and every level can be tried."""
     weight = layer(50, 20)[0]
-    config = CompressionConfig(
+    config = configured(
         method="cerwu-gamma0",
         rate_model="gaussian",
         lmbda=0.05,
@@ -132,7 +132,7 @@ def test_gaussian_weights_want_a_gaussian_more_than_nothing(levels: int) -> None
     weight, hessian = layer(200, 60)
     found = {}
     for model in ("histogram", "gaussian", "uniform"):
-        config = CompressionConfig(
+        config = configured(
             method="cerwu-gamma0",
             rate_model=model,
             levels=levels,
@@ -147,7 +147,7 @@ def test_gaussian_weights_want_a_gaussian_more_than_nothing(levels: int) -> None
 def test_each_matrix_of_a_stack_has_its_own_gaussian() -> None:
     weight, hessian = layer(30, 24)
     other = layer(20, 24, seed=1)[0] ** 3
-    config = CompressionConfig(
+    config = configured(
         method="cerwu-gamma0",
         rate_model="gaussian",
         levels=31,
@@ -163,6 +163,6 @@ def test_each_matrix_of_a_stack_has_its_own_gaussian() -> None:
 def test_steps_that_follow_from_lmbda_take_the_histogram() -> None:
     for model in ("gaussian", "uniform"):
         with pytest.raises(ConfigError, match=f"rate_model {model} needs a given grid"):
-            CompressionConfig(rate_model=model)
+            configured(rate_model=model)
     with pytest.raises(ConfigError, match="choose one of histogram, gaussian, uniform"):
-        CompressionConfig(rate_model="laplace", levels=16)
+        configured(rate_model="laplace", levels=16)

@@ -14,6 +14,7 @@ from cerwu_gpu.quantize.objective import OutputLoss, damp, quadratic_error
 from cerwu_gpu.quantize.refit import Quadratic, refit
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.steps import step_values
+from tests.configs import configured
 from tests.quantize.test_layer import unfitted
 
 
@@ -46,7 +47,7 @@ def objective(matrix: QuantizedMatrix, problem: Quadratic) -> float:
 def posed(
     weight: torch.Tensor, hessian: torch.Tensor, config: CompressionConfig, lmbda: float
 ) -> Quadratic:
-    damped = damp(hessian, config.damping, config.damping_by)
+    damped = damp(hessian, config.objective.damping, config.objective.damping_by)
     raised = (damped - hessian).diagonal().to(torch.float32)
     return Quadratic(OutputLoss.of(weight, hessian), raised, torch.ones(len(weight)), lmbda)
 
@@ -61,7 +62,7 @@ def posed(
 )
 def test_it_never_raises_the_objective(rows, columns, seed, quantizer, price):
     weight, hessian = correlated(rows, columns, seed)
-    config = CompressionConfig(lmbda=0.02, quantizer=quantizer)
+    config = configured(lmbda=0.02, quantizer=quantizer)
     before = rounded(weight, hessian, config)
     problem = posed(weight, hessian, config, price)
     after, _ = refit(before, problem)
@@ -71,7 +72,7 @@ def test_it_never_raises_the_objective(rows, columns, seed, quantizer, price):
 
 def test_free_codes_give_the_least_squares_steps():
     weight, hessian = correlated(200, 12, 5)
-    config = CompressionConfig(lmbda=0.3)
+    config = configured(lmbda=0.3)
     before = rounded(weight, hessian, config)
     problem = replace(posed(weight, hessian, config, 0.0), sensitivity=1 + torch.rand(200))
     fitted, product = refit(before, problem)
@@ -90,7 +91,7 @@ def test_free_codes_give_the_least_squares_steps():
 
 def test_scales_that_are_off_are_found_when_bits_are_cheap():
     weight, hessian = correlated(30, 64, 1)
-    config = CompressionConfig(lmbda=0.02)
+    config = configured(lmbda=0.02)
     before = rounded(weight, hessian, config)
     spoiled = replace(before, row_scale=before.row_scale + 64)
     problem = posed(weight, hessian, config, 0.0)
@@ -101,14 +102,14 @@ def test_scales_that_are_off_are_found_when_bits_are_cheap():
 
 def test_dear_bits_leave_the_codes_alone():
     weight, hessian = correlated(30, 64, 2)
-    before = rounded(weight, hessian, CompressionConfig(lmbda=0.02))
-    after, _ = refit(before, posed(weight, hessian, CompressionConfig(lmbda=0.02), 1e3))
+    before = rounded(weight, hessian, configured(lmbda=0.02))
+    after, _ = refit(before, posed(weight, hessian, configured(lmbda=0.02), 1e3))
     assert torch.equal(after.column_step, before.column_step)
     assert torch.equal(after.row_scale, before.row_scale)
 
 
 def test_a_matrix_of_zeros_keeps_its_steps():
     weight, hessian = torch.zeros(5, 7), torch.eye(7)
-    before = rounded(weight, hessian, CompressionConfig(lmbda=0.02))
-    after, _ = refit(before, posed(weight, hessian, CompressionConfig(lmbda=0.02), 0.0))
+    before = rounded(weight, hessian, configured(lmbda=0.02))
+    after, _ = refit(before, posed(weight, hessian, configured(lmbda=0.02), 0.0))
     assert torch.equal(after.weight(torch.float32), weight)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from cerwu_gpu.config import GRADUAL
+from cerwu_gpu.config import GRADIENT_BASED
 from cerwu_gpu.quantize.sensitivity import FLOOR, row_sensitivity
 
 WEIGHT = torch.tensor([[1.0, 0.0], [0.0, 3.0], [2.0, 1.0]])
@@ -36,7 +36,7 @@ def test_balanced_levels_lie_between_relative_and_layer() -> None:
     assert_close(steep, small * 4)
 
 
-@pytest.mark.parametrize("kind", GRADUAL)
+@pytest.mark.parametrize("kind", GRADIENT_BASED)
 def test_without_gradients_or_energy_all_count_alike(kind: str) -> None:
     alpha = row_sensitivity(kind, WEIGHT, HESSIAN, torch.zeros(3))  # type: ignore[arg-type]
     assert_close(alpha, torch.ones(3))

@@ -5,17 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.matrix import encode_matrix, unpack_matrix
 from cerwu_gpu.errors import CorruptionError
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.reference.weights import decode_weights
+from tests.configs import configured
 
 CONFIGS = {
-    "scalar": CompressionConfig(lmbda=1e-3),
-    "trellis4": CompressionConfig(quantizer="trellis4", lmbda=1e-3),
-    "trellis8": CompressionConfig(quantizer="trellis8", lmbda=1e-3),
-    "grid": CompressionConfig(grid=(-1.0, -0.2, 0.0, 0.3, 0.9), lmbda=1e-4),
+    "scalar": configured(lmbda=1e-3),
+    "trellis4": configured(quantizer="trellis4", lmbda=1e-3),
+    "trellis8": configured(quantizer="trellis8", lmbda=1e-3),
+    "grid": configured(grid=(-1.0, -0.2, 0.0, 0.3, 0.9), lmbda=1e-4),
 }
 
 

@@ -3,7 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from cerwu_gpu import CompressionConfig, LayerReport, Report
+from cerwu_gpu import LayerReport, Report
+from tests.configs import configured
 
 
 def layer(name: str, part: int = 0, limit: float = 3.0) -> LayerReport:
@@ -51,7 +52,7 @@ REPORT: dict[str, Any] = {
         "classes": 600,
         "config.json": 400,
     },
-    "settings": asdict(CompressionConfig(lmbda=1e-6)),
+    "settings": asdict(configured(lmbda=1e-6)),
     "changed": ["lmbda"],
     "command": "cerwu-gpu compress toy -o small --lmbda 1e-06",
     "python": "CompressionConfig(lmbda=1e-06)",

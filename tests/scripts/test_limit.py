@@ -16,11 +16,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import Objective
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.quantize.layer import quantize_stack, relative_loss
 from cerwu_gpu.quantize.limit import limit_bits
 from cerwu_gpu.quantize.objective import quadratic_error
+from tests.configs import configured
 
 ROOT = Path(__file__).resolve().parents[2]
 with pytest.MonkeyPatch.context() as patch:
@@ -129,7 +130,7 @@ def test_bits_that_no_lmbda_gives_are_approached() -> None:
 @pytest.mark.parametrize("quantizer", ["scalar", "trellis4", "trellis8"])
 def test_everything_that_is_stored_is_counted(tmp_path: Path, quantizer: str) -> None:
     layer = limit.read_layer(save(tmp_path / "layer.npz"))
-    config = CompressionConfig(quantizer=quantizer, lmbda=layer.lmbda(2.0))
+    config = configured(quantizer=quantizer, lmbda=layer.lmbda(2.0))
     measured = points.measure(layer, config)
     stack = quantize_stack([layer.weight], layer.hessian, config)
     coded = encode_matrix(stack.matrices[0], stack.relative_losses[0])
@@ -184,9 +185,9 @@ def test_every_layer_quantizer_and_rate_is_reported(outcome: tuple[dict, str, Pa
     assert document["settings"] == {
         "bits": [3.0, 2.0],
         "quantizer": ["scalar", "trellis4"],
-        "passes": CompressionConfig.passes,
-        "damping": CompressionConfig.damping,
-        "damping_by": CompressionConfig.damping_by,
+        "passes": Objective.passes,
+        "damping": Objective.damping,
+        "damping_by": Objective.damping_by,
     }
     assert {"cerwu_gpu", "torch", "numpy", "python", "constriction"} <= set(document["versions"])
     assert document["cpu"] and document["date"] and document["threads"] >= 1

@@ -28,7 +28,7 @@ with pytest.MonkeyPatch.context() as patch:
     pictures = importlib.import_module("scripts.plot_pictures")
 
 AXES = Axes(
-    systems=("ours", "cerwu", "rtn"),
+    systems=("waterfilled", "cerwu", "rtn"),
     quantizers=("scalar", "trellis8"),
     lmbdas=(1e-4, 1e-3, 1e-2),
     levels=(5, 17),

@@ -15,6 +15,7 @@ from cerwu_gpu.models.norms import FollowingNorms
 from cerwu_gpu.sweep.model import module_subject
 from cerwu_gpu.sweep.points import Axes, grid_points
 from cerwu_gpu.sweep.run import run_sweep
+from tests.configs import compress_flat, configured
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "sweep_cifar.py"
 
@@ -49,8 +50,8 @@ def test_real_weights_classify_and_one_layer_comes_back(
     images, labels = script.load_images(folder / "test.npz", 200)
     assert script.accuracy(module, images, labels) > 0.75
     calibration, _ = script.load_images(folder / "train2k.npz", 64)
-    config = CompressionConfig(lmbda=1e-6, include=("layer3.0.conv1",), quantizer="trellis8")
-    report = cerwu_gpu.compress(
+    config = configured(lmbda=1e-6, include=("layer3.0.conv1",), quantizer="trellis8")
+    report = compress_flat(
         module, tmp_path / "out", batches=[calibration], config=config, progress=False
     )
     (layer,) = report.layers
@@ -83,10 +84,10 @@ def test_a_sweep_of_a_module_puts_the_originals_back(tmp_path: Path) -> None:
         data="its own inputs",
         hessian_cache=tmp_path / "hessians",
     )
-    axes = Axes(systems=("ours", "cerwu", "rtn"), lmbdas=(1e-9, 1e-2), levels=(255,))
+    axes = Axes(systems=("waterfilled", "cerwu", "rtn"), lmbdas=(1e-9, 1e-2), levels=(255,))
     rows = run_sweep(subject, grid_points(axes, CompressionConfig()), tmp_path / "sweep")
     assert [row.quality for row in rows if row.label == "rtn"] == [1.0]
-    ours = [row for row in rows if row.label == "ours scalar"]
+    ours = [row for row in rows if row.label == "waterfilled scalar"]
     assert ours[0].quality == 1.0
     assert ours[0].bits_per_weight > ours[1].bits_per_weight
     assert rows[0].original_quality == 1.0
@@ -123,5 +124,5 @@ def test_lists_of_something_else_are_refused(
     setting: dict[str, str], words: str, script: ModuleType, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        script.main(tmp_path, tmp_path / "out", methods="ours", **setting)
+        script.main(tmp_path, tmp_path / "out", methods="waterfilled", **setting)
     assert not (tmp_path / "out").exists()

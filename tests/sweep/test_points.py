@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import Bits, Calibration, CompressionConfig, from_settings, settings
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.sweep import points as module
 from cerwu_gpu.sweep.points import Axes, check_available, grid_points
@@ -15,7 +15,15 @@ BASE = CompressionConfig()
 
 def test_each_system_takes_the_axes_that_it_knows() -> None:
     axes = Axes(
-        systems=("ours", "cerwu", "cerwu-gamma0", "optq", "rtn", "nncodec", "nncodec-dependent"),
+        systems=(
+            "waterfilled",
+            "cerwu",
+            "cerwu-gamma0",
+            "optq",
+            "rtn",
+            "nncodec",
+            "nncodec-dependent",
+        ),
         quantizers=("scalar", "trellis8"),
         lmbdas=(1e-9, 1e-8, 1e-7),
         levels=(16, 31),
@@ -25,7 +33,7 @@ def test_each_system_takes_the_axes_that_it_knows() -> None:
     points = grid_points(axes, BASE)
     count = {system: sum(p.system == system for p in points) for system in axes.systems}
     assert count == {
-        "ours": 2 * 3,
+        "waterfilled": 2 * 3,
         "cerwu": 2 * 2,
         "cerwu-gamma0": 2 * 2,
         "optq": 2,
@@ -36,19 +44,19 @@ def test_each_system_takes_the_axes_that_it_knows() -> None:
     for point in points:
         settings, uniform = point.settings(), point.system in module.UNIFORM
         assert (settings["levels"] is not None) == uniform
-        assert (settings["lmbda"] is not None) == (point.system in ("ours", *module.RATED))
+        assert (settings["lmbda"] is not None) == (point.system in ("waterfilled", *module.RATED))
         assert (settings["qp"] is not None) == point.system.startswith("nncodec")
         if uniform:
-            assert point.config.sensitivity == "none"
-            assert point.config.quantizer == "scalar"
-    assert {p.config.scale for p in points if p.system == "cerwu"} == {"per-tensor"}
-    assert {p.config.scale for p in points if p.system == "rtn"} == {"per-row"}
+            assert point.config.objective.sensitivity == "none"
+            assert settings["quantizer"] == "scalar"
+    assert {p.settings()["scale"] for p in points if p.system == "cerwu"} == {"per-tensor"}
+    assert {p.settings()["scale"] for p in points if p.system == "rtn"} == {"per-row"}
     assert [p.dependent for p in points[-4:]] == [False, False, True, True]
 
 
 def test_labels_name_the_kind_and_what_is_unusual_about_it() -> None:
     axes = Axes(
-        systems=("ours", "cerwu", "rtn"),
+        systems=("waterfilled", "cerwu", "rtn"),
         lmbdas=(1e-9,),
         sensitivities=("row", "layer"),
         levels=(16,),
@@ -59,8 +67,8 @@ def test_labels_name_the_kind_and_what_is_unusual_about_it() -> None:
     )
     labels = [point.label for point in grid_points(axes, BASE)]
     assert labels[:8] == [
-        "ours scalar",
-        "ours scalar, sensitivity layer",
+        "waterfilled scalar",
+        "waterfilled scalar, sensitivity layer",
         "cerwu (paper)",
         "cerwu (paper), per-row",
         "cerwu (paper), gaussian rate",
@@ -72,9 +80,13 @@ def test_labels_name_the_kind_and_what_is_unusual_about_it() -> None:
 
 
 def test_keys_tell_settings_apart_and_nothing_else() -> None:
-    point = grid_points(Axes(systems=("ours",), lmbdas=(1e-9,)), BASE)[0]
-    text = replace(point, config=replace(point.config, calibration="elsewhere.txt", samples=3))
+    point = grid_points(Axes(systems=("waterfilled",), lmbdas=(1e-9,)), BASE)[0]
+    text = replace(
+        point,
+        config=replace(point.config, calibration=Calibration(source="elsewhere.txt", samples=3)),
+    )
     assert text.key == point.key  # the text is part of the subject, not of the point
+    values = settings(point.config)
     changes: dict[str, Any] = {
         "lmbda": 2e-9,
         "passes": 3,
@@ -84,10 +96,10 @@ def test_keys_tell_settings_apart_and_nothing_else() -> None:
         "sensitivity": "layer",
         "block_size": 64,
         "keep_head": True,
-        "correct_drift": True,
+        "drift": "correct",
     }
     others = [
-        replace(point, config=replace(point.config, **{name: value}))
+        replace(point, config=from_settings(**{**values, name: value}))
         for name, value in changes.items()
     ]
     assert len({point.key, *(other.key for other in others)}) == 1 + len(changes)
@@ -125,7 +137,7 @@ def test_wrong_values_are_refused(settings: dict[str, Any], part: str) -> None:
 
 def test_a_sweep_has_no_target() -> None:
     with pytest.raises(ConfigError, match="drop bits"):
-        grid_points(Axes(), replace(BASE, bits=2.0))
+        grid_points(Axes(), replace(BASE, target=Bits(2.0)))
 
 
 def test_a_missing_nncodec_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:

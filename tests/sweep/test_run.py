@@ -22,7 +22,7 @@ from cerwu_gpu.sweep.table import START, Row, SweepTable, read_table, write_parq
 from tests.sweep.measured import OneMatrix
 
 AXES = Axes(
-    systems=("ours", "cerwu", "rtn"),
+    systems=("waterfilled", "cerwu", "rtn"),
     lmbdas=(1e-3, 1e-2),
     levels=(9, 17),
     uniform_lmbdas=(1e-3,),

@@ -15,14 +15,15 @@ from cerwu_gpu.baselines import nncodec
 from cerwu_gpu.hf.subject import language_subject
 from cerwu_gpu.sweep.model import ModelSubject
 from cerwu_gpu.sweep.points import Axes, Point, grid_points
+from tests.configs import compress_flat, configured
 from tests.hf.toys import toy
 
-BASE = CompressionConfig(samples=4, sequence_length=32)
+BASE = configured(samples=4, sequence_length=32)
 
 
 @pytest.fixture
 def base(toy_text: Path) -> CompressionConfig:
-    return replace(BASE, calibration=str(toy_text))
+    return replace(BASE, calibration=replace(BASE.text, source=str(toy_text)))
 
 
 @pytest.fixture
@@ -46,8 +47,8 @@ def one(base: CompressionConfig, system: Any, **axes: Any) -> Point:
 
 @pytest.mark.parametrize(
     ("system", "keep_head"),
-    [("ours", False), ("ours", True), ("cerwu", False), ("rtn", True)],
-    ids=["ours", "ours, head kept", "cerwu", "rtn, head kept"],
+    [("waterfilled", False), ("waterfilled", True), ("cerwu", False), ("rtn", True)],
+    ids=["waterfilled", "waterfilled, head kept", "cerwu", "rtn, head kept"],
 )
 def test_a_point_is_what_compress_writes(
     system: str,
@@ -65,7 +66,7 @@ def test_a_point_is_what_compress_writes(
     point = one(base, system, keep_heads=(keep_head,), **axes)
     outcome = subject.run(point, tmp_path / "point")
 
-    report = cerwu_gpu.compress(
+    report = compress_flat(
         toy_directory, tmp_path / "alone", config=point.config, device="cpu", progress=False
     )
     alone, ours = tmp_path / "alone", tmp_path / "point"
@@ -102,7 +103,7 @@ def test_calibration_and_sensitivities_are_done_once(
         monkeypatch.setattr(causal_lm, name, counted)
     subject = make()
     points = grid_points(
-        Axes(systems=("ours", "rtn"), lmbdas=(1e-7,), levels=(7,), keep_heads=(False, True)),
+        Axes(systems=("waterfilled", "rtn"), lmbdas=(1e-7,), levels=(7,), keep_heads=(False, True)),
         base,
     )
     for number, point in enumerate(points):
@@ -168,7 +169,9 @@ def test_what_identifies_a_subject(
 
     known = make().identity()
     assert changed() == set()
-    assert changed(base=replace(base, samples=3)) == {"the calibration text"}
+    assert changed(base=replace(base, calibration=replace(base.text, samples=3))) == {
+        "the calibration text"
+    }
     assert changed(base=replace(base, include=("*.layers.0.*",))) == {"weights"}
     model = cerwu_gpu.hf.models.load_model(toy_directory)
     with torch.no_grad():
@@ -179,12 +182,12 @@ def test_what_identifies_a_subject(
     assert changed(model=tmp_path / "other") == {"the model"}
 
 
-@pytest.mark.parametrize("field", ["sequential", "correct_drift"])
+@pytest.mark.parametrize("drift", ["sequential", "correct"])
 def test_hessians_of_one_setting_only_are_refused(
-    field: str, make: Callable[..., ModelSubject], base: CompressionConfig
+    drift: str, make: Callable[..., ModelSubject], base: CompressionConfig
 ) -> None:
-    with pytest.raises(ConfigError, match=field):
-        make(base=replace(base, **{field: True}))
+    with pytest.raises(ConfigError, match=drift):
+        make(base=replace(base, drift=drift))
 
 
 def test_the_shape_of_pythia(
@@ -199,7 +202,7 @@ def test_the_shape_of_pythia(
     subject = make(model=tmp_path / "pythia")
     original = subject.original()
     fine, coarse = (
-        subject.run(one(base, "ours", lmbdas=(lmbda,)), tmp_path / f"{lmbda}")
+        subject.run(one(base, "waterfilled", lmbdas=(lmbda,)), tmp_path / f"{lmbda}")
         for lmbda in (1e-11, 1e-6)
     )
     assert subject.name == "pythia"
