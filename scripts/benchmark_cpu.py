@@ -38,6 +38,7 @@ from cerwu_gpu.block_problem import BlockProblem
 from cerwu_gpu.coding.streams import decode_constriction
 from cerwu_gpu.coding.tables import codes_from_counts, table_from_codes
 from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.files import dtype_name
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.passes import LOOKAHEAD
 from cerwu_gpu.quantize.problem import Problem
@@ -231,7 +232,7 @@ def decoders(shape: tuple[int, int]) -> Iterator[Row]:
                 if check:
                     _same_weights(case, [matrix], [rule], dtype)
                 seconds = in_turn({"": forced("numba", run)}, turns=3)[""]
-            name = str(dtype).removeprefix("torch.")
+            name = dtype_name(dtype)
             yield _rate(case, f"compiled, {name} weights", m * n, seconds)
         if states == 0:
             with single():

@@ -25,6 +25,7 @@ ORDER = (
         "coded",
         "config",
         "errors",
+        "files",
         "layout",
         "patterns",
         "progress",

@@ -25,7 +25,7 @@ from cerwu_gpu.spec import (
 )
 
 _OF_TORCH = (RuntimeError, TypeError, ValueError, LookupError)
-"""What torch raises for dtypes and offsets that it cannot have, and safetensors lets through."""
+"""Exceptions of torch for impossible dtypes and offsets, which safetensors lets through."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,7 @@ class Shard:
         try:
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(name)  # type: ignore[no-any-return]
-        # The library lets through what torch raises for dtypes and offsets that it cannot have.
-        except (
-            SafetensorError,
-            OSError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-            LookupError,
-        ) as error:
+        except (SafetensorError, OSError, *_OF_TORCH) as error:
             raise FormatError(f"{self.path.name}: {name} cannot be read ({error}).") from None
 
 

@@ -1,6 +1,5 @@
 """Reads compressed directories: checks everything before it believes anything."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +13,8 @@ from cerwu_gpu import backend
 from cerwu_gpu.container.files import Shard, open_shards
 from cerwu_gpu.container.header import Entry
 from cerwu_gpu.container.matrix import StoredMatrix, unpack_matrix
-from cerwu_gpu.container.shard import tensor_bytes
 from cerwu_gpu.errors import CorruptionError, FormatError
+from cerwu_gpu.files import checksum, dtype_name
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.progress import counted
 from cerwu_gpu.spec import FORMAT_VERSION
@@ -233,7 +232,7 @@ def _indexed(device: torch.device | str) -> torch.device:
 
 
 def _check_digest(name: str, tensor: Tensor, digest: str) -> None:
-    if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != digest:
+    if checksum(tensor) != digest:
         raise CorruptionError(f"{name}: its bytes have changed since it was written; get it again.")
 
 
@@ -313,7 +312,7 @@ def _plain_entry(name: str, tensor: Tensor, size: int) -> TensorEntry:
     return TensorEntry(
         name=name,
         shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype).removeprefix("torch."),
+        dtype=dtype_name(tensor.dtype),
         quantizer=None,
         weights=tensor.numel(),
         bytes=size,

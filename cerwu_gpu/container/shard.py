@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cerwu_gpu.files import tensor_bytes
 from cerwu_gpu.spec import HEADER_KEY, METADATA_KEY
 
 _NAMES = {
@@ -29,12 +30,6 @@ _NAMES = {
     torch.uint32: "U32",
     torch.bool: "BOOL",
 }
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, row-major, little-endian; a view where it is contiguous on the CPU."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def header_digest(manifest: str, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> str:

@@ -17,8 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
-from cerwu_gpu.container.output import PARTIAL, TEMPORARY, flush_to_disk, refused, write_text
+from cerwu_gpu.container.output import PARTIAL
 from cerwu_gpu.errors import CerwuError, OutputError
+from cerwu_gpu.files import TEMPORARY, flush_to_disk, refused, write_text
 
 MARKER_FILE, LOCK_FILE, FINGERPRINT_FILE = "cerwu_gpu-work", "lock", "fingerprint.json"
 MARKER = "cerwu_gpu keeps the work of an unfinished run in this directory (docs/resume.md).\n"

@@ -14,9 +14,9 @@ from cerwu_gpu import __version__
 from cerwu_gpu.attempt import Attempt, check_stored, directory_bytes, plain_tensors
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.journal import Journal
-from cerwu_gpu.container.output import written
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import OutputError
+from cerwu_gpu.files import dtype_name, written
 from cerwu_gpu.hf.card import Card, Quality
 from cerwu_gpu.hf.evaluation import mean_loss, perplexity_of
 from cerwu_gpu.hf.models import TOKENIZER_FILES, LoadedModel
@@ -162,7 +162,7 @@ def write_companions(loaded: LoadedModel, folder: Path) -> None:
     content: dict[str, Any] = _without_paths(loaded.model.config.to_dict())
     content["quantization_config"] = {"quant_method": QUANT_METHOD, "format": FORMAT_VERSION}
     content["architectures"] = [type(loaded.model).__name__]
-    content["dtype"] = str(loaded.model.dtype).removeprefix("torch.")  # it may have been cast
+    content["dtype"] = dtype_name(loaded.model.dtype)  # it may have been cast
     text = json.dumps(content, indent=2, sort_keys=True, default=str)
     with written(folder):
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -10,8 +10,8 @@ import torch
 
 import cerwu_gpu
 from cerwu_gpu.config import CompressionConfig
-from cerwu_gpu.container.shard import tensor_bytes
 from cerwu_gpu.container.work import Fingerprint
+from cerwu_gpu.files import tensor_bytes
 from cerwu_gpu.hf.hessian_cache import hessian_key
 from cerwu_gpu.hf.source import Source
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cerwu_gpu.blocks import Block, InputStatistics
-from cerwu_gpu.container.output import atomic
 from cerwu_gpu.errors import CalibrationError, OutputError
+from cerwu_gpu.files import atomic, tensor_bytes
 from cerwu_gpu.hf.calibration import (
     BlockWeights,
     CalibratedBlock,
@@ -55,16 +55,11 @@ def hessian_key(
     digest = hashlib.sha256(json.dumps(header, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor_bytes(tensor))
     if tokens is not None:
         digest.update(f"tokens {tuple(tokens.shape)}".encode())
-        digest.update(_bytes(tokens))
+        digest.update(tensor_bytes(tokens))
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 class HessianCache:

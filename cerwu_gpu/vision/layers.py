@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cerwu_gpu.container.header import DTYPES
 from cerwu_gpu.errors import ConfigError, ModelError
+from cerwu_gpu.files import dtype_name
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.patterns import chosen_names, matches
 
@@ -83,7 +84,7 @@ def candidates(module: nn.Module) -> tuple[dict[str, WeightLayout], dict[str, st
         name = names.get(id(parameter))
         if name is None:
             continue  # computed from other parameters, as by torch.nn.utils.parametrize
-        if str(parameter.dtype).removeprefix("torch.") not in DTYPES:
+        if dtype_name(parameter.dtype) not in DTYPES:
             left[name] = f"its dtype is {parameter.dtype}"
         elif parameter.numel() == 0:
             left[name] = "it has no elements"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cerwu_gpu.container.reader import CompressedDirectory
 from cerwu_gpu.errors import FormatError
+from cerwu_gpu.files import dtype_name
 from cerwu_gpu.vision.layers import candidates
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -70,5 +71,4 @@ def fill(
 
 
 def _described(tensor: Tensor) -> str:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return f"{dtype} {list(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"

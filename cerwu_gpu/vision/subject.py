@@ -1,7 +1,6 @@
 """A plain module as the subject of a sweep: calibrated once, measured from files."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from cerwu_gpu.attempt import plain_bytes
 from cerwu_gpu.baselines.nncodec import pass_through_nncodec
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.reader import open_directory
+from cerwu_gpu.files import digest
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.sweep.points import Point
 from cerwu_gpu.sweep.subject import Outcome, Quality
@@ -81,8 +81,8 @@ class PlainModule:
     def identity(self) -> Mapping[str, str]:
         """Digests of the weights and calibration inputs, and what is evaluated."""
         return {
-            "model": _digest(self._originals.values()),
-            "calibration inputs": _digest(
+            "model": digest(self._originals.values()),
+            "calibration inputs": digest(
                 tensor for batch in self._batches for tensor in _tensors(batch)
             ),
             "evaluation": self._data,
@@ -187,12 +187,3 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
     for value in batch.values() if isinstance(batch, Mapping) else batch:
         if isinstance(value, Tensor):
             yield value
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

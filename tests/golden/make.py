@@ -7,7 +7,6 @@ whose SHA-256 weights.json has (docs/format.md, "Versions"). A directory that is
 never written anew: this script only shows how each was made, and adds kinds.
 """
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -36,8 +35,8 @@ from transformers import (
 from cerwu_gpu import CompressionConfig, compress
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.container.reader import open_directory
-from cerwu_gpu.container.shard import tensor_bytes
 from cerwu_gpu.container.writer import DirectoryWriter
+from cerwu_gpu.files import checksum, dtype_name
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
 
@@ -239,9 +238,9 @@ def make_corners() -> dict[str, dict[str, Any]]:
 def described(tensor: torch.Tensor) -> dict[str, Any]:
     """dtype, shape and the SHA-256 of the bytes, row-major and little-endian."""
     return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "dtype": dtype_name(tensor.dtype),
         "shape": list(tensor.shape),
-        "sha256": hashlib.sha256(tensor_bytes(tensor)).hexdigest(),
+        "sha256": checksum(tensor),
     }
 
 
