@@ -6,7 +6,6 @@ marker is somebody else's and is never touched.
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -16,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
+
+from filelock import lock_descriptor
 
 from cerwu_gpu.container.output import PARTIAL
 from cerwu_gpu.errors import CerwuError, OutputError
@@ -199,14 +200,15 @@ def _acquire(folder: Path) -> int | None:
     """
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        if not lock_descriptor(descriptor, blocking=False):
+            raise OutputError(
+                f"another process is writing {folder}: wait for it, or choose another output."
+            )
+        if _same(descriptor, folder / LOCK_FILE):
+            return descriptor
+    except BaseException:
         os.close(descriptor)
-        raise OutputError(
-            f"another process is writing {folder}: wait for it, or choose another output."
-        ) from error
-    if _same(descriptor, folder / LOCK_FILE):
-        return descriptor
+        raise
     os.close(descriptor)
     return None
 
