@@ -8,10 +8,12 @@ from torch import Tensor
 
 from cerwu_gpu.errors import CorruptionError, FormatError
 from cerwu_gpu.spec import (
+    INTEGER_LIMIT,
     PRECISION,
     STREAM_SYMBOLS_LIMIT,
     SYMBOLS_LIMIT,
     TABLE_SLOTS_LIMIT,
+    TRELLIS_INTEGER_LIMIT,
     TRELLIS_NEXT,
 )
 
@@ -139,7 +141,7 @@ def _broken_values(matrix: CodedMatrix) -> str | None:
 
 def _check_rule(matrix: CodedMatrix, rule: Reconstruction) -> None:
     """Raise FormatError where escaped integers or the grid are none that the format allows."""
-    limit = 1 << (30 if matrix.states else 31)
+    limit = TRELLIS_INTEGER_LIMIT if matrix.states else INTEGER_LIMIT
     if not _within(rule.escapes, -limit + 1, limit - 1):
         raise FormatError(f"{matrix.name}: an escaped integer is too large; the file is broken.")
     grid = rule.grid

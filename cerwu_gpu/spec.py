@@ -36,6 +36,10 @@ SYMBOLS_LIMIT: Final = 1 << 16
 """Most symbols of an alphabet, escapes included."""
 TABLE_SLOTS_LIMIT: Final = 1 << 20
 """Most entries in the tables of one matrix."""
+INTEGER_LIMIT: Final = 1 << 31
+"""Integers stay below this magnitude, so that they fit 32 bits ..."""
+TRELLIS_INTEGER_LIMIT: Final = 1 << 30
+"""... and under a trellis below this one, so that twice of one does."""
 
 CODE_RESOLUTION: Final = 8
 """A table code c stands for a probability proportional to 2**(-c / CODE_RESOLUTION)."""

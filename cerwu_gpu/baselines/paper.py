@@ -15,7 +15,7 @@ What is odd in it is kept on purpose (docs/method.md, section 13). The rate r is
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -60,16 +60,6 @@ class PaperProblem:
         """The candidates [2 M + 1] float32."""
         reach, device = self.reach, self.target.device
         return torch.arange(-reach, reach + 1, dtype=torch.float32, device=device)
-
-
-class PaperRate(Protocol):
-    """What symbols cost, and the search that believes it."""
-
-    def search(self, problem: PaperProblem) -> Tensor:
-        """Symbols [m, n] int32."""
-
-    def code_length(self, symbols: Tensor) -> float:
-        """Bits of the symbols [m, n] int32, all together."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Shard:
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(name)  # type: ignore[no-any-return]
         except (SafetensorError, OSError, *_OF_TORCH) as error:
-            raise FormatError(f"{self.path.name}: {name} cannot be read ({error}).") from None
+            raise FormatError(f"{self.path.name}: {name} cannot be read ({error}).") from error
 
 
 def open_shards(path: Path) -> list[Shard]:

@@ -10,16 +10,23 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cerwu_gpu.coding.tables import is_mirrored
 from cerwu_gpu.errors import FormatError, VersionError
-from cerwu_gpu.spec import FORMAT_VERSION, METADATA_KEY
+from cerwu_gpu.spec import (
+    FORMAT_VERSION,
+    INTEGER_LIMIT,
+    METADATA_KEY,
+    SYMBOLS_LIMIT,
+    TABLE_SLOTS_LIMIT,
+    TRELLIS_INTEGER_LIMIT,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZERS = {"scalar": 0, "grid": 0, "trellis4": 4, "trellis8": 8}
 HEADER_LIMIT = 100_000_000
 """Most bytes of JSON: the limit of safetensors' own library for its header."""
 DIMENSION_LIMIT = 1 << 31
-LEVEL_LIMIT = 1 << 30
-"""Under a trellis integers stay below this magnitude, so that twice of one fits 32 bits."""
+"""Counts and extents stay below this."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -68,12 +75,12 @@ class Part:
     @property
     def mirrored(self) -> bool:
         """q and -q share a table code."""
-        return self.lowest == -(self.size // 2) and self.size % 2 == 1
+        return is_mirrored(self.lowest, self.size)
 
     @property
     def integers(self) -> range:
         """What the integers of this matrix may be, escaped or not."""
-        limit = LEVEL_LIMIT if self.states else DIMENSION_LIMIT
+        limit = TRELLIS_INTEGER_LIMIT if self.states else INTEGER_LIMIT
         return range(1 - limit, limit)
 
     def check(self, name: str) -> None:
@@ -88,8 +95,8 @@ class Part:
             and self.lowest + self.size - 1 in self.integers
             and self.escapes in (0, 1 + bool(self.states))
             and self.tables <= self.rows + self.columns
-            and self.alphabet <= 1 << 16
-            and self.tables * self.quantizers * self.alphabet <= 1 << 20
+            and self.alphabet <= SYMBOLS_LIMIT
+            and self.tables * self.quantizers * self.alphabet <= TABLE_SLOTS_LIMIT
             and self.escaped <= self.rows * self.columns
             and (self.escapes > 0 or self.escaped == 0)
             and (self.quantizer != "grid" or (self.lowest, self.escapes) == (0, 0))

@@ -1,7 +1,7 @@
 """One matrix between its tensors and its bytes: words of the streams, and the side blob."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from cerwu_gpu.coding.tables import table_from_codes
 from cerwu_gpu.container.header import Part
 from cerwu_gpu.errors import FormatError
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
+from cerwu_gpu.reference.counts import alphabet_indices
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class StoredMatrix:
 def encode_matrix(matrix: QuantizedMatrix, relative_loss: float) -> EncodedMatrix:
     """Code one quantized matrix; constriction writes the streams."""
     rows, columns = matrix.symbols.shape
-    symbols = matrix.symbols.cpu().numpy()
-    indices = symbols - np.int32(matrix.lowest)
-    escaped = (indices < 0) | (indices >= matrix.size)
-    escapes = symbols[escaped]
-    indices[escaped] = matrix.size + (escapes & (matrix.escapes - 1) if matrix.escapes else 0)
+    symbols = matrix.symbols.cpu()
+    indices, escaped = alphabet_indices(
+        symbols, lowest=matrix.lowest, size=matrix.size, escapes=matrix.escapes
+    )
+    escapes = symbols[escaped].numpy()
     codes = matrix.codes.cpu().numpy()
     part = Part(
         rows=rows,
@@ -62,7 +63,11 @@ def encode_matrix(matrix: QuantizedMatrix, relative_loss: float) -> EncodedMatri
     )
     row_class, column_class = (x.cpu().numpy() for x in (matrix.row_class, matrix.column_class))
     words, lengths = streams.encode(
-        indices, table_from_codes(codes), row_class, column_class, matrix.states, parity_of(part)
+        indices.numpy(),
+        table_from_codes(codes),
+        row_class,
+        column_class,
+        None if matrix.second is None else matrix.second.cpu().numpy(),
     )
     arrays = {
         "table_codes": _halved(codes, part),
@@ -73,12 +78,11 @@ def encode_matrix(matrix: QuantizedMatrix, relative_loss: float) -> EncodedMatri
         "lengths": lengths,
     }
     if len(escapes):
-        arrays["escapes"] = escapes.astype(np.int32)
+        arrays["escapes"] = escapes
     if matrix.grid is not None:
         arrays["grid"] = matrix.grid.cpu().numpy()
     blob = side.pack(arrays, rows, columns)
-    counted = Part(**{**part.__dict__, "words": len(words), "side": len(blob)})
-    return EncodedMatrix(counted, words, blob)
+    return EncodedMatrix(replace(part, words=len(words), side=len(blob)), words, blob)
 
 
 def unpack_matrix(

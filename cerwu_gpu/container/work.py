@@ -117,7 +117,7 @@ class WorkDirectory:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise OutputError(f"{path} is damaged ({error}): delete {self.path}.") from None
+            raise OutputError(f"{path} is damaged ({error}): delete {self.path}.") from error
         return {str(name): str(value) for name, value in content.items()}
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cerwu_gpu import backend
 from cerwu_gpu.block_problem import Alphabet, BlockProblem
 from cerwu_gpu.config import TRELLIS_STATES, CompressionConfig
 from cerwu_gpu.errors import ConfigError
@@ -18,10 +19,10 @@ from cerwu_gpu.quantize.passes import scalar_pass, trellis_pass
 from cerwu_gpu.quantize.rate_models import model_bits
 from cerwu_gpu.quantize.symbols import symbol_range
 
-SAMPLED_ROWS = 512
-"""Passes before the last see about this many rows of a stack: enough to estimate its tables."""
-LEVEL_LIMIT = 1 << 24
-"""Integers stay below this magnitude: float32, in which they are searched, is exact up to it."""
+PASS_SAMPLE_ROWS = 512
+"""Rows of a stack, about, in passes before the last: enough to estimate its tables."""
+EXACT_LIMIT = 1 << 24
+"""Magnitude below which integers are searched: float32 is exact up to it."""
 PENALTY_LIMIT = 1e4
 """Of a column's 1 / C_jj^2: a larger quadratic rate cancels against the error in float32. Weights
 that have it are 0 anyway: their root mean square is below 0.003 waterfilled steps."""
@@ -117,9 +118,9 @@ class Problem:
         return self._pass(alphabet)
 
     def _sampled(self) -> "Problem":
-        """The same problem for every k-th row, k such that about SAMPLED_ROWS rows are left."""
+        """The same problem for every k-th row, k such that about PASS_SAMPLE_ROWS rows are left."""
         rows = len(self.x)
-        every = max(1, rows // SAMPLED_ROWS)
+        every = max(1, rows // PASS_SAMPLE_ROWS)
         if every == 1:
             return self
         keep = torch.arange(0, rows, every, device=self.x.device)
@@ -169,19 +170,20 @@ class Problem:
         seen = symbols if odd is None else torch.cat([symbols, odd])
         span = symbol_range(seen, self.grid, classes.count * (2 if states else 1), states)
 
-        def counted(symbols: Tensor, rows: slice, states: int) -> Tensor:
+        def counted(symbols: Tensor, second: Tensor | None, rows: slice) -> Tensor:
             row, column = classes.row[rows], classes.column
-            return span.counts(symbols[rows], row, column, classes.count, states)
+            return span.counts(symbols, second, row, column, classes.count)
 
         parts = []
         for first, last in pairwise(self.bounds):
             rows = slice(first, last)
             if odd is None:
-                counts = counted(symbols, rows, states)
+                second = backend.trellis_quantizers(symbols[rows], states) if states else None
+                counts = counted(symbols[rows], second, rows)
             else:
-                both = [counted(each, rows, 0) for each in (symbols, odd)]
+                both = [counted(integers[rows], None, rows) for integers in (symbols, odd)]
                 counts = torch.stack(both, dim=1).flatten(0, 1)
-            table_codes = rate.codes(counts, span.mirrored, 2 if self._states else 1)
+            table_codes = rate.codes(counts, span.paired, 2 if states else 1)
             parts.append(rate.rates(table_codes))
         rates = torch.cat(parts)
         if span.escapes:
@@ -223,13 +225,13 @@ def _common_scale(importance: Tensor) -> float:
 
 
 def _check_integers(x: Tensor, config: CompressionConfig) -> None:
-    """Refuse integers, or what they are rounded from, beyond LEVEL_LIMIT; NaN is beyond it, too.
+    """Refuse integers, or what they are rounded from, beyond EXACT_LIMIT; NaN is beyond it, too.
 
     Raises:
         ConfigError: there are such.
     """
     low, high = (float(end) for end in torch.aminmax(x))  # |-2^31| has no int32
-    if not -LEVEL_LIMIT < low <= high < LEVEL_LIMIT:
+    if not -EXACT_LIMIT < low <= high < EXACT_LIMIT:
         raise ConfigError(
             f"lmbda {config.lmbda:g} takes its integers past 2**24: raise it, or the damping."
         )

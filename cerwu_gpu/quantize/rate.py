@@ -28,16 +28,16 @@ def alphabet_limit(symbols: Tensor, tables: int) -> int:
     return max(1, int(cost.argmin()))
 
 
-def codes(counts: Tensor, mirrored: int, quantizers: int = 1) -> Tensor:
-    """Table codes [T, K] uint8 from counts [T, K]; the first `mirrored` symbols share in pairs.
+def codes(counts: Tensor, paired: int, quantizers: int = 1) -> Tensor:
+    """Table codes [T, K] uint8 from counts [T, K]; the first `paired` symbols share in pairs.
 
     Integers q and -q get the same code, so that only half of a symmetric alphabet is stored, and
     neighbouring classes share tables (sharing.py); each has as many as there are `quantizers`.
     """
-    if mirrored:
-        both = counts[:, :mirrored] + counts[:, :mirrored].flip(1)
-        counts = torch.cat([both, 2 * counts[:, mirrored:]], dim=1)
-    counts = shared_histograms(counts, quantizers, counts.shape[1] - mirrored // 2)
+    if paired:
+        both = counts[:, :paired] + counts[:, :paired].flip(1)
+        counts = torch.cat([both, 2 * counts[:, paired:]], dim=1)
+    counts = shared_histograms(counts, quantizers, counts.shape[1] - paired // 2)
     return torch.from_numpy(codes_from_counts(counts.cpu().numpy())).to(counts.device)
 
 

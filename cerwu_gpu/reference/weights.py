@@ -65,7 +65,6 @@ def weight_of_symbols(
         rule.column_step,
         rule.row_scale,
         grid=rule.grid,
-        states=coded.states,
         second=second,
         dtype=dtype,
     )

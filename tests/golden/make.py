@@ -38,6 +38,7 @@ from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.files import checksum, dtype_name
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
+from cerwu_gpu.reference.dequantize import trellis_quantizers
 from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
 
 HERE = Path(__file__).resolve().parent
@@ -185,6 +186,7 @@ def corner(
         row_scale=torch.linspace(-700, 700, rows).to(torch.int16),
         grid=None,
         states=states,
+        second=trellis_quantizers(symbols, states) if states else None,
     )
 
 
