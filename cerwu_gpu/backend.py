@@ -151,7 +151,7 @@ def _form_of(
         kernel: there is one; on a GPU the torch form takes its place otherwise.
 
     Raises:
-        ConfigError: CERWU_GPU_BACKEND has an unknown value, or forces what is impossible.
+        ConfigError: CERWU_GPU_BACKEND has an unknown value, or forces an impossible form.
     """
     chosen = form(device, kernel=kernel)
     if chosen == "triton":

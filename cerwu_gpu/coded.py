@@ -1,4 +1,4 @@
-"""A matrix as it is stored: its streams, its tables, and what the symbols stand for."""
+"""A matrix as it is stored: its streams, its tables, and the rule from symbols to weights."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ class CodedMatrix:
     """A matrix of symbols as it is stored; all tensors on one device.
 
     Attributes:
-        name: what error messages call it.
+        name: its name in error messages.
         shape: (m, n).
         words: 32-bit words of all streams, one after the other, in any integer dtype.
         lengths: [S] integers, words per stream; stream l holds the rows l, l + S, l + 2S, ...
@@ -79,7 +79,7 @@ def _tensors_on(fields: CodedMatrix | Reconstruction, device: torch.device | str
 
 
 def check(matrix: CodedMatrix, rule: Reconstruction | None = None) -> None:
-    """Refuse a matrix whose fields contradict each other; decoders believe those that pass.
+    """Refuse a matrix whose fields contradict each other; decoders rely on it.
 
     Raises:
         CorruptionError: fields that no encoder writes together; `matrix.name` is in the message.

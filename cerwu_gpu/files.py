@@ -45,7 +45,7 @@ def written(path: Path) -> Iterator[None]:
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary name for a file that is to be at `path` whole or not at all.
 
-    What is there at the end is flushed and renamed; after an exception it is removed.
+    The file is flushed and renamed at the end, and removed after an exception.
 
     Raises:
         OSError: the system refuses it.

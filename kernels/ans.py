@@ -230,7 +230,7 @@ class _Flat:
         self.symbols = Items([matrix.tables.shape[1] for matrix in batch], device)
         self.slots = Items([matrix.tables.numel() for matrix in batch], device)
         self.quantizers = torch.tensor([2 if x.states else 1 for x in batch], device=device)
-        # One word more, for what is never used but read: there may be none at all.
+        # One word more, which is read but never used: there may be none at all.
         words = [_as_int32(matrix.words) for matrix in batch]
         self.words = torch.cat([*words, words[0].new_zeros(1)])
         self.lengths = _joined([matrix.lengths for matrix in batch])
@@ -360,7 +360,7 @@ class Levels:
     """Levels of a batch's symbols; escapes are noted by the kernel and filled in afterwards.
 
     Attributes:
-        levels: [slots] float32, what a symbol's weight is before it is scaled; nan for escapes.
+        levels: [slots] float32, a symbol's weight before it is scaled; nan for escapes.
         alphabets: per matrix FIELDS numbers: size of the alphabet without escape symbols; number of
             the matrix's first escape, and how many it has.
         escape_counts: [matrices] int32, filled by the kernel.
@@ -466,8 +466,8 @@ def decode_weights(
 
     Args:
         batch: as for `decode`.
-        rules: what each matrix's symbols stand for.
-        dtype: what the weights are rounded to, once.
+        rules: each matrix's rule from symbols to weights.
+        dtype: the dtype that the weights are rounded to, once.
         out: tensors [m, n] of that dtype to write to, with any strides; default: new ones.
 
     Returns:
@@ -492,14 +492,14 @@ def decode_weights(
 
 
 def launch(batch: Batch, out: Tensor) -> Tensor:
-    """Decode symbols into `out` [elements] int32; return what `_check` reads."""
+    """Decode symbols into `out` [elements] int32; return the status for `_check`."""
     return _launch(batch, out, None, None, None)
 
 
 def launch_weights(
     batch: Batch, levels: Levels, steps: Tensor, scales: Tensor, out: Tensor
 ) -> Tensor:
-    """Decode weights into `out` [elements], without the escapes; return what `_check` reads."""
+    """Decode weights into `out` [elements], without the escapes; return the status for `_check`."""
     return _launch(batch, out, levels, steps, scales)
 
 

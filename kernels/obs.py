@@ -202,7 +202,7 @@ def quantize_block_kernel(
 
 
 def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, Tensor]:
-    """Quantize the columns of one block; reference.obs.quantize_block defines what that means.
+    """Quantize the columns of one block; reference.obs.quantize_block is the definition.
 
     Args:
         problem: its weights x [m, B] are left as they are.

@@ -30,7 +30,7 @@ _Encoder = Callable[[NDArray[np.int64]], NDArray[np.uint32]]
 
 
 def stream_count(m: int, n: int) -> int:
-    """Most streams a matrix [m, n] is split into: as many as leave each STREAM_SYMBOLS."""
+    """Return the maximum number of streams of a matrix [m, n]: each holds STREAM_SYMBOLS."""
     rows_per_stream = -(-STREAM_SYMBOLS // n)
     return max(1, m // rows_per_stream)
 
@@ -74,7 +74,7 @@ def encode(
         encoder = _single_table(tables) if count == 1 else _many_tables(tables)
 
     def entries(rows: slice) -> NDArray[np.int64]:
-        """Table * K + symbol of all elements of these rows, one after the other."""
+        """Return table * K + symbol of all elements of these rows, one after the other."""
         index = table[rows] + columns
         if second is not None:
             index += second[rows]
@@ -94,7 +94,7 @@ def encode(
 
 
 def _no_choice(index: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """An alphabet of one symbol needs no words."""
+    """Return no words: an alphabet of one symbol needs none."""
     return np.empty(0, dtype=np.uint32)
 
 
@@ -133,7 +133,7 @@ def _two_way(tables: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np
 
 
 def _three_way(tables: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Weights [T * K, 3] and the position 0, 1 or 2 of the symbol among them."""
+    """Return weights [T * K, 3] and the position 0, 1 or 2 of the symbol among them."""
     before = np.cumsum(tables, axis=1) - tables
     after = (1 << PRECISION) - before - tables
     three = np.stack([before, tables, after], axis=-1)

@@ -13,7 +13,7 @@ from cerwu_gpu.spec import CODE_MAX, CODE_RESOLUTION, CODE_WEIGHTS, PRECISION, S
 
 
 def codes_from_counts(counts: NDArray[np.int64], smoothing: float = 1 / 16) -> NDArray[np.uint8]:
-    """The codes of the tables that fit the histograms `counts`.
+    """Return the codes of the tables that fit the histograms `counts`.
 
     Args:
         counts: [T, K] int64 >= 0, one histogram a row.
@@ -32,7 +32,7 @@ def codes_from_counts(counts: NDArray[np.int64], smoothing: float = 1 / 16) -> N
 
 
 def table_from_codes(codes: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """The integer tables that the codes stand for; the same on every machine.
+    """Return the integer tables that the codes stand for; the same on every machine.
 
     Args:
         codes: [T, K] uint8, each at most CODE_MAX; 1 <= K <= SYMBOLS_LIMIT.
@@ -65,7 +65,7 @@ def is_mirrored(lowest: int, size: int) -> bool:
 
 
 def bits(tables: NDArray[np.int64]) -> NDArray[np.float32]:
-    """What each symbol costs: PRECISION - log2(k), in bits.
+    """Return the cost of each symbol, PRECISION - log2(k), in bits.
 
     Args:
         tables: [T, K] int64 as `table_from_codes` returns them.

@@ -1,4 +1,4 @@
-"""What the bytes of a compressed directory are for."""
+"""Bytes of a compressed directory by their purpose."""
 
 from collections import Counter
 from pathlib import Path
@@ -18,12 +18,12 @@ PURPOSES = {
     "escapes": "escaped integers",
     "grid": "grid values",
 }
-"""Array of the side data -> what it is for."""
+"""Array of the side data -> its purpose."""
 WORDS, PLAIN, HEADERS = "words", "plain tensors", "headers"
 
 
 def breakdown(path: Path) -> dict[str, int]:
-    """Purpose -> bytes, largest first, of everything in the directory `path`.
+    """Return purpose -> bytes, largest first, of everything in the directory `path`.
 
     Purposes are WORDS (coded symbols), those of PURPOSES that occur, PLAIN (tensors stored as they
     are), HEADERS (of the safetensors files, with their manifests), and each other file's name.
@@ -48,8 +48,8 @@ def _of_shard(shard: Shard) -> Counter[str]:
         taken[WORDS] += sum(4 * part.words for part in entry.parts)
         blob, first = np.asarray(shard.tensor(f"{name}.side")).tobytes(), 0
         for part in entry.parts:
-            own = blob[first : first + part.side]
-            for array, size in side.sizes(own, part.rows, part.columns).items():
+            part_blob = blob[first : first + part.side]
+            for array, size in side.sizes(part_blob, part.rows, part.columns).items():
                 taken[PURPOSES[array]] += size
             first += part.side
     for name in shard.manifest.plain_sha256:

@@ -1,4 +1,4 @@
-"""The manifest: what the metadata of a safetensors file says about the compressed weights in it.
+"""The manifest: the description of the compressed weights of a safetensors file in its metadata.
 
 The manifest is JSON under the key METADATA_KEY; docs/format.md describes every field.
 """
@@ -24,9 +24,9 @@ from cerwu_gpu.spec import (
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZERS = {"scalar": 0, "grid": 0, "trellis4": 4, "trellis8": 8}
 HEADER_LIMIT = 100_000_000
-"""Most bytes of JSON: the limit of safetensors' own library for its header."""
+"""Maximum bytes of JSON: the limit of safetensors' own library for its header."""
 DIMENSION_LIMIT = 1 << 31
-"""Counts and extents stay below this."""
+"""Bound of counts and extents."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -64,27 +64,27 @@ class Part:
 
     @property
     def quantizers(self) -> int:
-        """Q: tables per class."""
+        """Tables per class, Q."""
         return 2 if self.states else 1
 
     @property
     def alphabet(self) -> int:
-        """K: integers and escape symbols."""
+        """Number of integers and escape symbols, K."""
         return self.size + self.escapes
 
     @property
     def mirrored(self) -> bool:
-        """q and -q share a table code."""
+        """Whether q and -q share a table code."""
         return is_mirrored(self.lowest, self.size)
 
     @property
     def integers(self) -> range:
-        """What the integers of this matrix may be, escaped or not."""
+        """Integers that the format allows in this matrix, escaped or not."""
         limit = TRELLIS_INTEGER_LIMIT if self.states else INTEGER_LIMIT
         return range(1 - limit, limit)
 
     def check(self, name: str) -> None:
-        """Refuse what no writer produces, before anything is allocated."""
+        """Refuse values that no writer produces, before anything is allocated."""
         positive = (self.rows, self.columns, self.size, self.tables)
         counts = (self.words, self.side, self.escaped)
         plausible = (
@@ -129,7 +129,7 @@ class Entry:
 
     @property
     def slots(self) -> int:
-        """Entries of all tables."""
+        """Number of entries of all tables."""
         return sum(part.tables * part.quantizers * part.alphabet for part in self.parts)
 
     def check(self, name: str) -> None:
@@ -154,14 +154,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All compressed weights of one file, and the checksums of what is stored as it is."""
+    """All compressed weights of one file, and the checksums of its plain tensors."""
 
     generator: str
     compressed: Mapping[str, Entry]
     plain_sha256: Mapping[str, str]
 
     def to_json(self) -> str:
-        """Deterministic JSON: sorted keys, no blanks."""
+        """Return the manifest as deterministic JSON: sorted keys, no blanks."""
         content = {
             "version": FORMAT_VERSION,
             "generator": self.generator,

@@ -20,7 +20,7 @@ from cerwu_gpu.reference.counts import alphabet_indices
 
 @dataclass(frozen=True)
 class EncodedMatrix:
-    """What the file holds of one matrix: its manifest part, uint32 words and the side blob."""
+    """One matrix in its file: its manifest part, uint32 words and the side blob."""
 
     part: Part
     words: NDArray[np.uint32]
@@ -29,7 +29,7 @@ class EncodedMatrix:
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """What was read of one matrix, checked, on the device where it will be decoded."""
+    """One matrix as read and checked, on the device where it will be decoded."""
 
     coded: CodedMatrix
     rule: Reconstruction
@@ -88,7 +88,7 @@ def encode_matrix(matrix: QuantizedMatrix, relative_loss: float) -> EncodedMatri
 def unpack_matrix(
     name: str, part: Part, words: Tensor, blob: bytes, device: torch.device | str
 ) -> StoredMatrix:
-    """Check what was read of a matrix, and make it ready for the decoder on `device`.
+    """Check the data read of a matrix, and make it ready for the decoder on `device`.
 
     Raises:
         FormatError: the side blob is malformed or contradicts the manifest.
@@ -139,7 +139,7 @@ def _check_names(part: Part, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def parity_of(part: Part) -> NDArray[np.uint8]:
-    """Parity [K] of every symbol of the alphabet; escape symbols carry theirs by position."""
+    """Return the parity [K] of every symbol; escape symbols carry theirs by position."""
     integers = (np.arange(part.size) + part.lowest) & 1
     return np.concatenate([integers, np.arange(part.escapes)]).astype(np.uint8)
 
@@ -151,12 +151,12 @@ def _quantizer(matrix: QuantizedMatrix) -> str:
 
 
 def _rounded(loss: float) -> float | None:
-    """Four digits; infinite losses (a matrix without effect) are none."""
+    """Return the loss in four digits; None for an infinite one (a matrix without effect)."""
     return float(f"{loss:.4g}") if np.isfinite(loss) else None
 
 
 def _halved(codes: NDArray[np.uint8], part: Part) -> NDArray[np.uint8]:
-    """[T, Q, stored] of [T * Q, K]: where q and -q share a code only q >= 0 is stored."""
+    """Return [T, Q, stored] of [T * Q, K]: where q and -q share a code only q >= 0 is stored."""
     if part.mirrored:
         codes = codes[:, part.size // 2 :]
     return np.ascontiguousarray(codes.reshape(part.tables, part.quantizers, -1))

@@ -1,4 +1,4 @@
-"""The place of a result: checks of what it may replace and must stay apart from, and the renames.
+"""Output directories: checks that nothing else is overwritten, and the renames.
 
 Every command that writes a directory asks the functions of this file, so that one place decides
 what is never written over: anything that is read, and anything that cerwu_gpu did not write.

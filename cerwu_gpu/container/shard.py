@@ -33,7 +33,7 @@ _NAMES = {
 
 
 def header_digest(manifest: str, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> str:
-    """SHA-256 of what a file says about its tensors: its manifest, and below it a line
+    """Return the SHA-256 of a file's description of its tensors: its manifest, and below it a line
     "NAME DTYPE EXTENT EXTENT ..." for each tensor, sorted by name.
 
     Args:

@@ -15,11 +15,11 @@ from cerwu_gpu.files import TEMPORARY, checksum, dtype_name, written
 from cerwu_gpu.spec import INDEX_FILE, SINGLE_FILE
 
 SHARD_BYTES = 5_000_000_000
-"""Files are cut at this size, as on the Hub."""
+"""Maximum bytes of a file's tensors, as on the Hub."""
 
 
 class DirectoryWriter:
-    """A compressed directory in the making: it appears under its name when it is complete.
+    """An unfinished compressed directory: it appears under its name when it is complete.
 
     Used as a context manager; leaving it by an exception removes everything written so far.
 
@@ -37,7 +37,7 @@ class DirectoryWriter:
         shard_bytes: int = SHARD_BYTES,
         inside: Path | None = None,
     ) -> None:
-        """`inside`: where it lies until it is complete, on the same disk; default: beside it."""
+        """Make the hidden directory, in `inside` (on the same disk) or beside the output."""
         self.output = output
         self.generator = generator
         self.shard_bytes = shard_bytes
@@ -86,7 +86,7 @@ class DirectoryWriter:
         self._add({f"{name}.words": words, f"{name}.side": side})
 
     def complete(self) -> None:
-        """Write what is left and the index; the directory is then whole, under its hidden name."""
+        """Write the remaining tensors and the index: the directory is whole, but still hidden."""
         self._flush()
         count = len(self._shards)
         weight_map = {}

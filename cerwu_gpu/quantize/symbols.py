@@ -14,12 +14,12 @@ from cerwu_gpu.quantize.grid import Grid
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """What is stored of a matrix, still as tensors.
+    """A quantized matrix as it is stored, still as tensors.
 
     Attributes:
         symbols: [m, n] int32 integers (positions, for a list).
         lowest, size: the alphabet is lowest ... lowest + size - 1, then the escape symbols.
-        escapes: how many escape symbols follow: 0 or 1; 2 under a trellis (even, odd).
+        escapes: number of escape symbols: 0 or 1; 2 under a trellis (even, odd).
         codes: [T * Q, size + escapes] uint8 table codes (Q = 2 under a trellis).
         row_class, column_class: [m] and [n] int64.
         column_step, row_scale: int16 step codes, [n] or [1] and [m] or [1].

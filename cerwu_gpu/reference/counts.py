@@ -1,4 +1,4 @@
-"""Histograms of symbols: how often each has each table, and how often each magnitude occurs."""
+"""Histograms of symbols, by table and by magnitude."""
 
 import torch
 from torch import Tensor

@@ -14,14 +14,14 @@ from cerwu_gpu.steps import step_values
 
 
 def trellis_states(parity: Tensor, states: int) -> Tensor:
-    """Return the state before each symbol [m, n] int64, given their parity [m, n]; rows start in 0."""
+    """Return the state [m, n] int64 before each symbol, by their parities; rows start in 0."""
     follow = torch.tensor(TRELLIS_NEXT[states], device=parity.device)
-    odd = parity.t().to(torch.int64).contiguous()
-    before = torch.empty_like(odd)
-    state = torch.zeros_like(odd[0])
-    for j in range(odd.shape[0]):
+    columns = parity.t().to(torch.int64).contiguous()
+    before = torch.empty_like(columns)
+    state = torch.zeros_like(columns[0])
+    for j in range(len(columns)):
         before[j] = state
-        state = follow[state, odd[j]]
+        state = follow[state, columns[j]]
     return before.t()
 
 
@@ -53,7 +53,7 @@ def dequantize(
         row_scale: [m] or [1] int16 codes.
         grid: [K] float32, or None for integers.
         second: [m, n] bool, as `trellis_quantizers` returns it; None without a trellis.
-        dtype: what the product is rounded to, once.
+        dtype: the dtype that the product is rounded to, once.
     """
     if grid is not None:
         level = grid[symbols]
