@@ -35,6 +35,7 @@ __all__ = [
     "quantize_block",
     "quantize_block_trellis",
     "symbol_counts",
+    "trellis_quantizers",
 ]
 
 Form = Literal["torch", "numba", "triton"]
@@ -91,13 +92,13 @@ def symbol_counts(
     lowest: int,
     size: int,
     escapes: int,
-    states: int,
+    second: Tensor | None = None,
 ) -> Tensor:
     """Count the symbols under each table: reference.counts.symbol_counts, or its faster form."""
     run = _form_of("counts", counts.symbol_counts, symbols.device, kernel=False)
     alphabet = {"lowest": lowest, "size": size, "escapes": escapes}
     counted: Tensor = run(
-        symbols, row_class, column_class, tables=tables, states=states, **alphabet
+        symbols, row_class, column_class, tables=tables, second=second, **alphabet
     )
     return counted
 
@@ -115,13 +116,21 @@ def dequantize(
     row_scale: Tensor,
     *,
     grid: Tensor | None = None,
-    states: int = 0,
+    second: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the stored weights: reference.dequantize.dequantize, or its faster form."""
     run = _form_of("dequantize", levels.dequantize, symbols.device, kernel=False)
-    weight: Tensor = run(symbols, column_step, row_scale, grid=grid, states=states, dtype=dtype)
+    weight: Tensor = run(symbols, column_step, row_scale, grid=grid, second=second, dtype=dtype)
     return weight
+
+
+def trellis_quantizers(symbols: Tensor, states: int) -> Tensor:
+    """Return the symbols of the second quantizer: reference.dequantize.trellis_quantizers, or its
+    faster form."""
+    run = _form_of("dequantize", levels.trellis_quantizers, symbols.device, kernel=False)
+    second: Tensor = run(symbols, states)
+    return second
 
 
 def accumulate_hessian(total: Tensor, inputs: Tensor) -> None:
@@ -142,7 +151,7 @@ def _form_of(
         kernel: there is one; on a GPU the torch form takes its place otherwise.
 
     Raises:
-        ConfigError: CERWU_GPU_BACKEND has an unknown value, or forces what is impossible.
+        ConfigError: CERWU_GPU_BACKEND has an unknown value, or forces an impossible form.
     """
     chosen = form(device, kernel=kernel)
     if chosen == "triton":

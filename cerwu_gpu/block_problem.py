@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Alphabet:
-    """The integers that a column may take, and the bits of each of them.
+    """Integers that a column may take, and their bits.
 
     Attributes:
         rates: [T, K] float32, bits of the integers lowest ... lowest + K - 1 under each table;
@@ -39,7 +39,7 @@ class Alphabet:
 
     @property
     def size(self) -> int:
-        """K, without the escape."""
+        """Number of integers K, without the escape."""
         return self.rates.shape[1] - int(self.escapes)
 
 
@@ -49,7 +49,7 @@ class BlockProblem:
 
     Attributes:
         x: [m, n] float32, weights in index space.
-        factor: [n, n] float32, V; what is below its diagonal is never read.
+        factor: [n, n] float32, V; entries below its diagonal are never read.
         alphabet: the grid and its rate tables.
         row_class, column_class: [m] and [n] int64; their sum is the number of the table.
         lmbda: [m] float32, the price of a bit in each row.

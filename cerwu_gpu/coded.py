@@ -1,4 +1,4 @@
-"""A matrix as it is stored: its streams, its tables, and what the symbols stand for."""
+"""A matrix as it is stored: its streams, its tables, and the rule from symbols to weights."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,10 +8,12 @@ from torch import Tensor
 
 from cerwu_gpu.errors import CorruptionError, FormatError
 from cerwu_gpu.spec import (
+    INTEGER_LIMIT,
     PRECISION,
     STREAM_SYMBOLS_LIMIT,
     SYMBOLS_LIMIT,
     TABLE_SLOTS_LIMIT,
+    TRELLIS_INTEGER_LIMIT,
     TRELLIS_NEXT,
 )
 
@@ -21,7 +23,7 @@ class CodedMatrix:
     """A matrix of symbols as it is stored; all tensors on one device.
 
     Attributes:
-        name: what error messages call it.
+        name: its name in error messages.
         shape: (m, n).
         words: 32-bit words of all streams, one after the other, in any integer dtype.
         lengths: [S] integers, words per stream; stream l holds the rows l, l + S, l + 2S, ...
@@ -77,7 +79,7 @@ def _tensors_on(fields: CodedMatrix | Reconstruction, device: torch.device | str
 
 
 def check(matrix: CodedMatrix, rule: Reconstruction | None = None) -> None:
-    """Refuse a matrix whose fields contradict each other; decoders believe those that pass.
+    """Refuse a matrix whose fields contradict each other; decoders rely on it.
 
     Raises:
         CorruptionError: fields that no encoder writes together; `matrix.name` is in the message.
@@ -139,7 +141,7 @@ def _broken_values(matrix: CodedMatrix) -> str | None:
 
 def _check_rule(matrix: CodedMatrix, rule: Reconstruction) -> None:
     """Raise FormatError where escaped integers or the grid are none that the format allows."""
-    limit = 1 << (30 if matrix.states else 31)
+    limit = TRELLIS_INTEGER_LIMIT if matrix.states else INTEGER_LIMIT
     if not _within(rule.escapes, -limit + 1, limit - 1):
         raise FormatError(f"{matrix.name}: an escaped integer is too large; the file is broken.")
     grid = rule.grid

@@ -18,24 +18,28 @@ STATE_BITS: Final = 64
 WORD_BITS: Final = 32
 
 STREAM_SYMBOLS: Final = 4096
-"""A stream holds at least this many symbols, unless the matrix has fewer."""
+"""Minimum symbols of a stream, unless the matrix has fewer."""
 STREAM_BITS: Final = 6500
-"""A writer gives a stream at least about so many bits: its fixed cost of some 35 is then 0.55 %."""
+"""Minimum bits, about, that a writer gives a stream: its fixed cost of some 35 is then 0.55 %."""
 STREAM_SYMBOLS_MOST: Final = 1 << 16
-"""A writer gives a stream at most so many symbols, or one row: it bounds a decoder's time."""
+"""Maximum symbols that a writer gives a stream of more than one row: bounds a decoder's time."""
 STREAM_SYMBOLS_LIMIT: Final = 1 << 17
-"""A reader refuses longer streams."""
+"""Maximum symbols of a stream that a reader accepts."""
 
 WEIGHTS_PER_BYTE: Final = 1 << 12
-"""A reader refuses a directory with more weights for each byte of its files with tensors ..."""
+"""Maximum weights that a reader accepts for each byte of a directory's files with tensors."""
 SLOTS_PER_BYTE: Final = 1 << 6
 SLOTS_FREE: Final = 1 << 20
-"""... or with more than SLOTS_FREE table entries and SLOTS_PER_BYTE for each byte."""
+"""Maximum table entries that a reader accepts: SLOTS_FREE, and SLOTS_PER_BYTE for each byte."""
 
 SYMBOLS_LIMIT: Final = 1 << 16
-"""Most symbols of an alphabet, escapes included."""
+"""Maximum symbols of an alphabet, escapes included."""
 TABLE_SLOTS_LIMIT: Final = 1 << 20
-"""Most entries in the tables of one matrix."""
+"""Maximum entries in the tables of one matrix."""
+INTEGER_LIMIT: Final = 1 << 31
+"""Bound of the magnitude of integers: they fit 32 bits."""
+TRELLIS_INTEGER_LIMIT: Final = 1 << 30
+"""Bound of the magnitude under a trellis: twice of one fits 32 bits."""
 
 CODE_RESOLUTION: Final = 8
 """A table code c stands for a probability proportional to 2**(-c / CODE_RESOLUTION)."""
@@ -62,4 +66,4 @@ TRELLIS_NEXT: Final = {
 }
 """TRELLIS_NEXT[states][state][parity of the symbol] is the next state; a row starts in state 0."""
 TRELLIS_QUANTIZER: Final = {4: (0, 0, 1, 1), 8: (0, 1, 0, 1, 0, 1, 0, 1)}
-"""Which of the two quantizers a state uses (checked against the published VVC tables in tests)."""
+"""Quantizer, 0 or 1, that a state uses (checked against the published VVC tables in tests)."""

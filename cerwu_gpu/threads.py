@@ -1,7 +1,7 @@
 """Threads on the CPU: workers with one thread each, and torch's own threads kept to large products.
 
-OpenMP's threads wait for each other at the end of every operation: with another process beside
-them, small operations take a hundred times as long on two threads as on one.
+OpenMP's threads wait for each other at the end of every operation: with another process running,
+small operations take a hundred times as long on two threads as on one.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -93,7 +93,7 @@ def run(tasks: Iterable[Callable[[], T]], device: torch.device = CPU) -> list[T]
             futures = [pool.submit(_in_mode, task, inference) for task in tasks]
             try:
                 wait(futures)
-            except BaseException:  # as of Ctrl-C: what has not begun is not wanted any more
+            except BaseException:  # as of Ctrl-C: drop tasks that have not begun
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return [future.result() for future in futures]

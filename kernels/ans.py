@@ -14,12 +14,16 @@ looked up, too, so that plain integers, lists and trellises are one code. No v i
 and the number of steps depends on the shape alone: whatever the words are, nothing is read or
 written out of range, and every lane ends.
 
-The arrays that the kernel reads are made in ans_batch.py and ans_levels.py.
+The arrays that the kernel reads are made for all matrices at once and where the tensors are: a
+matrix costs no launches of its own. `coded.check` keeps a matrix's numbers within those of the
+kernel.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
@@ -28,10 +32,13 @@ from torch import Tensor
 
 from cerwu_gpu.coded import CodedMatrix, Reconstruction
 from cerwu_gpu.errors import CorruptionError
-from cerwu_gpu.kernels.ans_batch import LANES, LOOKUP_BITS, Batch
-from cerwu_gpu.kernels.ans_levels import Levels
-from cerwu_gpu.spec import PRECISION, WORD_BITS
+from cerwu_gpu.spec import PRECISION, TRELLIS_NEXT, TRELLIS_QUANTIZER, WORD_BITS
 from cerwu_gpu.steps import step_values
+
+LANES = 32
+"""Streams of a program: one warp, because a model has few streams for each processor of a GPU."""
+LOOKUP_BITS = 8
+"""Leading bits of v by which a symbol is looked up: 1 KB for each table."""
 
 
 @triton.jit
@@ -47,7 +54,7 @@ def _take_word(p_stack, b_state, b_left, b_word, m_take, WORD: tl.constexpr):
 
 @triton.jit
 def _symbol(p_table, b_bucket, b_v, LOW: tl.constexpr):
-    """The symbol whose interval holds v, from what the lookup says of v's bucket: [BL] int32."""
+    """Return the symbol whose interval holds v, from the lookup of v's bucket: [BL] int32."""
     b_from = b_bucket & 0xFFFF  # [BL] first symbol of the bucket
     b_to = b_from + ((b_bucket >> 16) & 0xFFFF)  # [BL] and its last
     while tl.max(b_to - b_from, axis=0) > 0:
@@ -61,7 +68,7 @@ def _symbol(p_table, b_bucket, b_v, LOW: tl.constexpr):
 
 @triton.jit
 def _rounded(b_x, dtype: tl.constexpr):
-    """The nearest number of the dtype, ties to even."""
+    """Return the nearest number of the dtype, ties to even."""
     if dtype == tl.bfloat16:
         # Spelled out, because Triton's interpreter would cut off the lower half.
         b_bits = b_x.to(tl.uint32, bitcast=True)
@@ -99,7 +106,7 @@ def decode_kernel(
     p_alphabets,  # [matrices, ALPHABET_FIELDS] int64, see Levels
     p_steps,  # [columns of all matrices] float32
     p_scales,  # [rows of all matrices] float32
-    p_found,  # [matrices] int32, zeros: how many escapes there are
+    p_escape_count,  # [matrices] int32, zeros: how many escapes there are
     p_places,  # [escapes] int64, out: 4 * (number of the element) + 2 * parity + quantizer
     BL: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -179,13 +186,253 @@ def decode_kernel(
                     o_element = first_element + o_r * columns + j  # [BL] int64
                     b_place = 4 * o_element + 2 * (b_low >> BITS) + b_quantizer
                     m_escape = m_r & (b_symbol >= regular)
-                    _note_escapes(p_alphabet, p_found + i_matrix, p_places, b_place, m_escape)
+                    _note_escapes(
+                        p_alphabet, p_escape_count + i_matrix, p_places, b_place, m_escape
+                    )
             else:
                 tl.store(p_column, b_symbol, mask=m_r)
             p_column += rows
 
     b_status = (b_state != 0).to(tl.int32) + 2 * (b_left > 0).to(tl.int32)
     tl.store(p_status + first_stream + o_l, b_status, mask=m_l)
+
+
+class Items:
+    """Items of all matrices one after the other: sizes and firsts per matrix, owner per item."""
+
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        self.sizes = list(sizes)
+        self.firsts = list(accumulate(sizes, initial=0))
+        self.total = self.firsts.pop()
+        self.size = torch.tensor(self.sizes, device=device)
+        self.first = torch.tensor(self.firsts, device=device)
+        numbers = torch.arange(len(self.sizes), device=device)
+        self.owner = numbers.repeat_interleave(self.size, output_size=self.total)
+
+    def number(self) -> Tensor:
+        """Return the number of each item in its matrix."""
+        return torch.arange(self.total, device=self.owner.device) - self.first[self.owner]
+
+
+class _Flat:
+    """The fields of all matrices, one flat tensor for each field.
+
+    Attributes:
+        symbol, table: [slots] int64, the symbol of each slot and the number of its table.
+    """
+
+    def __init__(self, batch: Sequence[CodedMatrix]) -> None:
+        device = batch[0].words.device
+        self.rows = Items([matrix.shape[0] for matrix in batch], device)
+        self.columns = Items([matrix.shape[1] for matrix in batch], device)
+        self.streams = Items([len(matrix.lengths) for matrix in batch], device)
+        self.tables = Items([len(matrix.tables) for matrix in batch], device)
+        self.symbols = Items([matrix.tables.shape[1] for matrix in batch], device)
+        self.slots = Items([matrix.tables.numel() for matrix in batch], device)
+        self.quantizers = torch.tensor([2 if x.states else 1 for x in batch], device=device)
+        # One word more, which is read but never used: there may be none at all.
+        words = [_as_int32(matrix.words) for matrix in batch]
+        self.words = torch.cat([*words, words[0].new_zeros(1)])
+        self.lengths = _joined([matrix.lengths for matrix in batch])
+        self.width = _joined([matrix.tables for matrix in batch])
+        self.row_class = _joined([matrix.row_class for matrix in batch])
+        self.column_class = _joined([matrix.column_class for matrix in batch])
+        self.parity = _joined([matrix.parity for matrix in batch])
+        self.ends = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))
+        size = self.symbols.size[self.slots.owner]
+        self.symbol = self.slots.number() % size
+        self.table = self.tables.first[self.slots.owner] + self.slots.number() // size
+
+
+class Batch:
+    """Matrices as decode_kernel reads them; the kernel gives the shapes of the tensors.
+
+    Attributes:
+        names: of the matrices;  shapes: (m, n) of each.
+        rows, columns, slots: the rows, columns and slots of all matrices; a slot is a symbol of a
+            table, and a table's slots follow one another.
+        symbol, quantizer: [slots] int64, of each slot.
+        quantizers: [matrices] int64, 2 under a trellis, else 1.
+        alphabets: symbols of a table, in each matrix.
+        matrices: per matrix FIELDS numbers: rows, columns, streams; the numbers of its first
+            stream, row, column, table, slot and element; symbols of a table; its trellis machine.
+        programs: matrix and first stream of each program, the longest first.
+        lookup: for each table and value of the leading bits of v the first symbol that they can
+            mean, and in the upper half how many more there are.
+        low_width: low | parity << PRECISION | width << 32 of each slot.
+        row_table, column_table: their sum is the number of an element's table in its matrix.
+        streams, elements: how many there are in all matrices together.
+    """
+
+    FIELDS = 11
+
+    def __init__(self, batch: Sequence[CodedMatrix]) -> None:
+        """Lay the matrices out; `coded.check` accepted all of them."""
+        self.names = [matrix.name for matrix in batch]
+        self.shapes = [matrix.shape for matrix in batch]
+        flat = _Flat(batch)
+        self.device, self.words, self.ends = flat.words.device, flat.words, flat.ends
+        self.rows, self.columns, self.slots = flat.rows, flat.columns, flat.slots
+        self.symbol, self.quantizers = flat.symbol, flat.quantizers
+        self.alphabets = flat.symbols.sizes
+        table = flat.table - flat.tables.first[flat.slots.owner]
+        self.quantizer = table % flat.quantizers[flat.slots.owner]
+        self.lookup, self.low_width = _lookup(flat)
+        row_table = flat.row_class * flat.quantizers[flat.rows.owner]
+        column_table = flat.column_class * flat.quantizers[flat.columns.owner]
+        # One more, which is read but never used.
+        self.column_table = torch.nn.functional.pad(column_table, (0, 1)).to(torch.int32)
+        self.row_table = row_table.to(torch.int32)
+        self.first_element = list(accumulate((m * n for m, n in self.shapes), initial=0))
+        self.elements = self.first_element.pop()
+        self.streams, self._first_stream = flat.streams.total, flat.streams.firsts
+        counted = (flat.rows, flat.columns, flat.streams)
+        numbered = (flat.streams, flat.rows, flat.columns, flat.tables, flat.slots)
+        fields = [
+            *(items.sizes for items in counted),
+            *(items.firsts for items in numbered),
+            self.first_element,
+            flat.symbols.sizes,
+            [_machine(matrix.states) for matrix in batch],
+        ]
+        self.matrices = torch.tensor(fields, device=self.device).T.contiguous()
+        self.programs = torch.tensor(_programs(self.shapes, flat.streams.sizes), device=self.device)
+
+    def name_of_stream(self, stream: int) -> str:
+        """Return the name of the matrix that has this stream of the batch."""
+        return self.names[bisect_right(self._first_stream, stream) - 1]
+
+    def split(self, out: Tensor) -> list[Tensor]:
+        """Return the matrices [m, n] in `out` [elements], which has their transposes."""
+        return [
+            out[first : first + m * n].view(n, m).T
+            for first, (m, n) in zip(self.first_element, self.shapes, strict=True)
+        ]
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1).to(torch.int64) for tensor in tensors])
+
+
+def _as_int32(words: Tensor) -> Tensor:
+    """Return the lowest 32 bits of words of any integer dtype."""
+    if words.element_size() == 4:
+        return words.contiguous().view(torch.int32)
+    return words.to(torch.int64).to(torch.int32)
+
+
+def _lookup(flat: _Flat) -> tuple[Tensor, Tensor]:
+    """Return `lookup` and `low_width` of a batch."""
+    low = flat.width.cumsum(0) - flat.width - (flat.table << PRECISION)
+    first_parity = flat.symbols.first[flat.slots.owner]
+    parity = flat.parity[first_parity + flat.symbol]
+    low_width = low | (parity << PRECISION) | (flat.width << 32)
+
+    # One column more: what begins after a bucket's first v counts from the next bucket on.
+    buckets = (1 << LOOKUP_BITS) + 1
+    shift = PRECISION - LOOKUP_BITS
+    counts = torch.zeros(flat.tables.total * buckets, dtype=torch.int64, device=low.device)
+    begins = flat.table * buckets + ((low + (1 << shift) - 1) >> shift)
+    counts.scatter_add_(0, begins, torch.ones_like(begins))
+    last = counts.view(-1, buckets).cumsum(1) - 1
+    first, more = last[:, :-1], last[:, 1:] - last[:, :-1]
+    return (first | (more << 16)).to(torch.int32), low_width
+
+
+def _machine(states: int) -> int:
+    """Return four bits for each state and parity: next state, its quantizer in bit 3; signed."""
+    machine = 0
+    for state, ways in enumerate(TRELLIS_NEXT.get(states, ())):
+        for parity, follow in enumerate(ways):
+            node = follow | TRELLIS_QUANTIZER[states][follow] << 3
+            machine |= node << (8 * state + 4 * parity)
+    return machine - (machine >> 63 << 64)
+
+
+def _programs(shapes: Sequence[tuple[int, int]], streams: Sequence[int]) -> list[tuple[int, int]]:
+    """Return matrix and first stream of each program, the most steps first."""
+    steps = [-(-m // s) * n for (m, n), s in zip(shapes, streams, strict=True)]
+    order = sorted(range(len(steps)), key=lambda i: -steps[i])
+    return [(i, first) for i in order for first in range(0, streams[i], LANES)]
+
+
+class Levels:
+    """Levels of a batch's symbols; escapes are noted by the kernel and filled in afterwards.
+
+    Attributes:
+        levels: [slots] float32, a symbol's weight before it is scaled; nan for escapes.
+        alphabets: per matrix FIELDS numbers: size of the alphabet without escape symbols; number of
+            the matrix's first escape, and how many it has.
+        escape_counts: [matrices] int32, filled by the kernel.
+        places: [escapes] int64, filled by the kernel: 4 * element + 2 * parity of the
+            escape symbol + quantizer, elements counted row by row.
+        present: whether there are escape symbols.
+    """
+
+    FIELDS = 3
+
+    def __init__(self, batch: Batch, rules: Sequence[Reconstruction]) -> None:
+        self._batch = batch
+        device = batch.device
+        sizes = [rule.size for rule in rules]
+        counts = [len(rule.escapes) for rule in rules]
+        self._escapes = Items(counts, device)
+        self._values = torch.cat([rule.escapes.to(torch.int32) for rule in rules])
+        fields = [sizes, self._escapes.firsts, counts]
+        self.alphabets = torch.tensor(fields, device=device).T.contiguous()
+        self.present = sizes != batch.alphabets
+        self.escape_counts = torch.zeros(len(sizes), dtype=torch.int32, device=device)
+        self.places = torch.empty(sum(counts), dtype=torch.int64, device=device)
+
+        owner = batch.slots.owner
+        lowest = torch.tensor([rule.lowest for rule in rules], device=device)[owner]
+        integer = (batch.symbol + lowest).to(torch.int32)
+        escape = batch.symbol >= self.alphabets[owner, 0]
+        levels = _level(integer, batch.quantizer, batch.quantizers[owner])
+        self.levels = levels.masked_fill(escape, torch.nan)
+        for first, rule in zip(batch.slots.firsts, rules, strict=True):
+            if rule.grid is not None:
+                self.levels[first : first + rule.size] = rule.grid
+
+    def fill_escapes(self, out: Tensor, steps: Tensor, scales: Tensor) -> None:
+        """Write the weights of the escapes to the places that the kernel noted.
+
+        Args:
+            out: [elements], the transposes of all matrices.
+            steps, scales: float32, of all columns and of all rows.
+
+        Raises:
+            CorruptionError: a matrix (named) has not as many escapes as values for them, or one of
+                another parity.
+        """
+        if not self.present:
+            return
+        batch, owner = self._batch, self._escapes.owner
+        for name, count, stored in zip(
+            batch.names, self.escape_counts.tolist(), self._escapes.sizes, strict=True
+        ):
+            if count != stored:
+                raise CorruptionError(f"{name}: escapes are missing; get it again.")
+        places = self.places.sort().values
+        m, n = batch.rows.size[owner], batch.columns.size[owner]
+        element, parity, quantizer = places >> 2, (places >> 1) & 1, places & 1
+        wrong = (parity != (self._values & 1)) & (batch.quantizers[owner] > 1)
+        if bool(wrong.any()):
+            name = batch.names[int(owner[wrong][0])]
+            raise CorruptionError(f"{name}: an escape has the wrong parity; get it again.")
+        first = torch.tensor(batch.first_element, device=out.device)[owner]
+        row = (element - first) // n
+        column = element - first - row * n
+        level = _level(self._values, quantizer, batch.quantizers[owner])
+        level *= steps[batch.columns.first[owner] + column]
+        level *= scales[batch.rows.first[owner] + row]
+        out[first + column * m + row] = level.to(out.dtype)
+
+
+def _level(integer: Tensor, quantizer: Tensor, quantizers: Tensor) -> Tensor:
+    """Return the integer, or 2q - sgn(q) [quantizer 1] for q under a trellis (2 quantizers)."""
+    second = (quantizer * integer.sign()).to(torch.int32)
+    return (integer * quantizers.to(torch.int32) - second).to(torch.float32)
 
 
 def decode(batch: Sequence[CodedMatrix]) -> list[Tensor]:
@@ -219,8 +466,8 @@ def decode_weights(
 
     Args:
         batch: as for `decode`.
-        rules: what each matrix's symbols stand for.
-        dtype: what the weights are rounded to, once.
+        rules: each matrix's rule from symbols to weights.
+        dtype: the dtype that the weights are rounded to, once.
         out: tensors [m, n] of that dtype to write to, with any strides; default: new ones.
 
     Returns:
@@ -245,14 +492,14 @@ def decode_weights(
 
 
 def launch(batch: Batch, out: Tensor) -> Tensor:
-    """Decode symbols into `out` [elements] int32; return what `_check` reads."""
+    """Decode symbols into `out` [elements] int32; return the status for `_check`."""
     return _launch(batch, out, None, None, None)
 
 
 def launch_weights(
     batch: Batch, levels: Levels, steps: Tensor, scales: Tensor, out: Tensor
 ) -> Tensor:
-    """Decode weights into `out` [elements], without the escapes; return what `_check` reads."""
+    """Decode weights into `out` [elements], without the escapes; return the status for `_check`."""
     return _launch(batch, out, levels, steps, scales)
 
 
@@ -275,7 +522,7 @@ def _launch(
         levels and levels.alphabets,
         steps,
         scales,
-        levels and levels.found,
+        levels and levels.escape_counts,
         levels and levels.places,
         BL=LANES,
         FIELDS=Batch.FIELDS,
@@ -291,7 +538,7 @@ def _launch(
 
 
 def _check(batch: Batch, status: Tensor) -> None:
-    """Name the first matrix that has a stream which did not end well."""
+    """Raise CorruptionError for the first matrix with a stream that did not end well."""
     if bool(status.any()):
         name = batch.name_of_stream(int(status.nonzero()[0]))
         raise CorruptionError(f"{name}: a stream does not end where it must: get the file again.")

@@ -53,9 +53,9 @@ def accumulate_hessian_kernel(
         b_b = tl.load(p_rows[:, None] + o_b[None, :], mask=m_b, other=0.0)  # [BP, BN]
         b_sum = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_sum, input_precision=PRECISION)
     m_sum = (o_a < n)[:, None] & (o_b < n)[None, :]
-    p_own = p_sum + o_a[:, None] * n + o_b[None, :]
-    b_sum = b_sum.to(p_sum.dtype.element_ty) + tl.load(p_own, mask=m_sum, other=0.0)
-    tl.store(p_own, b_sum, mask=m_sum)
+    p_tile = p_sum + o_a[:, None] * n + o_b[None, :]
+    b_sum = b_sum.to(p_sum.dtype.element_ty) + tl.load(p_tile, mask=m_sum, other=0.0)
+    tl.store(p_tile, b_sum, mask=m_sum)
     if i_row < i_column:
         tl.store(p_sum + o_b[:, None] * n + o_a[None, :], tl.trans(b_sum), mask=tl.trans(m_sum))
 

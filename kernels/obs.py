@@ -34,12 +34,12 @@ BLOCK_LEVELS = 16
 WARPS = 4
 STAGES = 2
 REGISTERS = 128
-"""A thread may have so many: left alone, ptxas spills a few to fit in more programs."""
+"""Most registers of a thread: left alone, ptxas spills a few to fit in more programs."""
 
 
 @triton.jit
 def round_half_even(b_x):
-    """The nearest integer, ties to even, as a float: beyond 2^23 every float is an integer."""
+    """Return the nearest integer, ties to even, as a float: from 2^23 on floats are integers."""
     b_magnitude = tl.abs(b_x)
     b_whole = (b_magnitude + 8388608.0) - 8388608.0
     b_whole = tl.where(b_magnitude < 8388608.0, b_whole, b_magnitude)
@@ -53,7 +53,7 @@ def _sign(b_x):
 
 @triton.jit
 def _cost(b_x, b_g, omega, beta, b_lmbda, b_rate):
-    """What level g costs: its square, less what the curvature gives back, plus its bits."""
+    """Return the cost of level g: its square, less what the curvature gives back, plus its bits."""
     b_difference = b_x - b_g
     b_square = b_difference * b_difference - b_g * b_g * beta
     return b_square * (omega * 0.5) + b_lmbda * b_rate
@@ -61,20 +61,20 @@ def _cost(b_x, b_g, omega, beta, b_lmbda, b_rate):
 
 @triton.jit
 def _cost_of_integer(b_x, b_g, omega, beta, b_lmbda, p_table, lowest, size, ESCAPES: tl.constexpr):
-    """The cost of integer g under the tables that start at p_table, and g inside the alphabet."""
+    """Return the cost of integer g under the tables that start at p_table, and g clamped."""
     if not ESCAPES:
         # lowest + size - 1 may lie beyond 2^24 only where the table itself would fill the memory.
         b_g = tl.minimum(tl.maximum(b_g, lowest * 1.0), (lowest + size - 1) * 1.0)
     o_g = b_g.to(tl.int32) - lowest  # [BR]
     m_outside = (o_g < 0) | (o_g >= size)
-    # Without escapes nothing is outside but what is no number; it must not read out of range.
+    # Without escapes only NaN is outside; it must not read out of range.
     o_g = tl.where(m_outside, size if ESCAPES else 0, o_g)
     return _cost(b_x, b_g, omega, beta, b_lmbda, tl.load(p_table + o_g)), b_g
 
 
 @triton.jit
 def _nearest(b_x, omega, beta, b_lmbda, p_table, lowest, size, ESCAPES: tl.constexpr):
-    """The best of zero, round(x), its neighbours and the one beyond the inner: [BR] float32."""
+    """Return the best of zero, round(x), its neighbours and the one beyond the inner: [BR]."""
     b_round = round_half_even(b_x)  # [BR]
     if not ESCAPES:
         b_round = tl.minimum(tl.maximum(b_round, lowest * 1.0), (lowest + size - 1) * 1.0)
@@ -106,7 +106,7 @@ def _scan(
     b_x, omega, beta, b_lmbda, p_table, p_levels, lowest, size,
     BR: tl.constexpr, BG: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """The first minimum over the whole alphabet: its position [BR] int32 and level [BR]."""
+    """Return the first minimum over the whole alphabet: its position [BR] int32, its level [BR]."""
     b_cost = tl.full([BR, BG], float("inf"), tl.float32)  # [BR, BG] best so far in each lane
     b_at = tl.full([BR, BG], 0, tl.int32)  # [BR, BG] and where it was
     for start in range(0, size, BG):
@@ -202,7 +202,7 @@ def quantize_block_kernel(
 
 
 def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, Tensor]:
-    """Quantize the columns of one block; reference.obs.quantize_block defines what that means.
+    """Quantize the columns of one block; reference.obs.quantize_block is the definition.
 
     Args:
         problem: its weights x [m, B] are left as they are.
@@ -257,5 +257,5 @@ def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, 
 
 
 def contiguous_rows(matrix: Tensor) -> Tensor:
-    """The matrix [m, n] itself if each of its rows is contiguous, else a copy."""
+    """Return the matrix [m, n] itself if each of its rows is contiguous, else a copy."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()

@@ -12,6 +12,7 @@ from cerwu_gpu.coded import CodedMatrix, Reconstruction
 from cerwu_gpu.coding import streams
 from cerwu_gpu.coding.tables import codes_from_counts, table_from_codes
 from cerwu_gpu.reference import ans, hessian, weights
+from cerwu_gpu.spec import PRECISION
 from cerwu_gpu.steps import step_values
 from scripts.benchmark_timing import Mismatch, Row, Sizes, form, placed, timed
 
@@ -43,8 +44,10 @@ def coded_of(
     states: int,
 ) -> CodedMatrix:
     """Code the symbols [m, n] of an alphabet; odd symbols have odd parity."""
-    parity = np.arange(tables.shape[1]) & 1
-    words, lengths = streams.encode(symbols, tables, row_class, column_class, states, parity)
+    second = None
+    if states:  # the parity of a symbol's index is its own
+        second = backend.trellis_quantizers(torch.from_numpy(symbols), states).numpy()
+    words, lengths = streams.encode(symbols, tables, row_class, column_class, second)
     m, n = symbols.shape
     return CodedMatrix(
         name=f"{m} x {n}",
@@ -55,8 +58,20 @@ def coded_of(
         row_class=torch.from_numpy(row_class),
         column_class=torch.from_numpy(column_class),
         states=states,
-        parity=torch.from_numpy(parity),
+        parity=torch.arange(tables.shape[1]) & 1,
     )
+
+
+def decode_constriction(
+    words: NDArray[np.uint32], lengths: NDArray[np.uint32], table: NDArray[np.int64], m: int, n: int
+) -> NDArray[np.int32]:
+    """Decode a matrix that has one table [K] for all elements, by constriction's own decoder."""
+    symbols = np.empty((m, n), dtype=np.int32)
+    model = streams.Categorical(table / (1 << PRECISION), perfect=True)
+    for first, part in enumerate(np.split(words, np.cumsum(lengths)[:-1])):
+        rows = symbols[first :: len(lengths)]
+        rows[:] = streams.AnsCoder(part).decode(model, rows.size).reshape(rows.shape)
+    return symbols
 
 
 def decoder(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:

@@ -35,13 +35,13 @@ import torch
 
 from cerwu_gpu import backend
 from cerwu_gpu.block_problem import BlockProblem
-from cerwu_gpu.coding.streams import decode_constriction
 from cerwu_gpu.coding.tables import codes_from_counts, table_from_codes
 from cerwu_gpu.config import CompressionConfig, from_settings
+from cerwu_gpu.files import dtype_name
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.passes import LOOKAHEAD
 from cerwu_gpu.quantize.problem import Problem
-from scripts.benchmark_coding import coded_of, random_coded
+from scripts.benchmark_coding import coded_of, decode_constriction, random_coded
 from scripts.benchmark_page import write_page
 from scripts.benchmark_passes import BLOCK, Pass
 from scripts.benchmark_timing import Mismatch, form
@@ -231,7 +231,7 @@ def decoders(shape: tuple[int, int]) -> Iterator[Row]:
                 if check:
                     _same_weights(case, [matrix], [rule], dtype)
                 seconds = in_turn({"": forced("numba", run)}, turns=3)[""]
-            name = str(dtype).removeprefix("torch.")
+            name = dtype_name(dtype)
             yield _rate(case, f"compiled, {name} weights", m * n, seconds)
         if states == 0:
             with single():

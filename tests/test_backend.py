@@ -84,7 +84,8 @@ def run_all(device):
     ours, theirs = torch.zeros(2, 5, 5, dtype=torch.float64, device=device)
     symbols = torch.randint(-9, 10, (6, 7), dtype=torch.int32, device=device)
     classes = [torch.arange(length, device=device) % 2 for length in (6, 7)]
-    alphabet = {"tables": 3, "lowest": -4, "size": 9, "escapes": 2, "states": 4}
+    second = dequantize.trellis_quantizers(symbols, 4)
+    alphabet = {"tables": 3, "lowest": -4, "size": 9, "escapes": 2, "second": second}
     backend.accumulate_hessian(ours, x)
     hessian.accumulate_hessian(theirs, x)
     return [
@@ -107,15 +108,16 @@ def run_all(device):
             counts.symbol_counts(symbols, *classes, **alphabet),
         ),
         (backend.magnitude_counts(symbols, 3), counts.magnitude_counts(symbols, 3)),
+        (backend.trellis_quantizers(symbols, 4), second),
         (
-            backend.dequantize(symbols, rule.column_step, rule.row_scale, states=4),
-            dequantize.dequantize(symbols, rule.column_step, rule.row_scale, states=4),
+            backend.dequantize(symbols, rule.column_step, rule.row_scale, second=second),
+            dequantize.dequantize(symbols, rule.column_step, rule.row_scale, second=second),
         ),
     ]
 
 
 NAMES = ["quantize_block", "quantize_block_trellis", "decode", "decode_weights"]
-WITHOUT_KERNEL = ["symbol_counts", "magnitude_counts", "dequantize"]
+WITHOUT_KERNEL = ["symbol_counts", "magnitude_counts", "trellis_quantizers", "dequantize"]
 
 
 def test_on_the_cpu_the_compiled_forms_run(calls):

@@ -28,6 +28,7 @@ ORDER = (
         "config",
         "device",
         "errors",
+        "files",
         "layout",
         "progress",
         "quantities",

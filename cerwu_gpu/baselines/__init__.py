@@ -1,1 +1,1 @@
-"""What the method is compared with: the paper's own settings, its rate model, and NNCodec."""
+"""Methods to compare with: the paper's settings, its rate model, and NNCodec."""

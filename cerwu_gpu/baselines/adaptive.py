@@ -44,14 +44,14 @@ STATES = GROUP + GROUPS
 """The states, one after the other: zero, sign, above, group."""
 FAST, SLOW = 1 / 16, 1 / 128
 LEAST = 2.0**-7.25
-"""No decision is taken to be less probable: a CABAC state cannot say so."""
+"""Minimum probability of a decision, as in the states of CABAC."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def _compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, by numba where it is installed."""
+    """Return the function, compiled by numba where it is installed."""
     if find_spec("numba") is None:
         return function
     numba: Any = import_module("numba")
@@ -60,7 +60,7 @@ def _compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 @_compiled
 def _cost(states: Floats, number: int, one: bool) -> float:
-    """Bits of a decision under state `number`."""
+    """Return the bits of a decision under state `number`."""
     p = min(max((states[number, 0] + states[number, 1]) / 2, LEAST), 1 - LEAST)
     return -math.log2(p if one else 1 - p)
 
@@ -74,7 +74,7 @@ def _adapt(states: Floats, number: int, one: bool) -> None:
 
 @_compiled
 def _code(states: Floats, q: int, before: int, adapt: bool) -> float:
-    """Bits of the integer q after the integer `before`; the states see it if `adapt`."""
+    """Return the bits of the integer q after the integer `before`; the states see it if `adapt`."""
     neighbour = 0 if before == 0 else (1 if before < 0 else 2)
     bits = _cost(states, neighbour, q != 0)
     if adapt:
@@ -176,7 +176,7 @@ class AdaptiveRate:
     """The adaptive model as a rate model; each call starts from fresh states (all 1/2)."""
 
     def search(self, problem: PaperProblem) -> Tensor:
-        """Symbols [m, n] int32, weight by weight."""
+        """Return the symbols [m, n] int32, chosen weight by weight."""
         x = problem.target.to("cpu", torch.float64).numpy().copy()
         symbols = np.zeros(x.shape, dtype=np.int64)
         _search(
@@ -192,7 +192,7 @@ class AdaptiveRate:
         return torch.from_numpy(symbols).to(problem.target.device, torch.int32)
 
     def code_length(self, symbols: Tensor) -> float:
-        """Bits of the symbols [m, n], coded row by row from fresh states."""
+        """Return the bits of the symbols [m, n], coded row by row from fresh states."""
         return _code_length(_fresh(), symbols.to("cpu", torch.int64).numpy())
 
 

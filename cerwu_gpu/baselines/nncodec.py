@@ -20,21 +20,21 @@ from torch import Tensor
 from cerwu_gpu.errors import ConfigError
 
 QP_DENSITY = 2
-"""Steps per octave as a power of 2; what NNCodec itself takes by default."""
+"""Steps per octave as a power of 2; NNCodec's default."""
 QP_RANGE = (-128, 127)
-"""What its bitstream can hold at this density."""
+"""Values of qp that its bitstream can hold at this density."""
 UNARY_FLAGS = 10
 """Greater-than flags beyond the first before the exponential Golomb code; NNCodec's default."""
 
 
 def nncodec_step(qp: int) -> float:
-    """The step that `qp` stands for; under dependent quantization each quantizer has twice it."""
+    """Return the step of `qp`; under dependent quantization each quantizer has twice it."""
     return float((4 + qp % 4) * 2.0 ** (qp // 4 - 2))
 
 
 @torch.no_grad()
 def pass_through_nncodec(parameters: Mapping[str, Tensor], *, qp: int, dependent: bool) -> int:
-    """Replace parameters by what NNCodec makes of them; the bytes of its bitstream.
+    """Replace parameters by their values after NNCodec; return the bytes of its bitstream.
 
     Arguments and errors are those of `nncodec_roundtrip`; any floating dtype will do.
     """
@@ -94,7 +94,7 @@ def _core() -> Any:
 def _encode(
     core: Any, arrays: dict[str, NDArray[np.float32]], qp: int, dependent: bool
 ) -> bytearray:
-    """What nncodec.nnc.compress does, with its defaults."""
+    """Encode as nncodec.nnc.compress does, with its defaults."""
     model = core.nnr_model.NNRModel(arrays).model_info
     data = core.approximator.init_approx_data(arrays, model, qp_density=QP_DENSITY, scan_order=0)
     settings = core.approximator.ApproxInfo(
@@ -127,7 +127,7 @@ def _encode(
 
 
 def _decode(core: Any, stream: bytearray) -> dict[str, NDArray[np.float32]]:
-    """What nncodec.nnc.decompress does, with its defaults."""
+    """Decode as nncodec.nnc.decompress does, with its defaults."""
     model: dict[str, Any] = {
         name: {}
         for name in (

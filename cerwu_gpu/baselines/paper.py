@@ -10,12 +10,12 @@ there on in units of the step, H times step^2:
     search:    argmin over g = -M ... M of 1/2 (w - g)^2 + lmbda C_jj^2 (r(g) - gamma/2 g^2),
                M = |G| for cerwu and |G| // 2 otherwise; the first minimum wins
 
-What is odd in it is kept on purpose (docs/method.md, section 13). The rate r is a model of its own.
+Its oddities are kept on purpose (docs/method.md, section 13). The rate r is a model of its own.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,19 +57,9 @@ class PaperProblem:
 
     @property
     def levels(self) -> Tensor:
-        """The candidates [2 M + 1] float32."""
+        """Candidates [2 M + 1] float32."""
         reach, device = self.reach, self.target.device
         return torch.arange(-reach, reach + 1, dtype=torch.float32, device=device)
-
-
-class PaperRate(Protocol):
-    """What symbols cost, and the search that believes it."""
-
-    def search(self, problem: PaperProblem) -> Tensor:
-        """Symbols [m, n] int32."""
-
-    def code_length(self, symbols: Tensor) -> float:
-        """Bits of the symbols [m, n] int32, all together."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +75,7 @@ class FrozenRate:
 
     @staticmethod
     def of(model: RateModel, problem: PaperProblem) -> "FrozenRate":
-        """The table of a model by what it can know before the search, W'."""
+        """Return the table of a model by what it can know before the search, W'."""
         if model == "uniform":
             bits = uniform_bits(problem.levels)
         elif model == "gaussian":
@@ -98,7 +88,7 @@ class FrozenRate:
         return FrozenRate(bits.to(torch.float32))
 
     def search(self, problem: PaperProblem) -> Tensor:
-        """Symbols [m, n] int32 that scan every candidate."""
+        """Return the symbols [m, n] int32, the best of all candidates."""
         classes = Classes.single(*problem.target.shape, device=problem.target.device)
         columns = BlockProblem(
             x=problem.target,
@@ -113,7 +103,7 @@ class FrozenRate:
         return scalar_pass(columns, block_size=self.block_size, exhaustive=True)
 
     def code_length(self, symbols: Tensor) -> float:
-        """Bits of the symbols [m, n] int32 under the table."""
+        """Return the bits of the symbols [m, n] int32 under the table."""
         index = symbols.to(torch.int64) + len(self.bits) // 2
         return float(self.bits.to(torch.float64)[index].sum())
 
@@ -127,7 +117,7 @@ def paper_problem(
     lmbda: float,
     damping: float = PAPER_DAMPING,
 ) -> PaperProblem:
-    """The authors' way from W and H to the search.
+    """Prepare W and H for the search, as the authors do.
 
     Args:
         weight: W [m, n] float32.
@@ -170,7 +160,7 @@ def paper_problem(
 
 
 def _gaussian_bits(levels: Tensor, x: Tensor) -> Tensor:
-    """-log2 of the difference of N(0, Var x)'s distribution function half a level up and down.
+    """Return -log2 of the differences of N(0, Var x)'s distribution function between the levels.
 
     As the authors have it the function is a float32, which is 1 from 5.4 standard deviations on and
     0 from -8.3 on: what lies beyond has no probability and is never chosen.
@@ -182,7 +172,7 @@ def _gaussian_bits(levels: Tensor, x: Tensor) -> Tensor:
 
 
 def _damp(hessian: Tensor, damping: float) -> Tensor:
-    """H [n, n] float64 with ones for zeros of its diagonal, which count in the mean added next."""
+    """Return H [n, n] float64 with ones for zeros of its diagonal, and its mean added to it."""
     damped = hessian.clone()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1.0

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cerwu_gpu.compression.blocks import Block, Blocks, BlockWeights, InputStatistics, KnownBlock
-from cerwu_gpu.container.output import atomic
 from cerwu_gpu.errors import CalibrationError, OutputError
+from cerwu_gpu.files import atomic, tensor_bytes
 from cerwu_gpu.layout import Label, WeightLayout
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 
@@ -48,13 +48,8 @@ def tensors_digest(tensors: Mapping[str, Any] | Iterable[Tensor]) -> str:
     for name, tensor in pairs:
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(_bytes(tensor))
+            digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 class HessianCache:

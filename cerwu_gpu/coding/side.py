@@ -1,8 +1,8 @@
 """The small integer arrays of a matrix (tables, classes, steps, ...) as one short run of bytes.
 
-What is alike is taken out first: tables are stored as differences between neighbours, other arrays
-as multiples of a common divisor above a base, steps less what their column's class tells about
-them. The rest goes through deflate, each array by itself (docs/format.md, "Side data").
+Redundancy is taken out first: tables are stored as differences between neighbours, other arrays as
+multiples of a common divisor above a base, steps less what their column's class predicts. The rest
+goes through deflate, each array by itself (docs/format.md, "Side data").
 """
 
 import zlib
@@ -23,7 +23,7 @@ _DEFLATED = 0x10
 
 @dataclass(frozen=True)
 class _Field:
-    """Its byte in the file; shape: rows, columns, streams, tables, escapes or grid."""
+    """One array: its byte in the file; shape: rows, columns, streams, tables, escapes or grid."""
 
     id: int
     dtype: str
@@ -82,7 +82,7 @@ def packed_size(name: str, array: NDArray[Any], predictor: NDArray[Any]) -> int:
 
 
 def unpack(blob: bytes, m: int, n: int, *, escapes: int | None = None) -> dict[str, NDArray[Any]]:
-    """Read what `pack` wrote for a matrix [m, n].
+    """Read the arrays that `pack` wrote for a matrix [m, n].
 
     No more memory is taken than arrays of the shapes that belong to m and n need.
 
@@ -96,7 +96,7 @@ def unpack(blob: bytes, m: int, n: int, *, escapes: int | None = None) -> dict[s
 
 
 def sizes(blob: bytes, m: int, n: int) -> dict[str, int]:
-    """Bytes that each array in `blob` takes; they add up to all of it.
+    """Return the bytes that each array in `blob` takes; they add up to all of it.
 
     Raises:
         FormatError: as `unpack`.
@@ -107,7 +107,7 @@ def sizes(blob: bytes, m: int, n: int) -> dict[str, int]:
 def _read(
     blob: bytes, m: int, n: int, escapes: int | None
 ) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
-    """The arrays in `blob` and the bytes of each."""
+    """Return the arrays in `blob` and the bytes of each."""
     reader = _Reader(blob)
     arrays: dict[str, NDArray[Any]] = {}
     taken: dict[str, int] = {}
@@ -174,7 +174,7 @@ def _unpack_array(
 
 
 def _pack_items(head: bytes, items: NDArray[np.int64]) -> bytes:
-    """Coding byte, head, payload: the bytes of the items by significance, lowest first."""
+    """Return coding byte, head and payload: the items' bytes by significance, lowest first."""
     greatest = int(items.max()) if items.size else 0
     width = next(w for w in (0, 1, 2, 4) if greatest < 1 << 8 * w)
     planes = items.astype("<u4").reshape(-1, 1).view(np.uint8)[:, :width].T.tobytes()
@@ -228,7 +228,7 @@ def _sums(differences: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _slopes(units: NDArray[np.int64], predictor: NDArray[Any] | None) -> list[int]:
-    """Slopes worth trying: none, and the integers next to the least squares fit."""
+    """Return slopes worth trying: none, and the integers next to the least squares fit."""
     if predictor is None or not units.size:
         return [0]
     spread = predictor - predictor.mean()
@@ -238,7 +238,7 @@ def _slopes(units: NDArray[np.int64], predictor: NDArray[Any] | None) -> list[in
 
 
 def _as_integers(array: NDArray[Any]) -> NDArray[np.int64]:
-    """Floats by their bits."""
+    """Return the values as int64, floats by their bits."""
     bits = array.astype("<f4").view("<u4") if array.dtype.kind == "f" else array
     return bits.astype(np.int64)
 
@@ -259,7 +259,7 @@ def _from_integers(
 
 
 def _length(shape: str, m: int, n: int) -> int:
-    """The length that an array must have, or the most that it may have."""
+    """Return the length that an array must have, or the most that it may have."""
     return {
         "rows": m,
         "columns": n,
@@ -284,7 +284,7 @@ def _check(name: str, array: NDArray[Any], m: int, n: int) -> None:
 
 
 def _unsigned(value: int) -> bytes:
-    """Seven bits a byte, lowest first; the top bit says that more follow."""
+    """Code a number in seven bits a byte, lowest first; the top bit is set if more follow."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -294,7 +294,7 @@ def _unsigned(value: int) -> bytes:
 
 
 def _signed(value: int) -> bytes:
-    """0, -1, 1, -2, ... as 0, 1, 2, 3, ..."""
+    """Code 0, -1, 1, -2, ... as 0, 1, 2, 3, ..."""
     return _unsigned(2 * value if value >= 0 else -2 * value - 1)
 
 

@@ -17,22 +17,20 @@ from cerwu_gpu.spec import (
     STREAM_BITS,
     STREAM_SYMBOLS,
     STREAM_SYMBOLS_MOST,
-    TRELLIS_NEXT,
-    TRELLIS_QUANTIZER,
 )
 
 # These are attributes of a compiled module, which the import statement cannot reach into.
 AnsCoder = constriction.stream.stack.AnsCoder
 Categorical = constriction.stream.model.Categorical
 
-SAMPLED_ROWS = 64
-"""Rows that tell how many bits a matrix takes, about."""
+RATE_SAMPLE_ROWS = 64
+"""Rows from which the bits of a matrix are estimated, to choose its number of streams."""
 
 _Encoder = Callable[[NDArray[np.int64]], NDArray[np.uint32]]
 
 
 def stream_count(m: int, n: int) -> int:
-    """Most streams a matrix [m, n] is split into: as many as leave each STREAM_SYMBOLS."""
+    """Return the maximum number of streams of a matrix [m, n]: each holds STREAM_SYMBOLS."""
     rows_per_stream = -(-STREAM_SYMBOLS // n)
     return max(1, m // rows_per_stream)
 
@@ -42,8 +40,7 @@ def encode(
     tables: NDArray[np.int64],
     row_class: NDArray[np.integer[Any]],
     column_class: NDArray[np.integer[Any]],
-    states: int,
-    parity: NDArray[np.integer[Any]],
+    second: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     """Code a matrix of symbols.
 
@@ -51,9 +48,8 @@ def encode(
         symbols: [m, n] int32, indices 0 ... K-1 into the alphabet.
         tables: [T * Q, K] int64 >= 1, rows summing to 2**PRECISION; Q = 2 with a trellis, else 1.
         row_class, column_class: [m] and [n] integers >= 0; element (i, j) is coded with table
-            (row_class[i] + column_class[j]) * Q + quantizer of the trellis state.
-        states: 0 (no trellis), 4 or 8.
-        parity: [K] integers, 0 or 1: what each symbol tells the trellis.
+            (row_class[i] + column_class[j]) * Q + second[i, j].
+        second: [m, n], the symbols of a trellis's second quantizer; None without a trellis.
 
     Returns:
         words: uint32, all streams one after the other.
@@ -66,28 +62,27 @@ def encode(
     """
     m, n = symbols.shape
     count, size = tables.shape
-    quantizers = 2 if states else 1
+    quantizers = 1 if second is None else 2
     table = np.asarray(row_class, np.int64)[:, None] * quantizers
     columns = np.asarray(column_class, np.int64)[None, :] * quantizers
     if symbols.min() < 0 or symbols.max() >= size:
         raise ValueError(f"a symbol is outside 0 ... {size - 1}.")
     if min(table.min(), columns.min()) < 0 or table.max() + columns.max() > count - quantizers:
         raise ValueError(f"the classes of a row and a column lead past the {count} tables.")
-    trellis = trellis_quantizers(symbols, states, parity) if states else None
     encoder: _Encoder = _no_choice
     if size > 1:
         encoder = _single_table(tables) if count == 1 else _many_tables(tables)
 
     def entries(rows: slice) -> NDArray[np.int64]:
-        """Table * K + symbol of all elements of these rows, one after the other."""
+        """Return table * K + symbol of all elements of these rows, one after the other."""
         index = table[rows] + columns
-        if trellis is not None:
-            index += trellis[rows]
+        if second is not None:
+            index += second[rows]
         index *= size
         index += symbols[rows]
         return index.reshape(-1)
 
-    sample = entries(slice(0, None, max(1, m // SAMPLED_ROWS)))
+    sample = entries(slice(0, None, max(1, m // RATE_SAMPLE_ROWS)))
     bits = float((PRECISION - np.log2(tables.reshape(-1)[sample])).mean()) * m * n
     most = stream_count(m, n)
     # However few bits they take, long streams would keep a decoder's lanes waiting.
@@ -98,36 +93,8 @@ def encode(
     return np.concatenate(words), lengths
 
 
-def trellis_quantizers(
-    symbols: NDArray[np.int32], states: int, parity: NDArray[np.integer[Any]]
-) -> NDArray[np.uint8]:
-    """Which quantizer, 0 or 1, each element [m, n] has; every row starts in state 0."""
-    step = np.array(TRELLIS_NEXT[states], dtype=np.uint8)
-    quantizer = np.array(TRELLIS_QUANTIZER[states], dtype=np.uint8)
-    odd = np.asarray(parity, np.uint8)[symbols.T]
-    path = np.empty(odd.shape, dtype=np.uint8)
-    state = np.zeros(odd.shape[1], dtype=np.uint8)
-    for column, bit in enumerate(odd):
-        path[column] = quantizer[state]
-        state = step[state, bit]
-    return np.ascontiguousarray(path.T)
-
-
-def decode_constriction(
-    words: NDArray[np.uint32], lengths: NDArray[np.uint32], table: NDArray[np.int64], m: int, n: int
-) -> NDArray[np.int32]:
-    """Decode a matrix that has one table [K] for all elements, by constriction's own decoder."""
-    symbols = np.empty((m, n), dtype=np.int32)
-    model = Categorical(table / (1 << PRECISION), perfect=True)
-    streams = len(lengths)
-    for first, part in enumerate(np.split(words, np.cumsum(lengths)[:-1])):
-        rows = symbols[first::streams]
-        rows[:] = AnsCoder(part).decode(model, rows.size).reshape(rows.shape)
-    return symbols
-
-
 def _no_choice(index: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """An alphabet of one symbol needs no words."""
+    """Return no words: an alphabet of one symbol needs none."""
     return np.empty(0, dtype=np.uint32)
 
 
@@ -166,7 +133,7 @@ def _two_way(tables: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np
 
 
 def _three_way(tables: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Weights [T * K, 3] and the position 0, 1 or 2 of the symbol among them."""
+    """Return weights [T * K, 3] and the position 0, 1 or 2 of the symbol among them."""
     before = np.cumsum(tables, axis=1) - tables
     after = (1 << PRECISION) - before - tables
     three = np.stack([before, tables, after], axis=-1)

@@ -13,7 +13,7 @@ from cerwu_gpu.spec import CODE_MAX, CODE_RESOLUTION, CODE_WEIGHTS, PRECISION, S
 
 
 def codes_from_counts(counts: NDArray[np.int64], smoothing: float = 1 / 16) -> NDArray[np.uint8]:
-    """The codes of the tables that fit the histograms `counts`.
+    """Return the codes of the tables that fit the histograms `counts`.
 
     Args:
         counts: [T, K] int64 >= 0, one histogram a row.
@@ -32,7 +32,7 @@ def codes_from_counts(counts: NDArray[np.int64], smoothing: float = 1 / 16) -> N
 
 
 def table_from_codes(codes: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """The integer tables that the codes stand for; the same on every machine.
+    """Return the integer tables that the codes stand for; the same on every machine.
 
     Args:
         codes: [T, K] uint8, each at most CODE_MAX; 1 <= K <= SYMBOLS_LIMIT.
@@ -59,8 +59,13 @@ def table_from_codes(codes: NDArray[np.uint8]) -> NDArray[np.int64]:
     return table
 
 
+def is_mirrored(lowest: int, size: int) -> bool:
+    """Return whether q and -q share a code: lowest ... lowest + size - 1 are symmetric around 0."""
+    return size % 2 == 1 and lowest == -(size // 2)
+
+
 def bits(tables: NDArray[np.int64]) -> NDArray[np.float32]:
-    """What each symbol costs: PRECISION - log2(k), in bits.
+    """Return the cost of each symbol, PRECISION - log2(k), in bits.
 
     Args:
         tables: [T, K] int64 as `table_from_codes` returns them.
@@ -69,27 +74,3 @@ def bits(tables: NDArray[np.int64]) -> NDArray[np.float32]:
         [T, K] float32.
     """
     return (PRECISION - np.log2(tables)).astype(np.float32)
-
-
-def fold(counts: NDArray[np.int64], unpaired: int = 0) -> NDArray[np.int64]:
-    """Join the bins of M + q and M - q, for tables that are symmetric around their middle M.
-
-    Args:
-        counts: [T, 2M + 1 + unpaired] int64.
-        unpaired: symbols after the symmetric ones (an escape).
-
-    Returns:
-        [T, M + 1 + unpaired] int64: for q = 0 ... M the counts of both signs together, then the
-        unpaired ones. What has no mirror image is counted twice, so that
-        `unfold(codes_from_counts(fold(counts)))` are the codes of the symmetric tables.
-    """
-    paired = counts.shape[1] - unpaired
-    middle = paired // 2
-    mirrored = counts[:, middle:paired] + counts[:, middle::-1]
-    return np.concatenate([mirrored, 2 * counts[:, paired:]], axis=1)
-
-
-def unfold(codes: NDArray[np.uint8], unpaired: int = 0) -> NDArray[np.uint8]:
-    """The codes [T, 2M + 1 + unpaired] of symmetric tables, from [T, M + 1 + unpaired]."""
-    last = codes.shape[1] - unpaired - 1
-    return np.concatenate([codes[:, last:0:-1], codes], axis=1)

@@ -31,11 +31,11 @@ from cerwu_gpu.steps import step_values
 from cerwu_gpu.threads import run
 
 LOOKUP_BITS = 10
-"""Leading bits of v by which a symbol is looked up: 4 KB for each table ..."""
+"""Leading bits of v by which a symbol is looked up: 4 KB for each table."""
 LOOKUP_ENTRIES = 1 << 20
-"""... and fewer where there are so many tables that they would take more than this."""
+"""Maximum entries of the lookups of a matrix: with many tables, fewer bits are looked up."""
 TASK_SYMBOLS = 1 << 18
-"""About so many symbols are one task of a worker."""
+"""Symbols of one task of a worker, about."""
 
 _FORMS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
@@ -68,8 +68,8 @@ def decode_weights(
 
     Args:
         batch: as for `decode`.
-        rules: what each matrix's symbols stand for.
-        dtype: what the weights are rounded to, once: float32, bfloat16 or float16.
+        rules: each matrix's rule from symbols to weights.
+        dtype: the dtype that the weights are rounded to, once: float32, bfloat16 or float16.
         out: tensors [m, n] of that dtype to write to, with any strides; default: new ones.
 
     Returns:
@@ -81,10 +81,9 @@ def decode_weights(
     """
     if out is None:
         out = [torch.empty(matrix.shape, dtype=dtype) for matrix in batch]
-    matrices = [_Matrix.of(*each) for each in zip(batch, rules, out, strict=True)]
-    places = _decode(matrices)
-    for matrix, found in zip(matrices, places, strict=True):
-        matrix.fill_escapes(found)
+    matrices = [_Matrix.of(*stored) for stored in zip(batch, rules, out, strict=True)]
+    for matrix, places in zip(matrices, _decode(matrices), strict=True):
+        matrix.fill_escapes(places)
     return list(out)
 
 
@@ -94,16 +93,16 @@ def _decode(matrices: Sequence["_Matrix"]) -> list[NDArray[np.int64]]:
     results = run([task for _, task in tasks])
     places: list[list[NDArray[np.int64]]] = [[] for _ in matrices]
     counts = [0] * len(matrices)
-    for (i, _), (ended, count, found) in zip(tasks, results, strict=True):
+    for (i, _), (ended, count, task_places) in zip(tasks, results, strict=True):
         if not ended:
             raise CorruptionError(
                 f"{matrices[i].name}: a stream does not end where it must: get the file again."
             )
         counts[i] += count
-        places[i].append(found)
+        places[i].append(task_places)
     for matrix, count in zip(matrices, counts, strict=True):
         matrix.check_escapes(count)
-    return [np.sort(np.concatenate(found)) for found in places]
+    return [np.sort(np.concatenate(parts)) for parts in places]
 
 
 @dataclass(frozen=True)
@@ -154,11 +153,11 @@ class _Matrix:
         """Return functions that decode some streams each: (all ended well, escapes, places)."""
         m, n = self.shape
         streams = len(self.streams[1]) - 1
-        each = max(1, TASK_SYMBOLS * streams // (m * n))
-        each = -(-each // LANES) * LANES
+        size = max(1, TASK_SYMBOLS * streams // (m * n))
+        size = -(-size // LANES) * LANES
         return [
-            partial(self._decode_streams, first, min(first + each, streams))
-            for first in range(0, streams, each)
+            partial(self._decode_streams, first, min(first + size, streams))
+            for first in range(0, streams, size)
         ]
 
     def _decode_streams(self, first: int, last: int) -> tuple[bool, int, NDArray[np.int64]]:

@@ -180,8 +180,8 @@ def decode_streams(
             for j in range(columns):
                 step = steps[j] if form != SYMBOL else f32(0)
                 for i in range(lanes):
-                    own = table[i] + u64(column_table[j]) + (node[i] >> u64(3))
-                    slot, symbol = _look_up(state[i], own, lookup, shift, slots, symbols)
+                    now = table[i] + u64(column_table[j]) + (node[i] >> u64(3))
+                    slot, symbol = _look_up(state[i], now, lookup, shift, slots, symbols)
                     entry = slots[slot]
                     state[i], left[i] = _advance(state[i], left[i], start[i], words, entry)
                     if trellis:
@@ -191,7 +191,7 @@ def decode_streams(
                     else:
                         if symbol >= u64(regular):
                             element = (row + i) * columns + j
-                            escapes = _note(places, escapes, element, entry, own & u64(1))
+                            escapes = _note(places, escapes, element, entry, now & u64(1))
                         out[at[i]] = _rounded(f32(levels[slot] * step) * scale[i], form)
                     at[i] += u64(column_stride)
         for i in range(lanes):

@@ -7,8 +7,6 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from cerwu_gpu.spec import TRELLIS_NEXT, TRELLIS_QUANTIZER
-
 
 def symbol_counts(
     symbols: Tensor,
@@ -19,23 +17,21 @@ def symbol_counts(
     lowest: int,
     size: int,
     escapes: int,
-    states: int,
+    second: Tensor | None = None,
 ) -> Tensor:
     """Count the symbols of an alphabet under each table; see `reference.counts.symbol_counts`."""
-    quantizers = 2 if states else 1
+    quantizers = 1 if second is None else 2
     counts = torch.zeros(tables * quantizers, size + escapes, dtype=torch.int64)
-    follow = np.array(TRELLIS_NEXT.get(states, ((0, 0),)), np.int64)
-    quantizer = np.array(TRELLIS_QUANTIZER.get(states, (0,)), np.int64)
+    none = np.empty((0, 0), np.bool_)
     _count(
         symbols.contiguous().numpy(),
         row_class.contiguous().numpy(),
         column_class.contiguous().numpy(),
+        none if second is None else second.contiguous().numpy(),
         quantizers,
         lowest,
         size,
         escapes,
-        follow,
-        quantizer,
         counts.numpy(),
     )
     return counts
@@ -53,25 +49,24 @@ def _count(
     symbols,
     row_class,
     column_class,
+    second,
     quantizers,
     lowest,
     size,
     escapes,
-    follow,
-    quantizer,
     counts,
 ):
     rows, columns = symbols.shape
     for i in range(rows):
-        state = 0
         for j in range(columns):
             symbol = symbols[i, j]
             index = symbol - lowest
             if index < 0 or index >= size:
                 index = size + (symbol & (escapes - 1))
-            table = (row_class[i] + column_class[j]) * quantizers + quantizer[state]
+            table = (row_class[i] + column_class[j]) * quantizers
+            if quantizers > 1:
+                table += np.int64(second[i, j])
             counts[table, index] += 1
-            state = follow[state, symbol & 1]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

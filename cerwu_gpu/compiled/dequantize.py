@@ -19,7 +19,7 @@ def dequantize(
     row_scale: Tensor,
     *,
     grid: Tensor | None = None,
-    states: int = 0,
+    second: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the stored weight [m, n] in `dtype`; see `reference.dequantize.dequantize`."""
@@ -30,13 +30,31 @@ def dequantize(
     integers = symbols.contiguous().numpy()
     if grid is not None:
         _scale_listed(integers, grid.contiguous().numpy(), steps, scales, weight.numpy())
-    elif states:
-        follow = np.array(TRELLIS_NEXT[states], np.int64)
-        quantizer = np.array(TRELLIS_QUANTIZER[states], np.int64)
-        _scale_trellis(integers, follow, quantizer, steps, scales, weight.numpy())
+    elif second is not None:
+        _scale_trellis(integers, second.contiguous().numpy(), steps, scales, weight.numpy())
     else:
         _scale(integers, steps, scales, weight.numpy())
     return weight.to(dtype)
+
+
+def trellis_quantizers(symbols: Tensor, states: int) -> Tensor:
+    """Return which symbols [m, n] belong to a trellis's second quantizer: [m, n] bool; see
+    `reference.dequantize.trellis_quantizers`."""
+    second = torch.empty(symbols.shape, dtype=torch.bool)
+    follow = np.array(TRELLIS_NEXT[states], np.int64)
+    quantizer = np.array(TRELLIS_QUANTIZER[states], np.bool_)
+    _walk(symbols.contiguous().numpy(), follow, quantizer, second.numpy())
+    return second
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _walk(symbols, follow, quantizer, second):
+    rows, columns = symbols.shape
+    for i in range(rows):
+        state = 0
+        for j in range(columns):
+            second[i, j] = quantizer[state]
+            state = follow[state, i64(symbols[i, j]) & 1]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -56,13 +74,11 @@ def _scale_listed(positions, levels, steps, scales, weight):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _scale_trellis(symbols, follow, quantizer, steps, scales, weight):
+def _scale_trellis(symbols, second, steps, scales, weight):
     rows, columns = symbols.shape
     for i in range(rows):
-        state = 0
         for j in range(columns):
             symbol = i64(symbols[i, j])
             sign = i64(symbol > 0) - i64(symbol < 0)
-            level = 2 * symbol - quantizer[state] * sign
+            level = 2 * symbol - i64(second[i, j]) * sign
             weight[i, j] = f32(f32(level) * steps[j]) * scales[i]
-            state = follow[state, symbol & 1]

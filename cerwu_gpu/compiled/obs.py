@@ -69,7 +69,7 @@ def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, 
 
 @njit(**OPTIONS)
 def _as_integer(x):
-    """Return x as int32, as a CPU converts it: what does not fit is the least one."""
+    """Return x as int32, as a CPU converts it: the least one where it does not fit."""
     return i32(x) if abs(x) < f32(2147483648) else i32(-2147483648)
 
 
@@ -113,7 +113,7 @@ def _places(column, base, limits, places):
 
 @njit(**OPTIONS)
 def _better(v, candidate, best, least_cost, omega, beta, price, bits):
-    """Return the candidate and its cost if that is lower, else what was best before."""
+    """Return the candidate and its cost if that is lower, else the best before."""
     distance = v - candidate
     cost = (distance * distance - candidate * candidate * beta) * omega + price * bits
     better = cost < least_cost
@@ -139,7 +139,7 @@ def _decide(column, price, bits, limits, omega, beta, decided):
 
 @njit(**OPTIONS)
 def _load(source, first, count, target):
-    """Copy rows first ... first + count - 1 side by side; what is left of ROWS is 0."""
+    """Copy rows first ... first + count - 1 side by side; fill the rest of ROWS with 0."""
     for r in range(count):
         target[r] = source[first + r]
     for r in range(count, ROWS):
@@ -214,7 +214,7 @@ def _try_level(column, price, bits, level, number, omega, beta, least_cost, plac
 
 @njit(**OPTIONS)
 def _try_level_of_one_table(column, price, bits, level, number, omega, beta, least_cost, place):
-    """Do the same where the level costs so many `bits` in each row."""
+    """Do the same where the level costs the same `bits` in each row."""
     for r in range(ROWS):
         distance = column[r] - level
         cost = (distance * distance - level * level * beta) * omega + price[r] * bits

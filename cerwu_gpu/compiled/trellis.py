@@ -84,7 +84,7 @@ def _machine(states: int) -> tuple[Any, Any, Any]:
 
 @njit(**OPTIONS)
 def _as_integer(x):
-    """Return x as int32, as a CPU converts it: what does not fit is the least one."""
+    """Return x as int32, as a CPU converts it: the least one where it does not fit."""
     return i32(x) if abs(x) < f32(2147483648) else i32(-2147483648)
 
 

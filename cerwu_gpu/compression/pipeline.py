@@ -19,6 +19,7 @@ from cerwu_gpu.container.journal import CodedWeight, Journal
 from cerwu_gpu.container.matrix import EncodedMatrix, encode_matrix
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import CalibrationError, CerwuError, ModelError
+from cerwu_gpu.files import dtype_name
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.quantize.layer import NARROW_COLUMNS, QuantizedStack, quantize_stack
@@ -187,7 +188,7 @@ def _search_stack(
         if not bool(torch.isfinite(weight).all()):
             raise ModelError(
                 f"{layouts[matrix.name].key(matrix.part)}: its quantized weights are beyond "
-                f"{str(dtypes[matrix.name]).removeprefix('torch.')}: exclude it."
+                f"{dtype_name(dtypes[matrix.name])}: exclude it."
             )
         begin = time.perf_counter()
         if weight.device.type == "cpu":

@@ -15,8 +15,8 @@ import cerwu_gpu
 from cerwu_gpu.compression.resume import LIBRARIES
 from cerwu_gpu.config import CompressionConfig, settings
 from cerwu_gpu.container.breakdown import breakdown
-from cerwu_gpu.container.output import write_text, written
 from cerwu_gpu.errors import OutputError
+from cerwu_gpu.files import write_text, written
 from cerwu_gpu.report import Report, finite
 from cerwu_gpu.report_page.page import is_page, page
 

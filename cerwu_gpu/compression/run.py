@@ -13,10 +13,10 @@ from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.pipeline import compress_blocks
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.journal import Journal
-from cerwu_gpu.container.output import written
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import ConfigError, CorruptionError
+from cerwu_gpu.files import written
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.quantize.sensitivity import Sensitivities

@@ -1,4 +1,4 @@
-"""What the bytes of a compressed directory are for."""
+"""Bytes of a compressed directory by their purpose."""
 
 from collections import Counter
 from pathlib import Path
@@ -39,8 +39,8 @@ def _of_shard(shard: Shard) -> Counter[str]:
         taken[WORDS] += sum(4 * part.words for part in entry.parts)
         blob, first = np.asarray(shard.tensor(f"{name}.side")).tobytes(), 0
         for part in entry.parts:
-            own = blob[first : first + part.side]
-            for array, size in side.sizes(own, part.rows, part.columns).items():
+            part_blob = blob[first : first + part.side]
+            for array, size in side.sizes(part_blob, part.rows, part.columns).items():
                 taken[OF_ARRAY[array]] += size
             first += part.side
     for name in shard.manifest.plain_sha256:

@@ -1,7 +1,7 @@
 """The files of a compressed directory: index, headers and manifests, checked against each other.
 
-Nothing here reads a tensor: what is wrong with the files' account of themselves is found before
-anything is allocated by it (docs/format.md, "Checks before allocation").
+No tensor is read here: contradictions in the metadata are found before anything is allocated
+(docs/format.md, "Checks before allocation").
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from cerwu_gpu.spec import (
 )
 
 _OF_TORCH = (RuntimeError, TypeError, ValueError, LookupError)
-"""What torch raises for dtypes and offsets that it cannot have, and safetensors lets through."""
+"""Exceptions of torch for impossible dtypes and offsets, which safetensors lets through."""
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,17 @@ class Shard:
         try:
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(name)  # type: ignore[no-any-return]
-        # The library lets through what torch raises for dtypes and offsets that it cannot have.
-        except (
-            SafetensorError,
-            OSError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-            LookupError,
-        ) as error:
-            raise FormatError(f"{self.path.name}: {name} cannot be read ({error}).") from None
+        except (SafetensorError, OSError, *_OF_TORCH) as error:
+            raise FormatError(f"{self.path.name}: {name} cannot be read ({error}).") from error
 
 
 def open_shards(path: Path) -> list[Shard]:
     """Open the files of the directory `path` and check them against each other.
 
     Raises:
-        FormatError: a file is missing or malformed, they disagree, or what they claim to hold is
+        FormatError: a file is missing or malformed, they disagree, or their claimed content is
             out of proportion to their size.
-        CorruptionError: a header is not what was written.
+        CorruptionError: a header has changed since it was written.
         VersionError: made by a newer cerwu_gpu.
     """
     places = _index(path)
@@ -72,23 +64,23 @@ def open_shards(path: Path) -> list[Shard]:
     parameters: set[str] = set()
     tensors: set[str] = set()
     for shard in shards:
-        own = {*shard.manifest.compressed, *shard.manifest.plain_sha256}
-        twice = own & parameters | shard.names & tensors
+        names = {*shard.manifest.compressed, *shard.manifest.plain_sha256}
+        twice = names & parameters | shard.names & tensors
         if twice:
             raise FormatError(f"{shard.path.name}: {min(twice)} is stored twice.")
-        parameters |= own
+        parameters |= names
         tensors |= shard.names
     if places is not None:
         stored = {name: shard.path.name for shard in shards for name in shard.names}
         if stored != places:
-            odd = min(name for name, _ in stored.items() ^ places.items())
-            raise FormatError(f"{INDEX_FILE} and the files disagree on {odd!r}; get them again.")
+            name = min(name for name, _ in stored.items() ^ places.items())
+            raise FormatError(f"{INDEX_FILE} and the files disagree on {name!r}; get them again.")
     _check_proportion(shards)
     return shards
 
 
 def _index(path: Path) -> dict[str, str] | None:
-    """Tensor -> file, as the index says; None without an index."""
+    """Return tensor -> file, as the index has it; None without an index."""
     index = path / INDEX_FILE
     if not index.is_file():
         if not (path / SINGLE_FILE).is_file():
@@ -130,10 +122,10 @@ def _open_shard(path: Path) -> Shard:
             raise FormatError(f"{path.name}: {name} has parts that are tensors of their own.")
         promised |= {f"{name}.words", f"{name}.side"}
     if promised != names:
-        odd = min(promised ^ names)
-        raise FormatError(f"{path.name}: manifest and contents disagree on {odd!r}.")
-    told = {name: (header[name]["dtype"], header[name]["shape"]) for name in names}
-    if metadata.get(HEADER_KEY) != header_digest(metadata[METADATA_KEY], told):
+        name = min(promised ^ names)
+        raise FormatError(f"{path.name}: manifest and contents disagree on {name!r}.")
+    described = {name: (header[name]["dtype"], header[name]["shape"]) for name in names}
+    if metadata.get(HEADER_KEY) != header_digest(metadata[METADATA_KEY], described):
         raise CorruptionError(f"{path.name}: its header has changed since it was written.")
     return Shard(path, manifest, names)
 

@@ -1,4 +1,4 @@
-"""The manifest: what the metadata of a safetensors file says about the compressed weights in it.
+"""The manifest: the description of the compressed weights of a safetensors file in its metadata.
 
 The manifest is JSON under the key METADATA_KEY; docs/format.md describes every field.
 """
@@ -10,17 +10,24 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cerwu_gpu.coding.tables import is_mirrored
 from cerwu_gpu.errors import FormatError, VersionError
 from cerwu_gpu.layout import WeightLayout
-from cerwu_gpu.spec import FORMAT_VERSION, METADATA_KEY
+from cerwu_gpu.spec import (
+    FORMAT_VERSION,
+    INTEGER_LIMIT,
+    METADATA_KEY,
+    SYMBOLS_LIMIT,
+    TABLE_SLOTS_LIMIT,
+    TRELLIS_INTEGER_LIMIT,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZERS = {"scalar": 0, "grid": 0, "trellis4": 4, "trellis8": 8}
 HEADER_LIMIT = 100_000_000
-"""Most bytes of JSON: the limit of safetensors' own library for its header."""
+"""Maximum bytes of JSON: the limit of safetensors' own library for its header."""
 DIMENSION_LIMIT = 1 << 31
-LEVEL_LIMIT = 1 << 30
-"""Under a trellis integers stay below this magnitude, so that twice of one fits 32 bits."""
+"""Bound of counts and extents."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -58,27 +65,27 @@ class Part:
 
     @property
     def quantizers(self) -> int:
-        """Q: tables per class."""
+        """Tables per class, Q."""
         return 2 if self.states else 1
 
     @property
     def alphabet(self) -> int:
-        """K: integers and escape symbols."""
+        """Number of integers and escape symbols, K."""
         return self.size + self.escapes
 
     @property
     def mirrored(self) -> bool:
-        """q and -q share a table code."""
-        return self.lowest == -(self.size // 2) and self.size % 2 == 1
+        """Whether q and -q share a table code."""
+        return is_mirrored(self.lowest, self.size)
 
     @property
     def integers(self) -> range:
-        """What the integers of this matrix may be, escaped or not."""
-        limit = LEVEL_LIMIT if self.states else DIMENSION_LIMIT
+        """Integers that the format allows in this matrix, escaped or not."""
+        limit = TRELLIS_INTEGER_LIMIT if self.states else INTEGER_LIMIT
         return range(1 - limit, limit)
 
     def check(self, name: str) -> None:
-        """Refuse what no writer produces, before anything is allocated."""
+        """Refuse values that no writer produces, before anything is allocated."""
         positive = (self.rows, self.columns, self.size, self.tables)
         counts = (self.words, self.side, self.escaped)
         plausible = (
@@ -89,8 +96,8 @@ class Part:
             and self.lowest + self.size - 1 in self.integers
             and self.escapes in (0, 1 + bool(self.states))
             and self.tables <= self.rows + self.columns
-            and self.alphabet <= 1 << 16
-            and self.tables * self.quantizers * self.alphabet <= 1 << 20
+            and self.alphabet <= SYMBOLS_LIMIT
+            and self.tables * self.quantizers * self.alphabet <= TABLE_SLOTS_LIMIT
             and self.escaped <= self.rows * self.columns
             and (self.escapes > 0 or self.escaped == 0)
             and (self.quantizer != "grid" or (self.lowest, self.escapes) == (0, 0))
@@ -123,7 +130,7 @@ class Entry:
 
     @property
     def slots(self) -> int:
-        """Entries of all tables."""
+        """Number of entries of all tables."""
         return sum(part.tables * part.quantizers * part.alphabet for part in self.parts)
 
     def check(self, name: str) -> None:
@@ -149,14 +156,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All compressed weights of one file, and the checksums of what is stored as it is."""
+    """All compressed weights of one file, and the checksums of its plain tensors."""
 
     generator: str
     compressed: Mapping[str, Entry]
     plain_sha256: Mapping[str, str]
 
     def to_json(self) -> str:
-        """Deterministic JSON: sorted keys, no blanks."""
+        """Return the manifest as deterministic JSON: sorted keys, no blanks."""
         content = {
             "version": FORMAT_VERSION,
             "generator": self.generator,

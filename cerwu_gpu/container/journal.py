@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cerwu_gpu.container.header import Part
-from cerwu_gpu.container.output import written
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import FormatError, OutputError
+from cerwu_gpu.files import written
 from cerwu_gpu.report import LayerReport
 from cerwu_gpu.spec import SINGLE_FILE
 

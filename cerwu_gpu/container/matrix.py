@@ -1,7 +1,7 @@
 """One matrix between its tensors and its bytes: words of the streams, and the side blob."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,12 @@ from cerwu_gpu.coding.tables import table_from_codes
 from cerwu_gpu.container.header import Part
 from cerwu_gpu.errors import FormatError
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
+from cerwu_gpu.reference.counts import alphabet_indices
 
 
 @dataclass(frozen=True)
 class EncodedMatrix:
-    """What the file holds of one matrix: its manifest part, uint32 words and the side blob."""
+    """One matrix in its file: its manifest part, uint32 words and the side blob."""
 
     part: Part
     words: NDArray[np.uint32]
@@ -28,7 +29,7 @@ class EncodedMatrix:
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """What was read of one matrix, checked, on the device where it will be decoded."""
+    """One matrix as read and checked, on the device where it will be decoded."""
 
     coded: CodedMatrix
     rule: Reconstruction
@@ -41,11 +42,11 @@ class StoredMatrix:
 def encode_matrix(matrix: QuantizedMatrix, relative_loss: float) -> EncodedMatrix:
     """Code one quantized matrix; constriction writes the streams."""
     rows, columns = matrix.symbols.shape
-    symbols = matrix.symbols.cpu().numpy()
-    indices = symbols - np.int32(matrix.lowest)
-    escaped = (indices < 0) | (indices >= matrix.size)
-    escapes = symbols[escaped]
-    indices[escaped] = matrix.size + (escapes & (matrix.escapes - 1) if matrix.escapes else 0)
+    symbols = matrix.symbols.cpu()
+    indices, escaped = alphabet_indices(
+        symbols, lowest=matrix.lowest, size=matrix.size, escapes=matrix.escapes
+    )
+    escapes = symbols[escaped].numpy()
     codes = matrix.codes.cpu().numpy()
     part = Part(
         rows=rows,
@@ -62,7 +63,11 @@ def encode_matrix(matrix: QuantizedMatrix, relative_loss: float) -> EncodedMatri
     )
     row_class, column_class = (x.cpu().numpy() for x in (matrix.row_class, matrix.column_class))
     words, lengths = streams.encode(
-        indices, table_from_codes(codes), row_class, column_class, matrix.states, parity_of(part)
+        indices.numpy(),
+        table_from_codes(codes),
+        row_class,
+        column_class,
+        None if matrix.second is None else matrix.second.cpu().numpy(),
     )
     arrays = {
         "table_codes": _halved(codes, part),
@@ -73,18 +78,17 @@ def encode_matrix(matrix: QuantizedMatrix, relative_loss: float) -> EncodedMatri
         "lengths": lengths,
     }
     if len(escapes):
-        arrays["escapes"] = escapes.astype(np.int32)
+        arrays["escapes"] = escapes
     if matrix.grid is not None:
         arrays["grid"] = matrix.grid.cpu().numpy()
     blob = side.pack(arrays, rows, columns)
-    counted = Part(**{**part.__dict__, "words": len(words), "side": len(blob)})
-    return EncodedMatrix(counted, words, blob)
+    return EncodedMatrix(replace(part, words=len(words), side=len(blob)), words, blob)
 
 
 def unpack_matrix(
     name: str, part: Part, words: Tensor, blob: bytes, device: torch.device | str
 ) -> StoredMatrix:
-    """Check what was read of a matrix, and make it ready for the decoder on `device`.
+    """Check the data read of a matrix, and make it ready for the decoder on `device`.
 
     Raises:
         FormatError: the side blob is malformed or contradicts the manifest.
@@ -135,7 +139,7 @@ def _check_names(part: Part, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def parity_of(part: Part) -> NDArray[np.uint8]:
-    """Parity [K] of every symbol of the alphabet; escape symbols carry theirs by position."""
+    """Return the parity [K] of every symbol; escape symbols carry theirs by position."""
     integers = (np.arange(part.size) + part.lowest) & 1
     return np.concatenate([integers, np.arange(part.escapes)]).astype(np.uint8)
 
@@ -147,12 +151,12 @@ def _quantizer(matrix: QuantizedMatrix) -> str:
 
 
 def _rounded(loss: float) -> float | None:
-    """Four digits; infinite losses (a matrix without effect) are none."""
+    """Return the loss in four digits; None for an infinite one (a matrix without effect)."""
     return float(f"{loss:.4g}") if np.isfinite(loss) else None
 
 
 def _halved(codes: NDArray[np.uint8], part: Part) -> NDArray[np.uint8]:
-    """[T, Q, stored] of [T * Q, K]: where q and -q share a code only q >= 0 is stored."""
+    """Return [T, Q, stored] of [T * Q, K]: where q and -q share a code only q >= 0 is stored."""
     if part.mirrored:
         codes = codes[:, part.size // 2 :]
     return np.ascontiguousarray(codes.reshape(part.tables, part.quantizers, -1))

@@ -1,10 +1,9 @@
-"""The place of a result: checks of what it may replace and must stay apart from, and the renames.
+"""Output directories: checks that nothing else is overwritten, and the renames.
 
 Every command that writes a directory asks the functions of this file, so that one place decides
 what is never written over: anything that is read, and anything that cerwu_gpu did not write.
 """
 
-import errno
 import json
 import logging
 import os
@@ -19,12 +18,11 @@ from secrets import token_hex
 
 from cerwu_gpu.container.header import HEADER_LIMIT, holds_manifest
 from cerwu_gpu.errors import OutputError
+from cerwu_gpu.files import flush_to_disk, written
 from cerwu_gpu.spec import INDEX_FILE, QUANT_METHOD, SINGLE_FILE
 
-PARTIAL, REPLACED, TEMPORARY = ".partial", ".cerwu_gpu-replaced", ".tmp"
-"""Suffixes of an unfinished directory, of one that is being replaced, and of an unfinished file."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Error numbers of a disk without room."""
+PARTIAL, REPLACED = ".partial", ".cerwu_gpu-replaced"
+"""Suffixes of an unfinished directory, and of one that is being replaced."""
 SHARD_FILES = (SINGLE_FILE, "model-*-of-*.safetensors")
 """Names of the files that hold tensors; each has a manifest (docs/format.md)."""
 COMPANION_FILES = (
@@ -204,55 +202,6 @@ def _lies_in(inner: Path, outer: Path) -> bool:
     return False
 
 
-def refused(path: Path, error: OSError) -> OutputError:
-    """Return the error to raise when the disk does not take `path`."""
-    remedy = (
-        "free some space and start again" if error.errno in FULL else "choose another place for it"
-    )
-    return OutputError(f"cannot write {path} ({error.strerror}): {remedy}.")
-
-
-@contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write `path` into one sentence.
-
-    Raises:
-        OutputError: the system refused it.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise refused(path, error) from error
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary name for a file that is to be at `path` whole or not at all.
-
-    What is there at the end is flushed and renamed; after an exception it is removed.
-
-    Raises:
-        OSError: the system refuses it.
-    """
-    temporary = path.with_name(f".{path.name}.{token_hex(4)}{TEMPORARY}")
-    try:
-        yield temporary
-        flush_to_disk(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all.
-
-    Raises:
-        OutputError: the system refuses it.
-    """
-    with written(path), atomic(path) as temporary:
-        temporary.write_bytes(text.encode())
-
-
 @contextmanager
 def new_directory(output: Path, *, overwrite: bool, inside: Path | None = None) -> Iterator[Path]:
     """Make a hidden directory to be filled, beside `output` or `inside` one of the same disk.
@@ -321,12 +270,3 @@ def restore(output: Path) -> None:
         if asides:
             max(asides, key=lambda path: path.stat().st_ctime_ns).rename(output)
             log.warning("%s is back in its place: a killed run had moved it aside.", output)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Return when the content of a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,5 @@
-"""Reads compressed directories: checks everything before it believes anything."""
+"""Reads compressed directories; everything is checked before it is used."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,15 +13,15 @@ from cerwu_gpu import backend
 from cerwu_gpu.container.files import Shard, open_shards
 from cerwu_gpu.container.header import Entry
 from cerwu_gpu.container.matrix import StoredMatrix, unpack_matrix
-from cerwu_gpu.container.shard import tensor_bytes
 from cerwu_gpu.errors import CorruptionError, FormatError
+from cerwu_gpu.files import checksum, dtype_name
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.progress import counted
 from cerwu_gpu.spec import FORMAT_VERSION
 from cerwu_gpu.threads import run
 
 BATCH_WEIGHTS = {"cpu": 1 << 23, "cuda": 1 << 27}
-"""Weights decoded together: enough streams for all workers, few enough to stay small in memory."""
+"""Number of weights decoded together: streams enough for all workers, and little memory."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class CompressedDirectory:
         self._shards = shards
 
     def plain(self, *, verify: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of everything that is stored as it is.
+        """Yield name and tensor of everything that is stored uncompressed.
 
         Raises:
             CorruptionError: a checksum does not match (with `verify`).
@@ -111,7 +110,7 @@ class CompressedDirectory:
         verify: bool = True,
         progress: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Name and decoded parameter, in the model's layout and stored dtype, on `device`.
+        """Yield name and decoded parameter, in the model's layout and stored dtype, on `device`.
 
         Raises:
             CorruptionError: a checksum or a stream is wrong.
@@ -121,9 +120,9 @@ class CompressedDirectory:
         with counted(total, what="decoding", unit="w", shown=progress, unit_scale=True) as bar:
             place = _indexed(device)
             for batch in self._batches(place):
-                # What belongs together is read, compared with its checksums and decoded at once.
-                read = [partial(_stored, *each, place, verify) for each in batch]
-                yield from decode_stored(run(read))
+                # A batch is read, compared with its checksums and decoded at once.
+                reads = [partial(_stored, *source, place, verify) for source in batch]
+                yield from decode_stored(run(reads))
                 bar.update(sum(entry.weights for _, _, entry in batch))
 
     def _batches(self, device: torch.device) -> Iterator[list[tuple[Shard, str, Entry]]]:
@@ -143,7 +142,7 @@ class CompressedDirectory:
     def stored(
         self, name: str, *, device: torch.device | str = "cpu", verify: bool = True
     ) -> StoredWeight:
-        """The compressed parameter `name`, read into the memory of `device` but not decoded.
+        """Read the compressed parameter `name` into the memory of `device`, without decoding it.
 
         Raises:
             KeyError: there is no such compressed parameter.
@@ -163,7 +162,7 @@ class CompressedDirectory:
         return run(partial(self.stored, name, device=place, verify=verify) for name in names)
 
     def inventory(self) -> Inventory:
-        """Where the bytes are."""
+        """Return where the bytes are."""
         tensors: list[TensorEntry] = []
         files: list[FileEntry] = []
         seen = set()
@@ -189,7 +188,7 @@ class CompressedDirectory:
         return Inventory(FORMAT_VERSION, tuple(tensors), tuple(files), total)
 
     def compressed(self) -> dict[str, Entry]:
-        """Manifest entry of every compressed weight."""
+        """Return the manifest entry of every compressed weight."""
         return {n: e for shard in self._shards for n, e in shard.manifest.compressed.items()}
 
 
@@ -207,7 +206,7 @@ def open_directory(path: Path | str) -> CompressedDirectory:
 
 
 def inventory(path: Path | str) -> Inventory:
-    """Where the bytes of the compressed directory `path` are."""
+    """Return where the bytes of the compressed directory `path` are."""
     return open_directory(path).inventory()
 
 
@@ -233,14 +232,14 @@ def _indexed(device: torch.device | str) -> torch.device:
 
 
 def _check_digest(name: str, tensor: Tensor, digest: str) -> None:
-    if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != digest:
+    if checksum(tensor) != digest:
         raise CorruptionError(f"{name}: its bytes have changed since it was written; get it again.")
 
 
 def _stored(
     shard: Shard, name: str, entry: Entry, device: torch.device | str, verify: bool
 ) -> StoredWeight:
-    """The parts of one compressed weight, checked against the manifest, ready to decode."""
+    """Read the parts of one compressed weight and check them against the manifest."""
     words, side = shard.tensor(f"{name}.words"), shard.tensor(f"{name}.side")
     expected = sum(part.words for part in entry.parts), sum(part.side for part in entry.parts)
     if words.dtype != torch.uint32 or side.dtype != torch.uint8:
@@ -254,10 +253,10 @@ def _stored(
     first_word = first_side = 0
     blob = np.asarray(side).tobytes()
     for number, part in enumerate(entry.parts):
-        own = name if len(entry.parts) == 1 else f"{name}[{number}]"
-        own_words = words[first_word : first_word + part.words]
-        own_side = blob[first_side : first_side + part.side]
-        matrices.append(unpack_matrix(own, part, own_words, own_side, device))
+        label = name if len(entry.parts) == 1 else f"{name}[{number}]"
+        part_words = words[first_word : first_word + part.words]
+        part_side = blob[first_side : first_side + part.side]
+        matrices.append(unpack_matrix(label, part, part_words, part_side, device))
         first_word, first_side = first_word + part.words, first_side + part.side
     return StoredWeight(name, entry, tuple(matrices))
 
@@ -269,7 +268,7 @@ def decode_stored(
 
     Args:
         batch: parameters on one device.
-        memory: what `StoredWeight.empty` gives for each, to be written over; default: new memory.
+        memory: a tensor of `StoredWeight.empty` for each, to be written over; default: new ones.
 
     Raises:
         CorruptionError: a stream is wrong.
@@ -292,7 +291,7 @@ def decode_stored(
         )
     parameters.reverse()
     for stored in batch:
-        yield stored.name, parameters.pop()  # what the caller drops can go
+        yield stored.name, parameters.pop()  # frees what the caller drops
 
 
 def _compressed_entry(name: str, entry: Entry, size: int) -> TensorEntry:
@@ -313,7 +312,7 @@ def _plain_entry(name: str, tensor: Tensor, size: int) -> TensorEntry:
     return TensorEntry(
         name=name,
         shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype).removeprefix("torch."),
+        dtype=dtype_name(tensor.dtype),
         quantizer=None,
         weights=tensor.numel(),
         bytes=size,

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cerwu_gpu.files import tensor_bytes
 from cerwu_gpu.spec import HEADER_KEY, METADATA_KEY
 
 _NAMES = {
@@ -31,14 +32,8 @@ _NAMES = {
 }
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, row-major, little-endian; a view where it is contiguous on the CPU."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
 def header_digest(manifest: str, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> str:
-    """SHA-256 of what a file says about its tensors: its manifest, and below it a line
+    """Return the SHA-256 of a file's description of its tensors: its manifest, and below it a line
     "NAME DTYPE EXTENT EXTENT ..." for each tensor, sorted by name.
 
     Args:

@@ -1,4 +1,4 @@
-"""The work directory beside an output: what an unfinished run keeps, and whose run it is.
+"""The work directory of an output: the finished blocks of an unfinished run, and its fingerprint.
 
 `.OUTPUT.work` holds a marker, a lock, the fingerprint of the run, and whatever the run wants to
 find again. It is removed when the output is in its place. A directory of that name without the
@@ -6,7 +6,6 @@ marker is somebody else's and is never touched.
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -17,21 +16,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
-from cerwu_gpu.container.output import PARTIAL, TEMPORARY, flush_to_disk, refused, write_text
+from filelock import lock_descriptor
+
+from cerwu_gpu.container.output import PARTIAL
 from cerwu_gpu.errors import CerwuError, OutputError
+from cerwu_gpu.files import TEMPORARY, flush_to_disk, refused, write_text
 
 MARKER_FILE, LOCK_FILE, FINGERPRINT_FILE = "cerwu_gpu-work", "lock", "fingerprint.json"
 MARKER = "cerwu_gpu keeps the work of an unfinished run in this directory (docs/resume.md).\n"
 """Content of the marker file: only a directory with it is ever cleared or removed."""
 
 Fingerprint = Mapping[str, str]
-"""What a run's bytes depend on: "lmbda" -> "1e-09", "the weights" -> a checksum."""
+"""Inputs that a run's bytes depend on: "lmbda" -> "1e-09", "the weights" -> a checksum."""
 OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 """Error numbers of a rename onto something that is there."""
 ATTEMPTS = 20
 """Number of tries to make a work directory while other processes make and remove it."""
 READABLE = 80
-"""A value longer than that is not printed."""
+"""Maximum length of a value that is printed."""
 
 log = logging.getLogger("cerwu_gpu")
 
@@ -40,7 +42,7 @@ class WorkDirectory:
     """The work directory of one output, locked (`work_directory` makes it).
 
     Attributes:
-        output: what the run is for.
+        output: the output of the run.
         path: the directory.
     """
 
@@ -49,35 +51,35 @@ class WorkDirectory:
         self.path = work_path(output)
 
     def expect(self, fingerprint: Fingerprint) -> None:
-        """Refuse to go on with what another run has kept; parts of a fingerprint may be given.
+        """Refuse to continue the work of another run; parts of a fingerprint may be given.
 
         Raises:
             OutputError: the kept run differs in one of the entries of `fingerprint`.
         """
-        kept = self._fingerprint() or {}
+        recorded = self._fingerprint() or {}
         for name, value in fingerprint.items():
-            if name in kept and kept[name] != value:
-                difference = _difference(name, kept[name], value)
+            if name in recorded and recorded[name] != value:
+                difference = _difference(name, recorded[name], value)
                 raise OutputError(
                     f"{self.path} keeps an unfinished run with {difference}: repeat that "
                     "run as it was, or pass --restart (restart=True) to drop it."
                 )
 
     def begin(self, fingerprint: Fingerprint) -> None:
-        """Say whose work this is from now on, and that it is continued where it is.
+        """Record whose work this is; warn if the work of an earlier run is continued.
 
         Raises:
             OutputError: as `expect`, or the directory cannot be written.
         """
         self.expect(fingerprint)
         if self._fingerprint() is not None:
-            found = sum(1 for _ in self.path.glob("*/block-*"))
-            log.warning("%s is continued; finished blocks: %d.", self.path, found)
+            blocks = sum(1 for _ in self.path.glob("*/block-*"))
+            log.warning("%s is continued; finished blocks: %d.", self.path, blocks)
             return
         write_text(self.path / FINGERPRINT_FILE, json.dumps(dict(fingerprint), indent=2))
 
     def clear(self) -> None:
-        """Drop what is kept, its fingerprint first, so that nothing half is ever believed."""
+        """Delete the kept work, its fingerprint first, so that half of it is never continued."""
         (self.path / FINGERPRINT_FILE).unlink(missing_ok=True)
         for path in self.path.iterdir():
             if path.name not in (MARKER_FILE, LOCK_FILE):
@@ -105,7 +107,7 @@ class WorkDirectory:
 
     @property
     def kept(self) -> bool:
-        """Whether there is anything to continue from."""
+        """Whether there is work to continue from."""
         return self._fingerprint() is not None and any(self.path.glob("*/*"))
 
     def _fingerprint(self) -> Fingerprint | None:
@@ -115,7 +117,7 @@ class WorkDirectory:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise OutputError(f"{path} is damaged ({error}): delete {self.path}.") from None
+            raise OutputError(f"{path} is damaged ({error}): delete {self.path}.") from error
         return {str(name): str(value) for name, value in content.items()}
 
 
@@ -125,20 +127,20 @@ def work_path(output: Path) -> Path:
 
 
 def output_places(output: Path) -> dict[str, Path]:
-    """Return what a run for `output` writes and clears, by name (output.check_apart)."""
+    """Return the places that a run for `output` writes and clears, by name (output.check_apart)."""
     return {"the output": output, "the work directory": work_path(output)}
 
 
 @contextmanager
 def work_directory(output: Path, *, restart: bool = False) -> Iterator[WorkDirectory]:
-    """The locked work directory of `output`, removed at the end if that is a success.
+    """Lock the work directory of `output`; remove it at the end if that is a success.
 
     It is kept when the run is interrupted or the disk refuses; an error that the same arguments
     would only meet again removes it. `restart` drops what is there.
 
     Raises:
-        OutputError: it cannot be written, another process is at work in it, or what has its name
-            is not ours.
+        OutputError: it cannot be written, another process works in it, or something else has its
+            name.
         KeyboardInterrupt: with the sentence that says how to go on.
     """
     work = WorkDirectory(output)
@@ -153,12 +155,12 @@ def work_directory(output: Path, *, restart: bool = False) -> Iterator[WorkDirec
                 work.remove()
                 raise
             work.tidy()
-            kept = work.kept
-            if not kept:
+            continues = work.kept
+            if not continues:
                 work.remove()
             if isinstance(error, KeyboardInterrupt):
                 how = f"{work.path} keeps what is finished: start it again to continue."
-                raise KeyboardInterrupt(how if kept else "nothing is kept.") from error
+                raise KeyboardInterrupt(how if continues else "nothing is kept.") from error
             raise
         work.remove()
 
@@ -198,14 +200,15 @@ def _acquire(folder: Path) -> int | None:
     """
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        if not lock_descriptor(descriptor, blocking=False):
+            raise OutputError(
+                f"another process is writing {folder}: wait for it, or choose another output."
+            )
+        if _same(descriptor, folder / LOCK_FILE):
+            return descriptor
+    except BaseException:
         os.close(descriptor)
-        raise OutputError(
-            f"another process is writing {folder}: wait for it, or choose another output."
-        ) from error
-    if _same(descriptor, folder / LOCK_FILE):
-        return descriptor
+        raise
     os.close(descriptor)
     return None
 
@@ -255,18 +258,18 @@ def _is_ours(path: Path) -> bool:
 
 
 def _same(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`."""
+    """Return whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _difference(name: str, kept: str, value: str) -> str:
-    """ "lmbda 1e-09 instead of 2e-09"; checksums and long lists are not worth reading."""
-    if name.startswith("the ") or max(len(kept), len(value)) > READABLE:
+def _difference(name: str, recorded: str, value: str) -> str:
+    """Return "lmbda 1e-09 instead of 2e-09", without checksums and long lists."""
+    if name.startswith("the ") or max(len(recorded), len(value)) > READABLE:
         return f"another {name.removeprefix('the ')}"
-    return f"{name} {kept} instead of {value}"
+    return f"{name} {recorded} instead of {value}"
 
 
 def _remove(path: Path) -> None:

@@ -1,6 +1,5 @@
 """Collects coded and plain tensors and turns them into a finished directory, or into nothing."""
 
-import hashlib
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,21 +9,17 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.container.header import Entry, Manifest, Part
-from cerwu_gpu.container.output import TEMPORARY, new_directory, put_in_place, written
-from cerwu_gpu.container.shard import tensor_bytes, write_shard
+from cerwu_gpu.container.output import new_directory, put_in_place
+from cerwu_gpu.container.shard import write_shard
+from cerwu_gpu.files import TEMPORARY, checksum, dtype_name, written
 from cerwu_gpu.spec import INDEX_FILE, SINGLE_FILE
 
 SHARD_BYTES = 5_000_000_000
-"""Files are cut at this size, as on the Hub."""
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
+"""Maximum bytes of a file's tensors, as on the Hub."""
 
 
 class DirectoryWriter:
-    """A compressed directory in the making: it appears under its name when it is complete.
+    """An unfinished compressed directory: it appears under its name when it is complete.
 
     Used as a context manager; leaving it by an exception removes everything written so far.
 
@@ -42,7 +37,7 @@ class DirectoryWriter:
         shard_bytes: int = SHARD_BYTES,
         inside: Path | None = None,
     ) -> None:
-        """`inside`: where it lies until it is complete, on the same disk; default: beside it."""
+        """Make the hidden directory, in `inside` (on the same disk) or beside the output."""
         self.output = output
         self.generator = generator
         self.shard_bytes = shard_bytes
@@ -70,7 +65,7 @@ class DirectoryWriter:
 
     def add_plain(self, name: str, tensor: Tensor) -> None:
         """Store a tensor as it is."""
-        self._plain[name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        self._plain[name] = checksum(tensor)
         self._add({name: tensor.detach().to("cpu")})
 
     def add_compressed(
@@ -85,16 +80,13 @@ class DirectoryWriter:
         side: Tensor,
     ) -> None:
         """Store a compressed weight: `words` uint32 and `side` uint8 of all its parts."""
-        words_sha256, side_sha256 = (
-            hashlib.sha256(tensor_bytes(tensor)).hexdigest() for tensor in (words, side)
-        )
         self._compressed[name] = Entry(
-            tuple(shape), dtype_name(dtype), transposed, parts, words_sha256, side_sha256
+            tuple(shape), dtype_name(dtype), transposed, parts, checksum(words), checksum(side)
         )
         self._add({f"{name}.words": words, f"{name}.side": side})
 
     def complete(self) -> None:
-        """Write what is left and the index; the directory is then whole, under its hidden name."""
+        """Write the remaining tensors and the index: the directory is whole, but still hidden."""
         self._flush()
         count = len(self._shards)
         weight_map = {}

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cerwu_gpu.container.output import written
 from cerwu_gpu.errors import OutputError, reason
+from cerwu_gpu.files import dtype_name, written
 from cerwu_gpu.hf.models import TOKENIZER_FILES
 from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
 
@@ -35,7 +35,7 @@ def write_config(model: PreTrainedModel, folder: Path) -> None:
     content: dict[str, Any] = _without_paths(model.config.to_dict())
     content["quantization_config"] = {"quant_method": QUANT_METHOD, "format": FORMAT_VERSION}
     content["architectures"] = [type(model).__name__]
-    content["dtype"] = str(model.dtype).removeprefix("torch.")  # it may have been cast
+    content["dtype"] = dtype_name(model.dtype)  # it may have been cast
     text = json.dumps(content, indent=2, sort_keys=True, default=str)
     with written(folder):
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ from cerwu_gpu.compression.blocks import Blocks
 from cerwu_gpu.config import Batches, CompressionConfig, MaxPerplexityIncrease
 from cerwu_gpu.container.reader import CompressedDirectory
 from cerwu_gpu.errors import CalibrationError, ConfigError, FormatError
+from cerwu_gpu.files import dtype_name
 from cerwu_gpu.models.norms import FollowingNorms, following_norms, norms_follow
 from cerwu_gpu.models.selection import require_finite, require_values, select_in_module
 from cerwu_gpu.progress import note
@@ -261,5 +262,5 @@ def fill(
 
 
 def _described(tensor: Tensor) -> str:
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = dtype_name(tensor.dtype)
     return f"{dtype} {list(tensor.shape)}"

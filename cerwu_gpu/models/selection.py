@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from cerwu_gpu.container.header import DTYPES
 from cerwu_gpu.errors import ConfigError, ModelError
+from cerwu_gpu.files import dtype_name
 from cerwu_gpu.layout import WeightLayout
 
 LEAST_WEIGHTS = 128
@@ -239,7 +240,7 @@ def _module_weights(module: nn.Module) -> tuple[dict[str, WeightLayout], dict[st
         name = names.get(id(parameter))
         if name is None:
             continue  # computed from other parameters, as by torch.nn.utils.parametrize
-        if str(parameter.dtype).removeprefix("torch.") not in DTYPES:
+        if dtype_name(parameter.dtype) not in DTYPES:
             left[name] = f"its dtype is {parameter.dtype}"
         elif parameter.numel() == 0:
             left[name] = "it has no elements"

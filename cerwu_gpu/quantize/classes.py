@@ -1,4 +1,4 @@
-"""Classes of rows and columns by their spread, which tell a symbol's table.
+"""Classes of rows and columns by their spread, which choose a symbol's table.
 
 The spread of x_ij = W_ij / (t_i step_j) differs between rows and columns. With r_i and c_j the root
 mean squares of rows and columns, the symbol at (i, j) is coded with table number a_i + b_j, where
@@ -21,7 +21,7 @@ COARSER_OCTAVES = (0.5, 1.0)
 SMALL = 1 << 17
 """Weights of a matrix whose classes are chosen by their cost; beyond, they are cheap."""
 MAX_TABLES = 48
-"""Rows and columns beyond this many classes share the outermost ones."""
+"""Maximum number of classes, about: rare extremes share the outermost ones."""
 LARGEST_COUNTED = 63
 """Magnitude from which on integers are counted together to compare classes."""
 
@@ -36,13 +36,13 @@ class Classes:
 
     @staticmethod
     def single(rows: int, columns: int, *, device: torch.device) -> "Classes":
-        """One table for the whole matrix."""
+        """Return one class for all rows and columns."""
         zero = torch.zeros(max(rows, columns), dtype=torch.int64, device=device)
         return Classes(zero[:rows], zero[:columns], 1)
 
 
 def choose_classes(x: Tensor, *, matrices: int = 1, quantizers: int = 1) -> Classes:
-    """The classes of x [m, n] float32 (index space); of small matrices those that cost least.
+    """Return classes of x [m, n] float32 (index space); of small matrices those that cost least.
 
     Args:
         x: a stack of `matrices` matrices, one below the other.
@@ -54,7 +54,7 @@ def choose_classes(x: Tensor, *, matrices: int = 1, quantizers: int = 1) -> Clas
     magnitude = x.abs().round().clamp_max(LARGEST_COUNTED).to(torch.int64)
 
     def cost(classes: Classes) -> float:
-        """Bits of the rounded symbols, of the tables and of the classes themselves."""
+        """Return the bits of the rounded symbols, of the tables and of the classes themselves."""
         size = int(magnitude.max()) + 1
         table = classes.row[:, None] + classes.column
         flat = (table * size + magnitude).flatten()
@@ -66,7 +66,7 @@ def choose_classes(x: Tensor, *, matrices: int = 1, quantizers: int = 1) -> Clas
 
 
 def _candidates(x: Tensor, fine: Classes) -> Iterator[Classes]:
-    """Classes of several widths, each of rows and columns, of rows alone and of columns alone."""
+    """Yield classes of several widths, of rows and columns, of rows alone and of columns alone."""
     yield Classes.single(*x.shape, device=x.device)
     for both in (fine, *(classify(x, octaves) for octaves in COARSER_OCTAVES)):
         yield both
@@ -75,7 +75,7 @@ def _candidates(x: Tensor, fine: Classes) -> Iterator[Classes]:
 
 
 def classify(x: Tensor, octaves: float = CLASS_OCTAVES) -> Classes:
-    """Classes from the spread of x [m, n] float32, the weights in units of their steps."""
+    """Return classes by the spread of x [m, n] float32, the weights in units of their steps."""
     square = x.square()
     column = square.mean(dim=0)
     floor = column[column > 0].min() if bool((column > 0).any()) else column.new_ones(())
@@ -88,7 +88,7 @@ def classify(x: Tensor, octaves: float = CLASS_OCTAVES) -> Classes:
 
 
 def _log_units(square: Tensor, octaves: float) -> Tensor:
-    """Rounded log2 of the root of `square`, from 0; rare extremes are drawn in."""
+    """Return the rounded log2 of the root of `square`, from 0; rare extremes are drawn in."""
     unit = (square.to(torch.float64).log2() / (2 * octaves)).round().to(torch.int64)
     middle = int(unit.median())
     half = MAX_TABLES // 4
@@ -97,7 +97,7 @@ def _log_units(square: Tensor, octaves: float) -> Tensor:
 
 
 def _entropy_bits(classes: Tensor) -> float:
-    """Bits of the classes [k] under their own frequencies."""
+    """Return the bits of the classes [k] under their own frequencies."""
     counts = torch.bincount(classes).to(torch.float64)
     nats = torch.special.xlogy(counts, len(classes) / counts.clamp_min(1)).sum()
     return float(nats) / math.log(2)

@@ -16,17 +16,17 @@ from cerwu_gpu.config import Uniform, Values
 from cerwu_gpu.steps import covering_code, step_codes, step_values
 
 COARSE_STEPS = 904.0
-"""A step code shared by k weights is a multiple of this over sqrt(k), by a power of two (below)."""
+"""Resolution of a step code of one weight; of k weights it is finer by sqrt(k) (`step_unit`)."""
 KAPPA = {0: 0.065, 4: 0.16, 8: 0.17}
 """lmbda C_jj^2 / step_j^2 by number of trellis states; ln2/12 in the limit of high rate."""
 
 FINEST = 2.0**-22
-"""A step in units of its column's largest weight: below, integers leave float32's exact range."""
+"""Minimum step in units of its column's largest weight: float32 is exact for its integers."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where symbols sit.
+    """The levels that symbols stand for.
 
     Attributes:
         column_step: [n] or [1] int16 step codes.
@@ -42,15 +42,15 @@ class Grid:
     levels: Tensor | None = None
 
     def steps(self, columns: int) -> Tensor:
-        """step_j [n] float32."""
+        """Return step_j [n] float32."""
         return step_values(self.column_step).expand(columns)
 
     def scales(self, rows: int) -> Tensor:
-        """t_i [m] float32."""
+        """Return t_i [m] float32."""
         return step_values(self.row_scale).expand(rows)
 
     def values(self) -> Tensor:
-        """[K] float32, every level of a given grid."""
+        """Return all levels [K] float32 of a given grid."""
         if self.levels is not None:
             return self.levels
         assert self.lowest is not None and self.highest is not None
@@ -66,7 +66,7 @@ def waterfilled(
     states: int,
     matrices: int = 1,
 ) -> Grid:
-    """Steps from the diagonal of C [n] and row scales from alpha [m]; lmbda > 0.
+    """Return steps from the diagonal of C [n] and row scales from alpha [m]; lmbda > 0.
 
     No step is finer than FINEST of the largest weight of its column of W [m, n], a stack of so
     many `matrices`.
@@ -79,7 +79,7 @@ def waterfilled(
 
 
 def step_unit(weights: int) -> int:
-    r"""The resolution of a step code that serves so many weights, a power of two.
+    r"""Return the resolution of a step code that serves `weights` weights, a power of two.
 
     A step off by eps nats costs eps^2 / ln 2 bits for each weight; codes that are multiples of u
     are off by up to u / 512 octaves, ln2 (u / 256)^2 / 12 bits on average. They save log2 u bits
@@ -108,14 +108,14 @@ def scaled(weight: Tensor, given: Uniform | Values) -> Grid:
 
 
 def _codes(sizes: Tensor) -> Tensor:
-    """int16 codes of steps that are at least `sizes`, so that abs-max stays inside the grid."""
+    """Return int16 codes of steps >= `sizes`, so that the abs-max stays inside the grid."""
     return torch.tensor(
         [covering_code(size) for size in sizes.tolist()], dtype=torch.int16, device=sizes.device
     )
 
 
 def nearest(x: Tensor, grid: Grid) -> Tensor:
-    """The nearest level of the grid to each x [m, n] (index space): [m, n] int32."""
+    """Return the level of the grid nearest to each x [m, n] (index space): [m, n] int32."""
     if grid.levels is not None:
         middle = (grid.levels[1:] + grid.levels[:-1]) / 2
         return torch.bucketize(x, middle, out_int32=True)

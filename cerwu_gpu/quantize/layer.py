@@ -31,15 +31,15 @@ NARROW_COLUMNS = 4096
 
 @dataclass(frozen=True)
 class QuantizedStack:
-    """The matrices of a stack and what happened on the way.
+    """The quantized matrices of a stack, and their losses.
 
     Attributes:
         matrices: in the order given.
         relative_losses: tr((W-Q) H (W-Q)^T) / tr(W H W^T) of each, with the undamped H.
-        damping: what the factorisation needed.
-        find_limits: what finds the fewest bits per weight for the loss of each, weighted by the
-            sensitivities (limit.py); None where it was not asked for, or the loss is 0. It takes
-            the eigenvalues of a matrix [n, n].
+        damping: the damping that the factorisation needed.
+        find_limits: functions that return the fewest bits per weight for each matrix's loss,
+            weighted by the sensitivities (limit.py), from the eigenvalues of a matrix [n, n]; None
+            where no limit was asked for, or the loss is 0.
     """
 
     matrices: tuple[QuantizedMatrix, ...]
@@ -49,7 +49,7 @@ class QuantizedStack:
 
     @property
     def limits(self) -> tuple[float | None, ...]:
-        """Each matrix's limit."""
+        """Fewest bits per weight for the loss of each matrix."""
         with one_thread():
             return tuple(find() for find in self.find_limits)
 
@@ -66,8 +66,8 @@ def quantize_stack(
         weights: the matrices; all have n columns.
         hessian: [n, n], undamped.
         config: method, grid, rate and trade-off.
-        sensitivities: alpha [m_k] float32 > 0 of each matrix, what a unit of squared error costs
-            in each row; None: 1 everywhere.
+        sensitivities: alpha [m_k] float32 > 0 of each matrix, the cost of a unit of squared
+            error in each row; None: 1 everywhere.
 
     Raises:
         FactorizationError: the Hessian cannot be factored.
@@ -130,11 +130,11 @@ def _limit(weight: Tensor, hessian: Tensor, alpha: Tensor, loss: float) -> float
 
 
 def _no_limit() -> None:
-    """Return that no limit was asked for."""
+    """Return None: no limit was asked for."""
 
 
 def relative_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """tr((W-Q) H (W-Q)^T) / tr(W H W^T); 0 where W has no effect and Q is equal to it."""
+    """Return tr((W-Q) H (W-Q)^T) / tr(W H W^T); 0 where W has no effect and Q equals it."""
     error = float(quadratic_error(weight - quantized, hessian).sum())
     return _share(error, float(quadratic_error(weight, hessian).sum()))
 

@@ -36,7 +36,7 @@ class Limit:
 
     @staticmethod
     def of(weight: Tensor, hessian: Tensor) -> "Limit":
-        """From W [m, n] and the undamped H [n, n]; its memory is that of a few rows of H."""
+        """Return the limit for W [m, n] and the undamped H [n, n]; it keeps two vectors, not H."""
         row, column = (
             torch.linalg.vector_norm(weight, dim=d, dtype=torch.float64).square() / weight.shape[d]
             for d in (1, 0)
@@ -48,11 +48,11 @@ class Limit:
 
     @property
     def total(self) -> float:
-        """The loss at 0 bits."""
+        """Loss at 0 bits."""
         return float(self.rho.sum() * self.mu.sum())
 
     def bits(self, loss: float) -> float:
-        """Fewest bits per weight at which tr((W - Q) H (W - Q)^T) can be `loss`; inf at 0."""
+        """Return the fewest bits per weight for `loss` = tr((W - Q) H (W - Q)^T); inf at 0."""
         if loss >= self.total:
             return 0.0
         if loss <= 0:
@@ -62,15 +62,15 @@ class Limit:
         return self._bits_at(self._bisect(lambda t: self._loss_at(t) < loss, lowest))
 
     def loss(self, bits: float) -> float:
-        """Least tr((W - Q) H (W - Q)^T) at `bits` per weight."""
+        """Return the least tr((W - Q) H (W - Q)^T) at `bits` per weight."""
         return self.total if bits <= 0 else self._loss_at(self._log_level(bits))
 
     def level(self, bits: float) -> float:
-        """theta at `bits` per weight; the largest rho_i mu_k at 0."""
+        """Return theta at `bits` per weight; the largest rho_i mu_k at 0."""
         return float(2.0 ** self._log_level(bits))
 
     def slope(self, level: float) -> float:
-        """d(bits) / d(log2 theta) <= 0: minus half the share of weights above the water."""
+        """Return d(bits) / d(log2 theta) <= 0: minus half the share of weights above the water."""
         return -float(self._above(level).sum()) / (2 * self.weights)
 
     def _log_level(self, bits: float) -> float:
@@ -83,7 +83,7 @@ class Limit:
         return self._bisect(lambda t: self._bits_at(t) > bits, lowest)
 
     def _bisect(self, below: Callable[[float], bool], low: float) -> float:
-        """log2 theta at which `below` turns false, from `low` to the largest component."""
+        """Return log2 theta, from `low` to the largest component, at which `below` turns false."""
         high = math.log2(float(self.rho[-1])) + math.log2(float(self.mu.max()))
         for _ in range(HALVINGS):
             middle = (low + high) / 2
@@ -91,7 +91,7 @@ class Limit:
         return high
 
     def _above(self, level: float) -> Tensor:
-        """How many rows are above the water in each direction: [<= n] int64."""
+        """Return the number of rows above the water in each direction: [<= n] int64."""
         return len(self.rho) - torch.searchsorted(self.rho, level / self.mu)
 
     def _loss_at(self, log_level: float) -> float:
@@ -109,5 +109,5 @@ class Limit:
 
 
 def limit_bits(weight: Tensor, hessian: Tensor, loss: float) -> float:
-    """Fewest bits per weight at which tr((W - Q) H (W - Q)^T) can be `loss`."""
+    """Return the fewest bits per weight at which tr((W - Q) H (W - Q)^T) can be `loss`."""
     return Limit.of(weight, hessian).bits(loss)

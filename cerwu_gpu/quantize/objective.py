@@ -18,23 +18,23 @@ from cerwu_gpu.errors import CalibrationError, FactorizationError, ModelError
 from cerwu_gpu.threads import one_thread
 
 DRIFT_SHARE = 0.25
-"""Of the correction: the regression fits its tokens better than others, layer after layer."""
+"""Share of the correction that is made: the regression overfits its tokens, layer after layer."""
 DRIFT_DAMPING = 0.01
-"""Of the mean diagonal entry, added to H_hat before the regression solves with it."""
+"""Share of the mean diagonal entry that is added to H_hat before the regression solves with it."""
 MODERATE = (2.0**-24, 2.0**24)
-"""Largest entries of W and H whose products and their sums are well inside of float32's range."""
+"""Range of largest entries of W and H whose products and sums stay well within float32."""
 TRIANGLE = 192
 """Columns up to which a triangular matrix is inverted by LAPACK at once."""
 DAMPING_LIMIT = 1.0
-"""More damping than this multiple of the diagonal is refused: little of H would be left."""
+"""Maximum damping, as a multiple of the diagonal: beyond, little of H would be left."""
 
 
 def check_finite(weight: Tensor, hessian: Tensor, sensitivities: Sequence[Tensor]) -> None:
-    """Refuse what no objective can be made of.
+    """Refuse inputs of which no objective can be made.
 
     Raises:
         ModelError: a weight is NaN or infinite.
-        CalibrationError: so is an entry of the Hessian, or a sensitivity, which also must be > 0.
+        CalibrationError: an entry of the Hessian is, or a sensitivity is not finite and > 0.
     """
     if not _finite(weight):
         raise ModelError("it has weights that are NaN or infinite: mend them, or exclude it.")
@@ -48,12 +48,12 @@ def check_finite(weight: Tensor, hessian: Tensor, sensitivities: Sequence[Tensor
 
 
 def _finite(x: Tensor) -> bool:
-    """Whether no entry is NaN, which a minimum passes on, or infinite."""
+    """Return whether no entry is NaN, which a minimum passes on, or infinite."""
     return x.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(x))
 
 
 def damp(hessian: Tensor, damping: float, by: DampingBy) -> Tensor:
-    """H [n, n] in float64 with inputs never active at H_jj = 1 and the diagonal raised.
+    """Return H [n, n] in float64, the diagonal raised, and 1 on it for inputs never active.
 
     The diagonal grows by `damping` times its median (or mean) over the active inputs; a few
     outlier inputs dictate the mean.
@@ -73,7 +73,7 @@ def damp(hessian: Tensor, damping: float, by: DampingBy) -> Tensor:
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """C [n, n] float64, upper triangular, with H^-1 = C^T C; H is float64 and positive definite.
+    """Return C [n, n] float64, upper triangular, H^-1 = C^T C, of a positive definite H (float64).
 
     With R the upper factor of H = R R^T, C = R^-1: no inverse of H is ever formed.
 
@@ -104,7 +104,7 @@ def inverse_upper(upper: Tensor) -> Tensor:
 
 
 def upper_factor(hessian: Tensor) -> Tensor:
-    """R [n, n] float64, upper triangular, with H = R R^T: a Cholesky factor of H read backwards.
+    """Return R [n, n] float64, upper triangular, H = R R^T: Cholesky's factor of H read backwards.
 
     Raises:
         FactorizationError: H is not numerically positive definite.
@@ -142,7 +142,7 @@ def factor_with_damping(
 
 
 def complete_square(weight: Tensor, hessian: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
-    """W' [m, n] float32 and C' [n, n] float64 for H' = H + diag(penalty).
+    """Return W' [m, n] float32 and C' [n, n] float64 for H' = H + diag(penalty).
 
     Args:
         weight: W [m, n] float32.
@@ -160,8 +160,7 @@ def complete_square(weight: Tensor, hessian: Tensor, penalty: Tensor) -> tuple[T
 
 
 def drift_target(weight: Tensor, *, hessian: Tensor, cross: Tensor) -> Tensor:
-    r"""Return what to quantize so that the compressed model's own inputs give the original's
-    outputs.
+    r"""Return weights to quantize that map the compressed model's inputs to the original outputs.
 
     |W X - Q X_hat|^2 is, up to a constant, |(W_hat - Q) X_hat|^2 with
     W_hat = W G H_hat^-1 = W + W (G - H_hat) H_hat^-1. The inverse is damped by DRIFT_DAMPING, and
@@ -193,14 +192,14 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def normalised_factor(factor: Tensor, step: Tensor) -> Tensor:
-    """V_jk = (step_j / step_k) C_jk / C_jj [n, n] float32: unit diagonal, upper triangular."""
+    """Return V_jk = (step_j / step_k) C_jk / C_jj [n, n] float32, unit upper triangular."""
     scale = step.to(factor.dtype)
     ratio = factor / factor.diagonal()[:, None]
     return (ratio * scale[:, None] / scale[None, :]).to(torch.float32)
 
 
 def quadratic_error(difference: Tensor, hessian: Tensor) -> Tensor:
-    """D H D^T summed per row: [m] float64, from D [m, n] and the undamped H [n, n], both finite.
+    """Return D H D^T of each row, [m] float64, of D [m, n] and the undamped H [n, n], both finite.
 
     The products are float32; powers of two in front of them keep all of them in its range.
     """
@@ -230,7 +229,7 @@ class OutputLoss:
 
     @staticmethod
     def of(weight: Tensor, hessian: Tensor) -> "OutputLoss":
-        """From W [m, n] and H [n, n], both finite."""
+        """Return the loss for W [m, n] and H [n, n], both finite."""
         unit, scale = _moderate(weight), _moderate(hessian)
         narrow = weight / unit if unit != 1 else weight
         form = (hessian / scale if scale != 1 else hessian).to(torch.float32)
@@ -260,6 +259,6 @@ def _moderate(x: Tensor) -> float:
 
 
 def _power_of_two(x: Tensor) -> float:
-    """The largest one that is at most max |x|, of those with an inverse in float32; 1 for zeros."""
+    """Return the largest power of two <= max |x| whose inverse is in float32; 1 for zeros."""
     size = float(x.abs().max())
     return 2.0 ** max(math.frexp(size)[1] - 1, -126) if size > 0 else 1.0

@@ -15,9 +15,9 @@ from cerwu_gpu.block_problem import BlockProblem
 from cerwu_gpu.threads import run
 
 LOOKAHEAD = 32
-"""Columns beyond the ones decided that a trellis path is judged by; more brings nothing."""
+"""Columns beyond the decided ones that a trellis path is judged by; more brings nothing."""
 CHUNK_ROWS = {"numba": 256, "torch": 2048, "triton": 8192}
-"""Rows in work at a time, by form: few where workers share them, many where each call costs time,
+"""Rows at a time, by form: few where workers share them, many where each call costs time,
 as many as the survivors of a trellis leave memory for on a GPU. Fixed, so that results do not
 depend on the number of workers."""
 
@@ -33,7 +33,7 @@ def trellis_pass(problem: BlockProblem, *, block_size: int, states: int) -> Tens
 
 
 def _by_rows(solve: Callable[[BlockProblem, Tensor], None], problem: BlockProblem) -> Tensor:
-    """Return what `solve` writes for the rows of each chunk."""
+    """Return the symbols [m, n] that `solve` writes chunk by chunk."""
     device = problem.x.device
     symbols = torch.empty(problem.x.shape, dtype=torch.int32, device=device)
     step = CHUNK_ROWS[backend.form(device)]

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cerwu_gpu import backend
 from cerwu_gpu.block_problem import Alphabet, BlockProblem
 from cerwu_gpu.config import CompressionConfig, Waterfilled
 from cerwu_gpu.errors import ConfigError
@@ -18,19 +19,20 @@ from cerwu_gpu.quantize.passes import scalar_pass, trellis_pass
 from cerwu_gpu.quantize.rate_models import model_bits
 from cerwu_gpu.quantize.symbols import symbol_range
 
-SAMPLED_ROWS = 512
-"""Passes before the last see about this many rows of a stack: enough to estimate its tables."""
-LEVEL_LIMIT = 1 << 24
-"""Integers stay below this magnitude: float32, in which they are searched, is exact up to it."""
+PASS_SAMPLE_ROWS = 512
+"""Rows of a stack, about, in passes before the last: enough to estimate its tables."""
+EXACT_LIMIT = 1 << 24
+"""Magnitude below which integers are searched: float32 is exact up to it."""
 PENALTY_LIMIT = 1e4
-"""Of a column's 1 / C_jj^2: a larger quadratic rate cancels against the error in float32. Weights
-that have it are 0 anyway: their root mean square is below 0.003 waterfilled steps."""
+"""Maximum share of a column's 1 / C_jj^2 that the quadratic rate may be: a larger one cancels
+against the error in float32. Weights that would have it are 0 anyway: their root mean square is
+below 0.003 waterfilled steps."""
 PRICE_LIMIT = 1e30
-"""Of a bit, where nothing but bits counts any more: products with it stay within float32."""
+"""Maximum price of a bit: beyond, only bits count anyway, and products would leave float32."""
 SCALE_LIMIT = 1e15
-"""Largest omega_j, and one over the smallest largest one; x^2 < 2^48 in float32 comes on top."""
+"""Range of the largest omega_j, from its inverse on: x^2 < 2^48 in float32 comes on top."""
 EXHAUSTIVE_LEVELS = 65
-"""Bounded alphabets up to this size are scanned whole, larger ones near the target."""
+"""Maximum size of a bounded alphabet that is scanned whole; larger ones near the target."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Problem:
     Attributes:
         x: [m, n] float32, the weights in index space; `factor` is V [n, n] float32.
         lmbda, importance, curvature: [m], [n] and [n] float32, as in `BlockProblem`.
-        grid, classes: where symbols sit, and which table each of them has.
+        grid, classes: the levels of symbols, and the table of each of them.
         bounds: row ranges of the matrices in the stack.
     """
 
@@ -63,11 +65,11 @@ class Problem:
         bounds: list[int],
         config: CompressionConfig,
     ) -> "Problem":
-        """Steps, completed square and classes of a stack.
+        """Choose steps and classes of a stack, and complete the square.
 
         Args:
             weight: W [m, n] float32.
-            sensitivity: alpha [m] float32 > 0, what a unit of squared error costs in each row.
+            sensitivity: alpha [m] float32 > 0, the cost of a unit of squared error in each row.
             damped: H [n, n] float64, damped; `upper` its factor R [n, n] float64, H = R R^T.
             bounds: row ranges of the matrices in the stack.
             config: method, grid and trade-off.
@@ -110,7 +112,7 @@ class Problem:
         )
 
     def solve(self) -> Tensor:
-        """Symbols [m, n] int32 after all passes."""
+        """Return the symbols [m, n] int32 after all passes."""
         sampled = self._sampled()
         alphabet = sampled._first_alphabet()
         for _ in range(self.config.objective.passes - 1):
@@ -118,33 +120,35 @@ class Problem:
         return self._pass(alphabet)
 
     def _sampled(self) -> "Problem":
-        """The same problem for every k-th row, k such that about SAMPLED_ROWS rows are left."""
+        """Return the problem of every k-th row, about PASS_SAMPLE_ROWS of them."""
         rows = len(self.x)
-        every = max(1, rows // SAMPLED_ROWS)
-        if every == 1:
+        stride = max(1, rows // PASS_SAMPLE_ROWS)
+        if stride == 1:
             return self
-        keep = torch.arange(0, rows, every, device=self.x.device)
-        bounds = [math.ceil(b / every) for b in self.bounds]
-        classes = Classes(self.classes.row[keep], self.classes.column, self.classes.count)
-        return replace(self, x=self.x[keep], classes=classes, lmbda=self.lmbda[keep], bounds=bounds)
+        sample = torch.arange(0, rows, stride, device=self.x.device)
+        bounds = [math.ceil(b / stride) for b in self.bounds]
+        classes = Classes(self.classes.row[sample], self.classes.column, self.classes.count)
+        return replace(
+            self, x=self.x[sample], classes=classes, lmbda=self.lmbda[sample], bounds=bounds
+        )
 
     @property
     def _states(self) -> int:
         return self.config.states
 
     def _first_alphabet(self) -> Alphabet:
-        """Tables before any pass: of plain rounding, in each quantizer of a trellis."""
+        """Return tables before any pass: of plain rounding, in each quantizer of a trellis."""
         if self.config.rate_model != "histogram":
             return self._modelled(self.x)
         if not self._states:
             return self._tables(nearest(self.x, self.grid))
         magnitude, sign = self.x.abs(), torch.sign(self.x)
-        even = (magnitude / 2).round() * sign
-        odd = torch.where(magnitude < 0.5, 0.0, ((magnitude + 1) / 2).round()) * sign
-        return self._tables(even.to(torch.int32), odd.to(torch.int32))
+        first = (magnitude / 2).round() * sign
+        second = torch.where(magnitude < 0.5, 0.0, ((magnitude + 1) / 2).round()) * sign
+        return self._tables(first.to(torch.int32), second.to(torch.int32))
 
     def _modelled(self, values: Tensor) -> Alphabet:
-        """A table for each matrix of the stack by the rate model, on a given grid."""
+        """Return a table for each matrix of the stack by the rate model, on a given grid."""
         levels = self.grid.values()
         rates = [
             model_bits(self.config.rate_model, levels, values[first:last])
@@ -153,36 +157,39 @@ class Problem:
         return Alphabet(torch.stack(rates), self.grid.lowest or 0, False, self.grid.levels)
 
     def _alphabet(self, seen: Tensor) -> Alphabet:
-        """Tables of the symbols of a pass."""
+        """Return tables for the symbols of a pass."""
         if self.config.rate_model != "histogram":
             return self._modelled(self.grid.values()[seen - (self.grid.lowest or 0)])
         return self._tables(seen)
 
-    def _tables(self, symbols: Tensor, odd: Tensor | None = None) -> Alphabet:
-        """One alphabet for the stack, and tables of each of its matrices, one below the other.
+    def _tables(self, symbols: Tensor, second_symbols: Tensor | None = None) -> Alphabet:
+        """Return one alphabet for the stack, with tables of its matrices one below the other.
 
         Args:
             symbols: [m, n] int32, the result of a pass.
-            odd: [m, n] int32; before any pass under a trellis `symbols` are those that the first
-                quantizer alone would give, and these those of the second.
+            second_symbols: [m, n] int32, those that the second quantizer of a trellis would give
+                before any pass; `symbols` are then those of the first.
         """
         classes, states = self.classes, self._states
-        seen = symbols if odd is None else torch.cat([symbols, odd])
+        seen = symbols if second_symbols is None else torch.cat([symbols, second_symbols])
         span = symbol_range(seen, self.grid, classes.count * (2 if states else 1), states)
 
-        def counted(symbols: Tensor, rows: slice, states: int) -> Tensor:
+        def counted(symbols: Tensor, second: Tensor | None, rows: slice) -> Tensor:
             row, column = classes.row[rows], classes.column
-            return span.counts(symbols[rows], row, column, classes.count, states)
+            return span.counts(symbols, second, row, column, classes.count)
 
         parts = []
         for first, last in pairwise(self.bounds):
             rows = slice(first, last)
-            if odd is None:
-                counts = counted(symbols, rows, states)
+            if second_symbols is None:
+                second = backend.trellis_quantizers(symbols[rows], states) if states else None
+                counts = counted(symbols[rows], second, rows)
             else:
-                both = [counted(each, rows, 0) for each in (symbols, odd)]
+                both = [
+                    counted(integers[rows], None, rows) for integers in (symbols, second_symbols)
+                ]
                 counts = torch.stack(both, dim=1).flatten(0, 1)
-            table_codes = rate.codes(counts, span.mirrored, 2 if self._states else 1)
+            table_codes = rate.codes(counts, span.paired, 2 if states else 1)
             parts.append(rate.rates(table_codes))
         rates = torch.cat(parts)
         if span.escapes:
@@ -218,26 +225,26 @@ class Problem:
 
 
 def _common_scale(importance: Tensor) -> float:
-    """What to divide all costs by, which changes no decision, so that they stay within float32."""
+    """Return a divisor of all costs, which changes no decision, that keeps them within float32."""
     size = float(importance.max())
     return 1.0 if 1 / SCALE_LIMIT < size < SCALE_LIMIT else 2.0 ** round(math.log2(size))
 
 
 def _check_integers(x: Tensor, config: CompressionConfig) -> None:
-    """Refuse integers, or what they are rounded from, beyond LEVEL_LIMIT; NaN is beyond it, too.
+    """Refuse integers, or values to be rounded to them, beyond EXACT_LIMIT; NaN counts as beyond.
 
     Raises:
         ConfigError: there are such.
     """
     low, high = (float(end) for end in torch.aminmax(x))  # |-2^31| has no int32
-    if not -LEVEL_LIMIT < low <= high < LEVEL_LIMIT:
+    if not -EXACT_LIMIT < low <= high < EXACT_LIMIT:
         raise ConfigError(
             f"lmbda {config.lmbda:g} takes its integers past 2**24: raise it, or the damping."
         )
 
 
 def _chosen_classes(x: Tensor, bounds: list[int], config: CompressionConfig) -> Classes:
-    """One class on a given grid, else the ones that suit x."""
+    """Return one class on a given grid, else classes that suit x."""
     if config.bounded:
         return Classes.single(*x.shape, device=x.device)
     quantizers = 2 if config.states else 1
@@ -245,7 +252,7 @@ def _chosen_classes(x: Tensor, bounds: list[int], config: CompressionConfig) -> 
 
 
 def _gaussian_curvature(weight: Tensor, *, per_column: bool) -> Tensor:
-    """gamma_j = 1 / (variance ln 2) [n] float64, of each column or of the whole matrix."""
+    """Return gamma_j = 1 / (variance ln 2) [n] float64, of each column or of the whole matrix."""
     norms: Tensor = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float64)
     square = norms.square() / len(weight)
     total = square.mean()

@@ -1,4 +1,4 @@
-r"""What the search takes a level to cost: one table of bits, frozen for a pass.
+r"""Rate models of the search: one table of bits per level, frozen for a pass.
 
 - histogram: -log2 of the share that the level had in the pass before (the default; its tables are
   the coder's own, by class: quantize/rate.py);
@@ -18,20 +18,20 @@ from torch import Tensor
 from cerwu_gpu.config import RateModel
 
 LEAST_PROBABILITY = 1e-300
-"""Of an interval; keeps the bits of far levels finite, as 0 times infinity is no cost."""
+"""Minimum probability of an interval: keeps the bits of far levels finite, as lmbda may be 0."""
 
 
 def histogram_bits(index: Tensor, size: int, added: float) -> Tensor:
-    """-log2 of the histogram of `index` (int64, any shape) over `size` levels: [size] float64.
+    """Return -log2 of the shares of `size` levels in `index` (int64, any shape): [size] float64.
 
-    `added` > 0 is what every count is raised by.
+    Every count is raised by `added` > 0.
     """
     counts = torch.bincount(index.flatten(), minlength=size).to(torch.float64) + added
     return counts.sum().log2() - counts.log2()
 
 
 def gaussian_bits(levels: Tensor, variance: float) -> Tensor:
-    """-log2 P[interval of each level] under N(0, variance): [K] float64.
+    """Return -log2 P[interval of each level] under N(0, variance): [K] float64.
 
     An interval reaches halfway to the neighbours; the two outer ones reach as far outward as
     inward.
@@ -45,7 +45,7 @@ def gaussian_bits(levels: Tensor, variance: float) -> Tensor:
     lower = levels - torch.cat([half[:1], half])
     upper = levels + torch.cat([half, half[-1:]])
     unit = math.sqrt(2 * max(variance, LEAST_PROBABILITY))
-    # The difference of the tails on the interval's own side keeps its digits far from 0.
+    # The difference of the tails on the interval's side keeps its digits far from 0.
     mirrored = upper + lower < 0
     near = torch.where(mirrored, -upper, lower) / unit
     far = torch.where(mirrored, -lower, upper) / unit
@@ -54,12 +54,12 @@ def gaussian_bits(levels: Tensor, variance: float) -> Tensor:
 
 
 def uniform_bits(levels: Tensor) -> Tensor:
-    """log2 K for each of the K levels: [K] float64."""
+    """Return log2 K for each of the K levels: [K] float64."""
     return torch.full_like(levels, math.log2(len(levels)), dtype=torch.float64)
 
 
 def model_bits(model: RateModel, levels: Tensor, values: Tensor) -> Tensor:
-    """Bits [K] float32 of the levels [K] under a model with at most one parameter.
+    """Return the bits [K] float32 of the levels [K] under a model with at most one parameter.
 
     Args:
         model: gaussian or uniform.

@@ -26,20 +26,20 @@ from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.steps import step_codes, step_values
 
 UNITS = (64, 32, 16, 8, 4, 2, 1)
-"""Resolutions that are tried: codes that are multiples of so many 2**(1/256)."""
+"""Resolutions that are tried: codes are multiples of a unit, of 2**(1/256) each."""
 LEAST_SHARE = 0.5
 """Share of the bits under their own frequencies below which codes are hardly ever stored."""
 RIDGE = 1e-6
-"""Of A's mean diagonal entry: columns whose integers are all zero have no equation."""
+"""Share of A's mean diagonal entry added to it: columns of zeros only have no equation."""
 
 
 @dataclass(frozen=True)
 class Quadratic:
-    """What J's first term is made of, for one matrix.
+    """The parts of J's first term, for one matrix.
 
     Attributes:
         output: W [m, n] and the undamped H.
-        raised: [n] float32, what damping added to the diagonal of H.
+        raised: [n] float32, the damping added to the diagonal of H.
         sensitivity: alpha [m] float32.
         lmbda: the price of a bit.
     """
@@ -84,7 +84,7 @@ def _refit_columns(matrix: QuantizedMatrix, problem: Quadratic) -> QuantizedMatr
     curvature = (weighed.t() @ level).mul_(problem.hessian).to(torch.float64)
     product = problem.damped(problem.weight, output.product)
     target = weighed.mul_(product).sum(dim=0, dtype=torch.float64)
-    # Deviations from the steps at hand, so that a column without integers keeps its own.
+    # Solved for deviations from the present steps, so that a column of zeros keeps its step.
     ridge = RIDGE * float(curvature.diagonal().mean())
     if ridge == 0:
         return matrix
@@ -131,7 +131,7 @@ def _best(
     loss: Callable[[Tensor], float],
     lmbda: float,
 ) -> Tensor:
-    """The codes [k] of lowest J: those at hand, or the `fitted` values at some resolution.
+    """Return the codes [k] of lowest J: those at hand, or the `fitted` values at some resolution.
 
     `loss` is the change of J's first term; the bits are those of the side array `name`.
     """
@@ -156,6 +156,6 @@ def _entropy_bits(codes: Tensor) -> float:
 
 
 def _stored_bits(name: str, codes: Tensor, classes: Tensor) -> int:
-    """Bits of the codes in the side data."""
+    """Return the bits of the codes in the side data."""
     predictor = classes.to(torch.uint8).cpu().numpy()
     return 8 * side.packed_size(name, codes.cpu().numpy(), predictor)

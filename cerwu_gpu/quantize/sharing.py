@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 CODE_BITS = 4.0
-"""What a table code takes in the side data, differences deflated; measured on real layers."""
+"""Bits of a table code in the side data, differences deflated; measured on real layers."""
 
 
 def shared_histograms(counts: Tensor, quantizers: int, codes: int) -> Tensor:
-    """The counts with each class's replaced by those of its run.
+    """Return the counts with each class's replaced by those of its run.
 
     Args:
         counts: [T * quantizers, K] int64, the histograms of class t in rows t * quantizers on.
         quantizers: 1, or 2 under a trellis: these share their runs.
-        codes: how many of the K codes of a table are stored (half of a symmetric alphabet).
+        codes: number of the K codes of a table that are stored (half of a symmetric alphabet).
 
     Returns:
         [T * quantizers, K] int64; classes of one run hold equal rows.
@@ -39,12 +39,12 @@ def shared_histograms(counts: Tensor, quantizers: int, codes: int) -> Tensor:
 
 
 def shared_bits(counts: Tensor, quantizers: int, codes: int) -> float:
-    """Bits of the symbols counted and of their tables, after sharing; arguments as above."""
+    """Return the bits of the symbols and of their tables, after sharing; arguments as above."""
     return _cheapest_cut(counts.view(-1, quantizers, counts.shape[1]), codes)[1]
 
 
 def _cheapest_cut(tables: Tensor, codes: int) -> tuple[list[int], float]:
-    """Where the run that ends before each class begins, and the cost; tables [T, Q, K]."""
+    """Return where the run that ends before each class begins, and the cost; tables [T, Q, K]."""
     counts = tables.cpu().numpy().astype(np.float64)
     until = np.concatenate([np.zeros_like(counts[:1]), counts.cumsum(axis=0)])
     price = CODE_BITS * codes * tables.shape[1]
@@ -58,13 +58,13 @@ def _cheapest_cut(tables: Tensor, codes: int) -> tuple[list[int], float]:
 
 
 def _entropy_bits(runs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Bits [R] of the symbols of each run, counts [R, Q, K], under its own frequencies."""
+    """Return the bits [R] of each run's symbols, counts [R, Q, K], under its own frequencies."""
     total = runs.sum(axis=2)
     bits: NDArray[np.float64] = _xlog2(total).sum(axis=1) - _xlog2(runs).sum(axis=(1, 2))
     return bits
 
 
 def _xlog2(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """x log2 x of counts, 0 for 0."""
+    """Return x log2 x of counts, 0 for 0."""
     product: NDArray[np.float64] = x * np.log2(np.maximum(x, 1))
     return product

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu import backend
+from cerwu_gpu.coding.tables import is_mirrored
 from cerwu_gpu.quantize import rate
 from cerwu_gpu.quantize.classes import Classes
 from cerwu_gpu.quantize.grid import Grid
@@ -13,17 +14,18 @@ from cerwu_gpu.quantize.grid import Grid
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """What is stored of a matrix, still as tensors.
+    """A quantized matrix as it is stored, still as tensors.
 
     Attributes:
         symbols: [m, n] int32 integers (positions, for a list).
         lowest, size: the alphabet is lowest ... lowest + size - 1, then the escape symbols.
-        escapes: how many escape symbols follow: 0 or 1; 2 under a trellis (even, odd).
+        escapes: number of escape symbols: 0 or 1; 2 under a trellis (even, odd).
         codes: [T * Q, size + escapes] uint8 table codes (Q = 2 under a trellis).
         row_class, column_class: [m] and [n] int64.
         column_step, row_scale: int16 step codes, [n] or [1] and [m] or [1].
         grid: [K] float32 values of a list, or None.
         states: 0, 4 or 8.
+        second: [m, n] bool, the symbols of the trellis's second quantizer; None without a trellis.
     """
 
     symbols: Tensor
@@ -37,15 +39,16 @@ class QuantizedMatrix:
     row_scale: Tensor
     grid: Tensor | None
     states: int
+    second: Tensor | None
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight [m, n] that every decoder gives back."""
+        """Return the weight [m, n] that every decoder gives back."""
         return backend.dequantize(
             self.symbols,
             self.column_step,
             self.row_scale,
             grid=self.grid,
-            states=self.states,
+            second=self.second,
             dtype=dtype,
         )
 
@@ -59,12 +62,17 @@ class SymbolRange:
     escapes: int
 
     @property
-    def mirrored(self) -> int:
-        """How many leading symbols share their codes in pairs."""
-        return self.size if self.size % 2 and self.lowest == -(self.size // 2) else 0
+    def paired(self) -> int:
+        """Number of leading symbols that share their codes in pairs, q with -q."""
+        return self.size if is_mirrored(self.lowest, self.size) else 0
 
     def counts(
-        self, symbols: Tensor, row_class: Tensor, column_class: Tensor, tables: int, states: int
+        self,
+        symbols: Tensor,
+        second: Tensor | None,
+        row_class: Tensor,
+        column_class: Tensor,
+        tables: int,
     ) -> Tensor:
         """Count the symbols [m, n] under each table: see `reference.counts.symbol_counts`."""
         return backend.symbol_counts(
@@ -75,12 +83,12 @@ class SymbolRange:
             lowest=self.lowest,
             size=self.size,
             escapes=self.escapes,
-            states=states,
+            second=second,
         )
 
 
 def symbol_range(symbols: Tensor, grid: Grid, tables: int, states: int) -> SymbolRange:
-    """The alphabet that suits these symbols."""
+    """Return the alphabet that suits these symbols."""
     if grid.lowest is not None and grid.highest is not None:
         return SymbolRange(grid.lowest, grid.highest - grid.lowest + 1, 0)
     limit = rate.alphabet_limit(symbols, tables)
@@ -90,7 +98,7 @@ def symbol_range(symbols: Tensor, grid: Grid, tables: int, states: int) -> Symbo
 def finish_matrix(
     symbols: Tensor, grid: Grid, rows: slice, classes: Classes, states: int
 ) -> QuantizedMatrix:
-    """Final classes and tables of one matrix of the stack, from its final symbols."""
+    """Return one matrix of the stack with final classes and tables, from its final symbols."""
     row_class, column_class = classes.row[rows], classes.column
     # As many tables as rows and columns, which is all that the format allows; few in tiny matrices.
     row_class = (row_class - row_class.min()).clamp_max(len(row_class) - 1)
@@ -98,7 +106,8 @@ def finish_matrix(
     tables = int(row_class.max() + column_class.max()) + 1
     quantizers = 2 if states else 1
     span = symbol_range(symbols, grid, tables * quantizers, states)
-    counts = span.counts(symbols, row_class, column_class, tables, states)
+    second = backend.trellis_quantizers(symbols, states) if states else None
+    counts = span.counts(symbols, second, row_class, column_class, tables)
     if span.escapes and int(counts[:, span.size :].sum()) == 0:
         span = SymbolRange(span.lowest, span.size, 0)
         counts = counts[:, : span.size]
@@ -107,11 +116,12 @@ def finish_matrix(
         lowest=span.lowest,
         size=span.size,
         escapes=span.escapes,
-        codes=rate.codes(counts, span.mirrored, quantizers),
+        codes=rate.codes(counts, span.paired, quantizers),
         row_class=row_class,
         column_class=column_class,
         column_step=grid.column_step,
         row_scale=grid.row_scale if len(grid.row_scale) == 1 else grid.row_scale[rows],
         grid=grid.levels,
         states=states,
+        second=second,
     )

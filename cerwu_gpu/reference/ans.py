@@ -21,15 +21,15 @@ from cerwu_gpu.errors import CorruptionError
 from cerwu_gpu.spec import PRECISION, STATE_BITS, TRELLIS_NEXT, TRELLIS_QUANTIZER, WORD_BITS
 
 SECOND = 1 << 30
-"""Marks a symbol of the second quantizer; no alphabet is that large."""
+"""Mark added to a symbol of the second quantizer; no alphabet is that large."""
 _LANES_MAX = 32768
-"""Most lanes of one loop: more fall out of the cache."""
+"""Maximum lanes of one loop: more fall out of the cache."""
 _LANES_MIN = 12288
-"""Fewest lanes for which another thread pays: below, torch's cost per call outweighs the work."""
+"""Minimum lanes for which another thread pays: torch's cost per call outweighs less work."""
 _STEPS = 512
-"""Most steps whose symbols are kept before they are moved to their matrices."""
+"""Maximum steps whose symbols are kept before they are moved to their matrices."""
 _BUCKET_BITS = 9
-"""The search for a symbol starts from a lookup of this many leading bits of v."""
+"""Leading bits of v in the lookup from which the search for a symbol starts."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def decode(batch: Sequence[CodedMatrix], threads: int | None = None) -> list[Ten
 
     Args:
         batch: matrices of any shapes, on one device, that `coded.check` accepted.
-        threads: how many threads share the lanes; default: torch's own number on the CPU, else 1.
+        threads: number of threads that share the lanes; default: torch's number on the CPU, else 1.
 
     Returns:
         One int32 [m, n] tensor of symbols per matrix; a transposed view of contiguous memory.
@@ -84,8 +84,8 @@ def _decode(batch: Sequence[CodedMatrix], threads: int | None, *, marked: bool) 
         wrong = [i for loop in loops for i in _decode_loop(loop, model, streams, decoded)]
     else:
         with ThreadPoolExecutor(threads) as pool:
-            done = [pool.submit(_decode_loop, loop, model, streams, decoded) for loop in loops]
-            wrong = [i for future in done for i in future.result()]
+            futures = [pool.submit(_decode_loop, loop, model, streams, decoded) for loop in loops]
+            wrong = [i for future in futures for i in future.result()]
     if wrong:
         name = batch[min(wrong)].name
         raise CorruptionError(f"{name}: a stream does not end where it must: get the file again.")
@@ -133,9 +133,9 @@ class _Model:
         self.parity = _per_slot([m.parity.repeat(len(m.tables)) for m in batch], 0)
         symbols = [torch.arange(k, device=device).repeat(t) for t, k in shapes]
         if marked:
-            for own, (t, k), matrix in zip(symbols, shapes, batch, strict=True):
+            for indices, (t, k), matrix in zip(symbols, shapes, batch, strict=True):
                 if matrix.states:
-                    own.view(t, k)[1::2] += SECOND
+                    indices.view(t, k)[1::2] += SECOND
         self.symbol = _per_slot(symbols, 0).to(torch.int32)
         self.lookup = self._lookup(table, len(size))
         self._make_nodes([matrix.states for matrix in batch])
@@ -219,7 +219,7 @@ def _loops(groups: list[_Group], threads: int) -> list[list[_Group]]:
 
 
 def _spans(groups: list[_Group]) -> list[tuple[int, int]]:
-    """Ranges of at most _STEPS steps, inside of which no group begins a row and none ends."""
+    """Return ranges of at most _STEPS steps in which no group begins a row and none ends."""
     steps = {step for g in groups for step in range(g.columns, g.steps + 1, g.columns)}
     cuts = sorted(steps | set(range(0, max(steps), _STEPS)))
     return list(pairwise(cuts))
@@ -251,7 +251,7 @@ def _decode_loop(
 
 
 class _Lanes:
-    """Where each lane of a loop stands.
+    """The position and state of each lane of a loop.
 
     Attributes:
         state: [lanes] int64, the bits of the unsigned state.
@@ -272,15 +272,15 @@ class _Lanes:
         self.state = torch.zeros_like(self.start)
         self.row_table = torch.zeros_like(self.start)
         self.node = torch.zeros_like(self.start)
-        every = torch.arange(len(self.start), device=self.start.device)
+        lanes = torch.arange(len(self.start), device=self.start.device)
         self.group = torch.bucketize(
-            every, torch.tensor(self.bounds[1:], device=every.device), right=True
+            lanes, torch.tensor(self.bounds[1:], device=lanes.device), right=True
         )
         for _ in range(STATE_BITS // WORD_BITS):
-            self._take_word(every)
+            self._take_word(lanes)
 
     def _take_word(self, lanes: Tensor) -> None:
-        """state = state << 32 | last word, for those of `lanes` that have a word left."""
+        """Set state = state << 32 | last word, for those of `lanes` that have a word left."""
         position = self.position.index_select(0, lanes)
         left = position > self.start.index_select(0, lanes)
         lanes, position = lanes[left], position[left] - 1
@@ -329,8 +329,8 @@ class _Lanes:
             if len(unsure):
                 key = table.index_select(0, unsure) << (PRECISION - _BUCKET_BITS)
                 key |= v.index_select(0, unsure)
-                found = torch.searchsorted(model.key, key, right=True, out_int32=True)
-                slot.index_copy_(0, unsure, found - 1)
+                above = torch.searchsorted(model.key, key, right=True, out_int32=True)
+                slot.index_copy_(0, unsure, above - 1)
 
             v -= torch.index_select(model.low, 0, slot, out=gathered)
             state >>= PRECISION
@@ -349,6 +349,6 @@ class _Lanes:
         return slots
 
     def wrong(self) -> list[int]:
-        """The matrices that have a stream with words left, or with a final state other than 0."""
+        """Return the matrices that have a stream with words left or a final state other than 0."""
         bad = (self.state != 0) | (self.position != self.start)
         return sorted({self.groups[i].matrix for i in set(self.group[bad].tolist())})

@@ -1,9 +1,27 @@
-"""Histograms of symbols: how often each has each table, and how often each magnitude occurs."""
+"""Histograms of symbols, by table and by magnitude."""
 
 import torch
 from torch import Tensor
 
-from cerwu_gpu.reference.dequantize import trellis_quantizers
+
+def alphabet_indices(
+    symbols: Tensor, *, lowest: int, size: int, escapes: int
+) -> tuple[Tensor, Tensor]:
+    """Find integers in the alphabet lowest ... lowest + size - 1, which escape symbols follow.
+
+    Args:
+        symbols: [m, n] int32.
+        escapes: number of escape symbols: one, or one for even and one for odd integers.
+
+    Returns:
+        indices [m, n] int32, and which integers lie outside of the alphabet, [m, n] bool; with 0
+        escapes their indices do, too.
+    """
+    indices = symbols - lowest
+    outside = (indices < 0) | (indices >= size)
+    if escapes:
+        indices = torch.where(outside, size + (symbols & (escapes - 1)), indices)
+    return indices, outside
 
 
 def symbol_counts(
@@ -15,7 +33,7 @@ def symbol_counts(
     lowest: int,
     size: int,
     escapes: int,
-    states: int,
+    second: Tensor | None = None,
 ) -> Tensor:
     """Count the symbols of an alphabet under each table.
 
@@ -26,20 +44,17 @@ def symbol_counts(
         lowest, size: the alphabet is lowest ... lowest + size - 1, and `escapes` symbols for what
             lies outside: one, or one for even and one for odd integers.
         escapes: 0, 1 or 2; with 0 nothing may lie outside.
-        states: of the trellis that drives the quantizer along the rows: 0 (no trellis), 4 or 8.
+        second: [m, n] bool, the symbols of a trellis's second quantizer; None without a trellis.
 
     Returns:
         [tables * Q, size + escapes] int64, row Q * class + quantizer; Q = 2 under a trellis or 1.
     """
-    index = symbols.to(torch.int64) - lowest
-    if escapes:
-        outside = (index < 0) | (index >= size)
-        index = torch.where(outside, size + (symbols & (escapes - 1)), index)
+    indices, _ = alphabet_indices(symbols, lowest=lowest, size=size, escapes=escapes)
     table = row_class[:, None] + column_class
-    if states:
-        tables, table = 2 * tables, 2 * table + trellis_quantizers(symbols, states)
+    if second is not None:
+        tables, table = 2 * tables, 2 * table + second
     total = size + escapes
-    flat = (table * total + index).flatten()
+    flat = (table * total + indices).flatten()
     return torch.bincount(flat, minlength=tables * total).view(tables, total)
 
 

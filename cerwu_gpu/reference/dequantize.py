@@ -14,30 +14,25 @@ from cerwu_gpu.steps import step_values
 
 
 def trellis_states(parity: Tensor, states: int) -> Tensor:
-    """State before each symbol [m, n] int64, from the symbols' parity [m, n]; rows start in 0."""
+    """Return the state [m, n] int64 before each symbol, by their parities; rows start in 0."""
     follow = torch.tensor(TRELLIS_NEXT[states], device=parity.device)
-    odd = parity.t().to(torch.int64).contiguous()
-    before = torch.empty_like(odd)
-    state = torch.zeros_like(odd[0])
-    for j in range(odd.shape[0]):
+    columns = parity.t().to(torch.int64).contiguous()
+    before = torch.empty_like(columns)
+    state = torch.zeros_like(columns[0])
+    for j in range(len(columns)):
         before[j] = state
-        state = follow[state, odd[j]]
+        state = follow[state, columns[j]]
     return before.t()
 
 
 def trellis_quantizers(symbols: Tensor, states: int) -> Tensor:
-    """Quantizer, 0 or 1, of each trellis symbol [m, n] int32: [m, n] int64."""
-    quantizer = torch.tensor(TRELLIS_QUANTIZER[states], device=symbols.device)
-    return quantizer[trellis_states(symbols & 1, states)]
+    """Return which trellis symbols [m, n] int32 belong to the second quantizer: [m, n] bool."""
+    second = torch.tensor(TRELLIS_QUANTIZER[states], dtype=torch.bool, device=symbols.device)
+    return second[trellis_states(symbols & 1, states)]
 
 
-def trellis_levels(symbols: Tensor, states: int, second: Tensor | None = None) -> Tensor:
-    """Integer levels [m, n] of trellis symbols [m, n]: 2q, or 2q - sgn(q) in quantizer 1.
-
-    `second` [m, n] bool says which are of quantizer 1, where that is known already.
-    """
-    if second is None:
-        second = trellis_quantizers(symbols, states).bool()
+def trellis_levels(symbols: Tensor, second: Tensor) -> Tensor:
+    """Return the levels [m, n] of trellis symbols [m, n]: 2q, or 2q - sgn(q) where `second`."""
     return 2 * symbols - symbols.sign() * second
 
 
@@ -47,25 +42,23 @@ def dequantize(
     row_scale: Tensor,
     *,
     grid: Tensor | None = None,
-    states: int = 0,
     second: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The stored weight [m, n] in `dtype`.
+    """Return the stored weight [m, n] in `dtype`.
 
     Args:
         symbols: [m, n] int32, integers (positions for a grid).
         column_step: [n] or [1] int16 codes.
         row_scale: [m] or [1] int16 codes.
         grid: [K] float32, or None for integers.
-        states: 0, 4 or 8 states of the trellis.
-        second: see trellis_levels.
-        dtype: what the product is rounded to, once.
+        second: [m, n] bool, as `trellis_quantizers` returns it; None without a trellis.
+        dtype: the dtype that the product is rounded to, once.
     """
     if grid is not None:
         level = grid[symbols]
-    elif states:
-        level = trellis_levels(symbols, states, second).to(torch.float32)
+    elif second is not None:
+        level = trellis_levels(symbols, second).to(torch.float32)
     else:
         level = symbols.to(torch.float32)
     level = level.mul_(step_values(column_step)[None, :]).mul_(step_values(row_scale)[:, None])

@@ -23,9 +23,9 @@ def accumulate_hessian(sum_: Tensor, x: Tensor) -> None:
     rows = x.float()
     columns = rows.shape[1]
     for first in range(0, columns, BLOCK_COLUMNS):
-        own, after = slice(first, first + BLOCK_COLUMNS), slice(first + BLOCK_COLUMNS, columns)
-        sum_[own, own] += rows[:, own].T @ rows[:, own]
+        block, after = slice(first, first + BLOCK_COLUMNS), slice(first + BLOCK_COLUMNS, columns)
+        sum_[block, block] += rows[:, block].T @ rows[:, block]
         if after.start < columns:
-            product = rows[:, own].T @ rows[:, after]
-            sum_[own, after] += product
-            sum_[after, own] += product.T
+            product = rows[:, block].T @ rows[:, after]
+            sum_[block, after] += product
+            sum_[after, block] += product.T

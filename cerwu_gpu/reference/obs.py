@@ -56,7 +56,7 @@ def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, 
 def _scan_near(
     x: Tensor, lmbda: Tensor, omega: Tensor, beta: Tensor, table: Tensor, alphabet: Alphabet
 ) -> tuple[Tensor, Tensor]:
-    """Candidates round(x) + sign, round(x), the next two toward zero, and zero."""
+    """Choose among round(x) + sign, round(x), the next two toward zero, and zero."""
     highest = alphabet.lowest + alphabet.size - 1
     nearest = x.round()
     if not alphabet.escapes:
@@ -83,10 +83,10 @@ def _scan_near(
 
 
 def _rate(g: Tensor, base: Tensor, alphabet: Alphabet, highest: int) -> Tensor:
-    """Bits of the integers g (float32, exact) under the tables that start at base."""
+    """Return the bits of the integers g (float32, exact) under the tables that start at base."""
     index = g.to(torch.int64)
     if not alphabet.escapes:
-        index.clamp_(alphabet.lowest, highest)  # what is no number must not read out of range
+        index.clamp_(alphabet.lowest, highest)  # NaN must not read out of range
         return alphabet.rates.view(-1)[base + index]
     outside = (index > highest) | (index < alphabet.lowest)
     index = torch.where(outside, highest + 1, index)
@@ -96,7 +96,7 @@ def _rate(g: Tensor, base: Tensor, alphabet: Alphabet, highest: int) -> Tensor:
 def _scan_all(
     x: Tensor, lmbda: Tensor, omega: Tensor, beta: Tensor, table: Tensor, alphabet: Alphabet
 ) -> tuple[Tensor, Tensor]:
-    """Every level of the alphabet; the first minimum wins."""
+    """Choose among all levels of the alphabet; the first minimum wins."""
     levels = alphabet.levels
     if levels is None:
         levels = torch.arange(alphabet.size, dtype=torch.float32, device=x.device) + alphabet.lowest

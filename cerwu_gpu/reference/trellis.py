@@ -39,7 +39,7 @@ class Machine:
 
     @staticmethod
     def of(states: int, device: torch.device) -> "Machine":
-        """The machine with 4 or 8 states."""
+        """Return the machine with 4 or 8 states."""
         ways: list[list[tuple[int, int]]] = [[] for _ in range(states)]
         for state, follow in enumerate(TRELLIS_NEXT[states]):
             for parity in (0, 1):
@@ -108,7 +108,7 @@ class _Search:
         self.work[middle:last] = rest - effect.view_as(rest)
 
     def _extend(self, j: int) -> tuple[Tensor, Tensor]:
-        """One column: both parities from every state, then the better way into every state."""
+        """Extend by one column: both parities from every state, then the better way into each."""
         x = self.work[j]
         costs, symbols = zip(*(self._step(x, j, parity) for parity in (0, 1)), strict=True)
         cost, symbol = torch.stack(costs), torch.stack(symbols)
@@ -128,7 +128,7 @@ class _Search:
         return ancestor, error[None]
 
     def _step(self, x: Tensor, j: int, parity: int) -> tuple[Tensor, Tensor]:
-        """Best symbol of one parity from every state: its cost and itself, [S, m] float32.
+        """Return the lowest cost of one parity from every state and its symbol, [S, m] float32.
 
         Candidates: the nearest level of that parity, and the next one toward zero.
         """

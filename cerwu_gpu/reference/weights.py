@@ -22,7 +22,7 @@ def decode_weights(
     Args:
         batch, rules: matrices of any shapes on one device that `coded.check` accepted, and what
             their symbols stand for.
-        dtype: what the weights are rounded to, once.
+        dtype: the dtype that the weights are rounded to, once.
         out: tensors [m, n] of that dtype to write to, with any strides; default: new ones.
 
     Returns:
@@ -65,7 +65,6 @@ def weight_of_symbols(
         rule.column_step,
         rule.row_scale,
         grid=rule.grid,
-        states=coded.states,
         second=second,
         dtype=dtype,
     )

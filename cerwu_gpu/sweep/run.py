@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from cerwu_gpu import __version__
-from cerwu_gpu.container.output import PARTIAL, check_apart, write_text
+from cerwu_gpu.container.output import PARTIAL, check_apart
 from cerwu_gpu.container.work import LOCK_FILE, locked
 from cerwu_gpu.errors import OutputError
+from cerwu_gpu.files import write_text
 from cerwu_gpu.progress import counted
 from cerwu_gpu.sweep.points import Point
 from cerwu_gpu.sweep.subject import Subject

@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from cerwu_gpu.container.output import atomic
 from cerwu_gpu.errors import OutputError
+from cerwu_gpu.files import atomic
 from cerwu_gpu.report import STAGES, Stage, finite
 from cerwu_gpu.sweep.points import Point
 from cerwu_gpu.sweep.subject import JUDGEMENT, PREPARATION, Outcome, Quality

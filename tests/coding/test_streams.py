@@ -3,16 +3,13 @@
 import constriction
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cerwu_gpu.coding.streams import (
-    decode_constriction,
-    encode,
-    stream_count,
-    trellis_quantizers,
-)
+from cerwu_gpu.coding.streams import encode, stream_count
 from cerwu_gpu.coding.tables import bits, codes_from_counts, table_from_codes
+from cerwu_gpu.reference.dequantize import trellis_quantizers
 from cerwu_gpu.spec import (
     CODE_MAX,
     PRECISION,
@@ -21,6 +18,7 @@ from cerwu_gpu.spec import (
     TRELLIS_NEXT,
     TRELLIS_QUANTIZER,
 )
+from scripts.benchmark_coding import decode_constriction
 
 
 def random_tables(generator, count, size):
@@ -63,7 +61,7 @@ def test_words_are_those_of_the_whole_tables(size, count, seed):
     tables = random_tables(generator, count, size)
     symbols = generator.integers(0, size, (3, 40)).astype(np.int32)
     rows, columns = np.zeros(3, np.uint8), generator.integers(0, count, 40)
-    words, lengths = encode(symbols, tables, rows, columns, 0, np.zeros(size, np.int8))
+    words, lengths = encode(symbols, tables, rows, columns)
     expected = reference_words(symbols.reshape(-1), tables, np.tile(columns, 3))
     assert words.dtype == lengths.dtype == np.uint32
     assert lengths.tolist() == [len(expected)]
@@ -84,9 +82,7 @@ def test_words_are_those_of_the_whole_tables(size, count, seed):
 def test_extreme_tables_are_exact(table, count):
     tables = np.array([table] * count)
     symbols = np.arange(60, dtype=np.int32).reshape(1, -1) % len(table)
-    words, _ = encode(
-        symbols, tables, np.zeros(1), np.arange(60) % count, 0, np.zeros(len(table), np.int8)
-    )
+    words, _ = encode(symbols, tables, np.zeros(1), np.arange(60) % count)
     assert np.array_equal(words, reference_words(symbols[0], tables, np.arange(60) % count))
 
 
@@ -94,9 +90,8 @@ def test_one_table_and_many_equal_tables_give_the_same_words():
     generator = np.random.default_rng(0)
     table = random_tables(generator, 1, 33)
     symbols = generator.integers(0, 33, (20, 1000)).astype(np.int32)
-    parity = np.zeros(33, np.int8)
-    one = encode(symbols, table, np.zeros(20), np.zeros(1000), 0, parity)
-    many = encode(symbols, table.repeat(3, axis=0), np.zeros(20), np.arange(1000) % 3, 0, parity)
+    one = encode(symbols, table, np.zeros(20), np.zeros(1000))
+    many = encode(symbols, table.repeat(3, axis=0), np.zeros(20), np.arange(1000) % 3)
     assert np.array_equal(one[0], many[0]) and np.array_equal(one[1], many[1])
 
 
@@ -104,7 +99,7 @@ def test_stream_l_holds_rows_l_and_every_s_th_after_it():
     generator = np.random.default_rng(1)
     table = random_tables(generator, 1, 9)
     symbols = generator.integers(0, 9, (9, 2048)).astype(np.int32)
-    words, lengths = encode(symbols, table, np.zeros(9), np.zeros(2048), 0, np.zeros(9, np.int8))
+    words, lengths = encode(symbols, table, np.zeros(9), np.zeros(2048))
     assert len(lengths) == 4
     model = constriction.stream.model.Categorical(table[0] / (1 << PRECISION), perfect=True)
     first = constriction.stream.stack.AnsCoder(words[: lengths[0]])
@@ -118,15 +113,13 @@ def test_streams_without_entropy_are_not_endless():
     m, n = 200, 4096
     symbols = np.zeros((m, n), dtype=np.int32)
     classes = np.zeros(m, np.int64), np.zeros(n, np.int64)
-    words, lengths = encode(symbols, tables, *classes, 0, np.zeros(2, np.int64))
+    words, lengths = encode(symbols, tables, *classes)
     assert len(words) <= len(lengths) == -(-m // (STREAM_SYMBOLS_MOST // n))
 
 
 def test_a_single_symbol_needs_no_words():
     tables = np.full((1, 1), 1 << PRECISION)
-    words, lengths = encode(
-        np.zeros((5, 4096), np.int32), tables, np.zeros(5), np.zeros(4096), 0, np.zeros(1, np.int8)
-    )
+    words, lengths = encode(np.zeros((5, 4096), np.int32), tables, np.zeros(5), np.zeros(4096))
     assert words.size == 0 and words.dtype == np.uint32
     assert lengths.tolist() == [0]  # nothing to share among streams
 
@@ -134,15 +127,14 @@ def test_a_single_symbol_needs_no_words():
 @pytest.mark.parametrize("states", [4, 8])
 def test_the_trellis_walks_each_row_by_parity(states):
     generator = np.random.default_rng(states)
-    symbols = generator.integers(0, 5, (7, 50)).astype(np.int32)
-    parity = np.array([1, 0, 0, 1, 1], dtype=np.int8)
+    symbols = generator.integers(-2, 3, (7, 50)).astype(np.int32)
     expected = []
     for row in symbols:
         state = 0
         for symbol in row:
             expected.append(TRELLIS_QUANTIZER[states][state])
-            state = TRELLIS_NEXT[states][state][parity[symbol]]
-    quantizers = trellis_quantizers(symbols, states, parity)
+            state = TRELLIS_NEXT[states][state][symbol & 1]
+    quantizers = trellis_quantizers(torch.from_numpy(symbols), states)
     assert quantizers.reshape(-1).tolist() == expected
     assert set(expected) == {0, 1}
 
@@ -157,15 +149,15 @@ def test_streams_cost_what_their_tables_say(states, wanted):
     spread = 2 ** (wanted - 2.3) * 2.0 ** (0.25 * (rows[:, None] + columns - 5))
     symbols = np.rint(generator.standard_normal((m, n)) * spread).clip(-32, 32).astype(np.int32)
     symbols += 32
-    parity = (np.arange(size) % 2).astype(np.int8)
-    index = rows[:, None] + columns
+    index, second = rows[:, None] + columns, None
     if states:
-        index = 2 * index + trellis_quantizers(symbols, states, parity)
+        second = trellis_quantizers(torch.from_numpy(symbols), states).numpy()
+        index = 2 * index + second
     counts = np.zeros((classes * (2 if states else 1), size), dtype=np.int64)
     np.add.at(counts, (index, symbols), 1)
     tables = table_from_codes(codes_from_counts(counts))
     cost = float(bits(tables)[index, symbols].astype(np.float64).sum())
-    words, lengths = encode(symbols, tables, rows, columns, states, parity)
+    words, lengths = encode(symbols, tables, rows, columns, second)
     assert cost / symbols.size == pytest.approx(wanted, abs=0.3)
     assert cost < 32 * len(words) < 1.006 * cost
     assert (32 * len(words) - cost) / len(lengths) < 40
@@ -176,12 +168,12 @@ def test_streams_cost_what_their_tables_say(states, wanted):
 
 def test_symbols_and_classes_outside_the_tables_are_refused():
     tables = np.full((2, 2), 1 << 23)
-    symbols, zeros, parity = np.zeros((2, 3), np.int32), np.zeros(3), np.zeros(2, np.int8)
+    symbols, zeros = np.zeros((2, 3), np.int32), np.zeros(3)
     for wrong in (-1, 2):
         with pytest.raises(ValueError, match="symbol"):
-            encode(symbols + wrong, tables, np.zeros(2), zeros, 0, parity)
+            encode(symbols + wrong, tables, np.zeros(2), zeros)
     for rows, columns in (([0, 2], zeros), ([0, 1], [0, 0, 1]), ([0, -1], zeros)):
         with pytest.raises(ValueError, match="classes"):
-            encode(symbols, tables, np.array(rows), np.array(columns), 0, parity)
+            encode(symbols, tables, np.array(rows), np.array(columns))
     with pytest.raises(ValueError, match="classes"):
-        encode(symbols, tables, np.array([0, 1]), zeros, 4, parity)
+        encode(symbols, tables, np.array([0, 1]), zeros, symbols > 0)

@@ -51,11 +51,12 @@ for rows, columns in ((1, 1), (65, 9), (130, 33)):
         test_trellis.solve(trellis, given, max(1, columns - 5))
     symbols = torch.randint(-99, 99, (rows, columns), dtype=torch.int32)
     classes = [torch.zeros(length, dtype=torch.int64) for length in (rows, columns)]
-    alphabet = {"tables": 1, "lowest": -5, "size": 11, "escapes": 2, "states": 8}
+    second = dequantize.trellis_quantizers(symbols, 8)
+    alphabet = {"tables": 1, "lowest": -5, "size": 11, "escapes": 2, "second": second}
     counts.symbol_counts(symbols, *classes, **alphabet)
     counts.magnitude_counts(symbols, 7)
     codes = torch.zeros(1, dtype=torch.int16)
-    dequantize.dequantize(symbols, codes, codes, states=4)
+    dequantize.dequantize(symbols, codes, codes, second=second)
 print("within bounds")
 """
 

@@ -28,7 +28,8 @@ def test_every_symbol_is_counted_under_its_table(rows, columns, lowest, size, es
     if escapes:
         symbols[0, 0], symbols[-1, -1] = -(2**31) + 2, 2**31 - 1
     classes = torch.randint(0, 3, (rows,)), torch.randint(0, 2, (columns,))
-    alphabet = {"lowest": lowest, "size": size, "escapes": escapes, "states": states}
+    second = dequantize.trellis_quantizers(symbols, states) if states else None
+    alphabet = {"lowest": lowest, "size": size, "escapes": escapes, "second": second}
     counted = counts.symbol_counts(symbols, *classes, tables=4, **alphabet)
     assert torch.equal(
         counted, reference_counts.symbol_counts(symbols, *classes, tables=4, **alphabet)
@@ -54,8 +55,11 @@ def test_weights_have_the_definition_s_bits(rows, columns, dtype, states, single
     symbols = torch.randint(-(2**20), 2**20, (rows, columns), dtype=torch.int32)
     step = torch.randint(-9000, 2000, (columns,), dtype=torch.int16)
     scale = torch.randint(-900, 900, (1 if single else rows,), dtype=torch.int16)
-    weight = dequantize.dequantize(symbols, step, scale, states=states, dtype=dtype)
-    wanted = reference_dequantize.dequantize(symbols, step, scale, states=states, dtype=dtype)
+    second = dequantize.trellis_quantizers(symbols, states) if states else None
+    if second is not None:
+        assert torch.equal(second, reference_dequantize.trellis_quantizers(symbols, states))
+    weight = dequantize.dequantize(symbols, step, scale, second=second, dtype=dtype)
+    wanted = reference_dequantize.dequantize(symbols, step, scale, second=second, dtype=dtype)
     assert weight.dtype == dtype
     assert torch.equal(weight, wanted)
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from cerwu_gpu import files
 from cerwu_gpu.container.output import (
     REPLACED,
     check_apart,
@@ -19,10 +20,10 @@ from cerwu_gpu.container.output import (
     foreign_content,
     new_directory,
     put_in_place,
-    write_text,
 )
 from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import OutputError
+from cerwu_gpu.files import flush_to_disk, write_text
 from tests.test_cli_wrong_input import contents
 
 
@@ -170,7 +171,7 @@ def test_a_failure_between_the_two_renames_puts_the_old_one_back(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("cerwu_gpu.container.output.os.replace", fail)
+    monkeypatch.setattr("cerwu_gpu.files.os.replace", fail)
     with (
         pytest.raises((OutputError, KeyboardInterrupt)),
         new_directory(output, overwrite=True) as made,
@@ -273,7 +274,7 @@ def test_what_arrives_in_the_last_moment_stays(
         new_directory(output, overwrite=True) as made,
     ):
         monkeypatch.setattr(Path, "rename", late(rename))
-        monkeypatch.setattr("cerwu_gpu.container.output.os.replace", late(replace))
+        monkeypatch.setattr("cerwu_gpu.files.os.replace", late(replace))
         put_in_place(made, output, overwrite=True)
     assert (output / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -356,10 +357,23 @@ def test_a_text_that_cannot_be_written_leaves_nothing(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cerwu_gpu.container.output.os.fsync", full)
+    monkeypatch.setattr("cerwu_gpu.files.os.fsync", full)
     with pytest.raises(OutputError, match=r"report\.json .*free some space"):
         write_text(tmp_path / "report.json", "{}")
     assert contents(tmp_path) == {}
+
+
+def test_a_directory_is_not_flushed_where_the_system_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(files.os, "fsync", flushed.append)
+    flush_to_disk(tmp_path)
+    assert flushed == []
+    (tmp_path / "file").touch()
+    flush_to_disk(tmp_path / "file")
+    assert len(flushed) == 1
 
 
 def test_a_temporary_file_of_a_killed_run_is_in_nobodys_way(
@@ -371,7 +385,7 @@ def test_a_temporary_file_of_a_killed_run_is_in_nobodys_way(
         raise SystemExit
 
     for _ in range(3):
-        monkeypatch.setattr("cerwu_gpu.container.output.os.replace", killed)
+        monkeypatch.setattr("cerwu_gpu.files.os.replace", killed)
         monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
         with pytest.raises(SystemExit):
             write_text(tmp_path / "report.json", "{}")

@@ -7,7 +7,6 @@ whose SHA-256 weights.json has (docs/format.md, "Versions"). A directory that is
 never written anew: this script only shows how each was made, and adds kinds.
 """
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -36,11 +35,12 @@ from transformers import (
 from cerwu_gpu import compress
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.container.reader import open_directory
-from cerwu_gpu.container.shard import tensor_bytes
 from cerwu_gpu.container.writer import DirectoryWriter
+from cerwu_gpu.files import checksum, dtype_name
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
+from cerwu_gpu.reference.dequantize import trellis_quantizers
 from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
 from tests.configs import configured
 
@@ -189,6 +189,7 @@ def corner(
         row_scale=torch.linspace(-700, 700, rows).to(torch.int16),
         grid=None,
         states=states,
+        second=trellis_quantizers(symbols, states) if states else None,
     )
 
 
@@ -283,9 +284,9 @@ def make_convolutions() -> dict[str, dict[str, Any]]:
 def described(tensor: torch.Tensor) -> dict[str, Any]:
     """dtype, shape and the SHA-256 of the bytes, row-major and little-endian."""
     return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "dtype": dtype_name(tensor.dtype),
         "shape": list(tensor.shape),
-        "sha256": hashlib.sha256(tensor_bytes(tensor)).hexdigest(),
+        "sha256": checksum(tensor),
     }
 
 

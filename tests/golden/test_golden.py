@@ -1,6 +1,5 @@
 """Files that were written once, in format version 1: every later version reads the same bits."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import torch
 
 from cerwu_gpu import load_compressed
 from cerwu_gpu.container.reader import CompressedDirectory, decode_stored, open_directory
-from cerwu_gpu.container.shard import tensor_bytes
+from cerwu_gpu.files import checksum, dtype_name
 from tests.conftest import GPU
 
 HERE = Path(__file__).parent
@@ -23,9 +22,9 @@ STEPS = 100
 
 def described(tensor: torch.Tensor) -> dict[str, object]:
     return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "dtype": dtype_name(tensor.dtype),
         "shape": list(tensor.shape),
-        "sha256": hashlib.sha256(tensor_bytes(tensor)).hexdigest(),
+        "sha256": checksum(tensor),
     }
 
 

@@ -21,6 +21,7 @@ from cerwu_gpu.errors import CorruptionError
 from cerwu_gpu.kernels import ans
 from cerwu_gpu.reference import ans as reference
 from cerwu_gpu.reference import weights
+from cerwu_gpu.reference.dequantize import trellis_quantizers
 from cerwu_gpu.spec import CODE_MAX
 from tests.conftest import GPU
 from tests.kernels.memory import guarded
@@ -145,8 +146,11 @@ def stored(generator, m, n, states=0, escapes=0, values=None, steps=(-2000, 500)
     row_class, column_class = generator.integers(0, 2, m), generator.integers(0, 2, n)
     counts = generator.integers(1, 100, (3 * (2 if states else 1), size + escapes))
     tables = table_from_codes(codes_from_counts(counts))
+    second = None
+    if states:
+        second = trellis_quantizers(torch.from_numpy(integers), states).numpy()
     words, lengths = streams.encode(
-        indices.astype(np.int32), tables, row_class, column_class, states, np.array(parity)
+        indices.astype(np.int32), tables, row_class, column_class, second
     )
     matrix = CodedMatrix(
         name=f"{m} x {n}",

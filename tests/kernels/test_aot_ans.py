@@ -22,7 +22,7 @@ FUSED = {
     "p_alphabets": "*i64",
     "p_steps": "*fp32",
     "p_scales": "*fp32",
-    "p_found": "*i32",
+    "p_escape_count": "*i32",
     "p_places": "*i64",
 }
 SIZES = {

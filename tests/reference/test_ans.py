@@ -9,19 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cerwu_gpu.coded import CodedMatrix
-from cerwu_gpu.coding.streams import decode_constriction, encode
+from cerwu_gpu.coding.streams import encode
 from cerwu_gpu.coding.tables import codes_from_counts, table_from_codes
 from cerwu_gpu.errors import CorruptionError
 from cerwu_gpu.reference import ans
 from cerwu_gpu.reference.ans import SECOND, decode, decode_marked
 from cerwu_gpu.reference.dequantize import trellis_quantizers
 from cerwu_gpu.spec import CODE_MAX
+from scripts.benchmark_coding import decode_constriction
 
 
 def coded(symbols, tables, row_class, column_class, states=0, name="weight"):
     """The matrix as stored; odd alphabet indices have odd parity."""
     parity = (np.arange(tables.shape[1]) % 2).astype(np.int8)
-    words, lengths = encode(symbols, tables, row_class, column_class, states, parity)
+    second = None
+    if states:
+        second = trellis_quantizers(torch.from_numpy(symbols), states).numpy()
+    words, lengths = encode(symbols, tables, row_class, column_class, second)
     return CodedMatrix(
         name=name,
         shape=symbols.shape,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cerwu_gpu.block_problem import Alphabet, BlockProblem
-from cerwu_gpu.reference.dequantize import trellis_levels, trellis_states
+from cerwu_gpu.reference.dequantize import trellis_levels, trellis_quantizers, trellis_states
 from cerwu_gpu.reference.trellis import Machine, quantize_block_trellis
 from cerwu_gpu.spec import TRELLIS_NEXT, TRELLIS_QUANTIZER
 from tests.reference.straight_line import best_trellis_path, trellis_path_cost
@@ -69,7 +69,7 @@ def test_without_coupling_it_finds_the_best_of_all_paths(states):
 def test_errors_are_those_of_the_path_it_chose(states, columns):
     given = problem(9, columns, seed=columns)
     symbols, error, end = solve(given, states)
-    level = trellis_levels(symbols, states).double()
+    level = trellis_levels(symbols, trellis_quantizers(symbols, states)).double()
     back = given["x"].double() - error.double() @ given["factor"].double()
     torch.testing.assert_close(back, level, atol=1e-4, rtol=0)
     follow = torch.tensor(TRELLIS_NEXT[states])
@@ -127,7 +127,7 @@ def test_every_state_is_reached_from_two(states):
 def test_the_two_quantizers_interleave(states):
     # Levels reachable in one step from any state: all integers, with zero in both quantizers.
     symbols = torch.arange(-4, 5, dtype=torch.int32)[:, None]
-    even = trellis_levels(symbols, states)
+    even = trellis_levels(symbols, trellis_quantizers(symbols, states))
     assert torch.equal(even[:, 0], 2 * symbols[:, 0])
     assert 0 < sum(TRELLIS_QUANTIZER[states]) < states
 
@@ -136,6 +136,6 @@ def test_large_weights_escape_with_the_right_parity():
     given = problem(2, 6, lmbda=1e-4, coupling=0.0)
     given["x"][0, 3] = 401.2
     symbols, _, _ = solve(given, 8)
-    level = trellis_levels(symbols, 8)
+    level = trellis_levels(symbols, trellis_quantizers(symbols, 8))
     assert abs(float(level[0, 3]) - 401.2) < 2.1
     assert np.abs(symbols.numpy()).max() > 100

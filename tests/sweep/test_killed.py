@@ -14,7 +14,9 @@ import pytest
 from cerwu_gpu.sweep.table import read_table
 
 ROOT = Path(__file__).resolve().parents[2]
-GRID = "--methods waterfilled,rtn --lmbda 1e-8,1e-7 --levels 8,16 --context-length 64 --max-windows 4"
+GRID = (
+    "--methods waterfilled,rtn --lmbda 1e-8,1e-7 --levels 8,16 --context-length 64 --max-windows 4"
+)
 FEW = "--samples 4 --sequence-length 64 --device cpu --quiet"
 PATIENCE = 240
 """Seconds until a process that makes no progress fails the test."""
