@@ -41,7 +41,7 @@ from cerwu_gpu.hf.companions import (
 from cerwu_gpu.hf.ends import Ends, ends_placed
 from cerwu_gpu.hf.evaluation import mean_loss
 from cerwu_gpu.hf.head import HeadBlocks, HeadGradients, head_layouts
-from cerwu_gpu.hf.models import LoadedModel, check_tokens, is_conv1d
+from cerwu_gpu.hf.models import LoadedModel, check_tokens, is_conv1d, mask_token
 from cerwu_gpu.hf.text import CalibrationTokens, batched_tokens, calibration_tokens
 from cerwu_gpu.layout import Label
 from cerwu_gpu.models.selection import (
@@ -216,7 +216,7 @@ class CausalLM(Adapter):
                 "drift, or drop the Hessian cache and any target."
             )
 
-    # What the model is told about tokens; a masked language model differs here alone.
+    # What the model is run on, and what predicts a token: masked language models differ here.
 
     def inputs(self, tokens: Tensor) -> Tensor:
         """Return what the model is run on for tokens, int64 [batch, sequence]."""
@@ -225,6 +225,10 @@ class CausalLM(Adapter):
     def predicted(self, tokens: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits [count, vocabulary] that predict a token, and those tokens [count]."""
         return logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+
+    def loss_scale(self, tokens: Tensor) -> float:
+        """Return the factor by which squared gradients are those of all tokens being predicted."""
+        return 1.0
 
     def _run(self, tokens: Tensor) -> object:
         ids = self.inputs(tokens).to(self.module.device)
@@ -329,7 +333,8 @@ class CausalLM(Adapter):
     def loss(self) -> float | None:
         if not len(self.data.held_out):
             return None
-        return mean_loss(self.module, self.data.held_out)
+        mask = mask_token(self.module, self.loaded.tokenizer)
+        return mean_loss(self.module, self.data.held_out, mask=mask)
 
     def identity(self) -> dict[str, str]:
         return {
@@ -371,10 +376,11 @@ class _Tail:
         pieces = zip(torch.split(tokens, count), torch.split(hidden, count), strict=True)
         for piece, outputs in pieces:
             passage = self._ends.passage(piece, outputs)
+            scale = self._adapter.loss_scale(piece)
             if self._head is not None:
-                self._head.note(passage, self._predicting(piece))
+                self._head.note(passage, self._predicting(piece), scale * scale)
             logits, targets = self._adapter.predicted(piece, passage.logits)
-            loss = functional.cross_entropy(
+            loss = scale * functional.cross_entropy(
                 logits.float(), targets.to(self._device), reduction="sum"
             )
             gradients.append(torch.autograd.grad(loss, passage.last)[0])

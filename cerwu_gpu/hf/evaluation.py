@@ -1,5 +1,10 @@
 """How good a model is on a text, by sliding windows as in the transformers documentation: its
-perplexity, and how far it is from the model it was made of."""
+perplexity, and how far it is from the model it was made of.
+
+A causal language model predicts a token from those before it; a masked one from those on both
+sides, with the token and others, one in MASKED_SHARE, masked. Its perplexity is then the
+pseudo-perplexity of Salazar et al. (arXiv 1910.14659), who mask one token at a time.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,12 +17,16 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cerwu_gpu.errors import CalibrationError, ConfigError, ModelError
-from cerwu_gpu.hf.models import check_tokens
+from cerwu_gpu.hf.models import check_tokens, mask_token
 from cerwu_gpu.hf.text import tokenized
 from cerwu_gpu.progress import tracked
 
 POSITIONS = 128
 """Tokens whose logits are compared at a time: their float64 copies are the largest tensors."""
+
+
+MASKED_SHARE = 8
+"""Number of tokens of which one is masked at a time: so many runs predict all tokens."""
 
 
 class Window(NamedTuple):
@@ -99,10 +108,11 @@ def compare(
     )
     check_tokens(original, ids, min(context_length, len(ids)))
     original.train(False)
+    mask = mask_token(model, tokenizer)
     sums = torch.zeros(4, dtype=torch.float64)
 
     def add(tokens: Tensor, counted: list[int]) -> None:
-        pair = (_logits(each, tokens) for each in (original, model))
+        pair = (_logits(one, tokens, mask) for one in (original, model))
         for before, after, row, count in zip(*pair, tokens, counted, strict=True):
             sums.add_(_compared(before, after, row, count))
 
@@ -168,22 +178,26 @@ def negative_log_likelihood(
         model, tokenizer, text, context_length, stride, max_windows, batch_size
     )
     totals: list[float] = []
+    mask = mask_token(model, tokenizer)
 
     def add(tokens: Tensor, counted: list[int]) -> None:
-        totals.append(_batch_loss(model, tokens.to(model.device), counted))
+        totals.append(_batch_loss(model, tokens.to(model.device), counted, mask))
 
     _over(windows, ids, batch_size, add, "perplexity", progress)
     return sum(totals), sum(window.counted for window in windows)
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, tokens: Tensor, batch_size: int = 4) -> float:
-    """Mean negative log likelihood in nats per predicted token of int64 [samples, sequence]."""
+def mean_loss(
+    model: PreTrainedModel, tokens: Tensor, batch_size: int = 4, mask: int | None = None
+) -> float:
+    """Return the mean negative log likelihood in nats per predicted token of int64 [samples,
+    sequence]; `mask` is the mask token of a masked language model."""
     model.train(False)
     count = tokens.shape[1] - 1
     total = 0.0
     for batch in torch.split(tokens, batch_size):
-        total += _batch_loss(model, batch.to(model.device), [count] * len(batch))
+        total += _batch_loss(model, batch.to(model.device), [count] * len(batch), mask)
     return total / (count * len(tokens))
 
 
@@ -262,9 +276,12 @@ def _batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
             yield group[len(full) :]
 
 
-def _batch_loss(model: PreTrainedModel, tokens: Tensor, counted: list[int]) -> float:
-    """Summed loss of the last `counted` tokens of each row of int64 [batch, sequence]."""
-    logits = _logits(model, tokens)
+def _batch_loss(
+    model: PreTrainedModel, tokens: Tensor, counted: list[int], mask: int | None
+) -> float:
+    """Return the summed loss of the last `counted` tokens of each row of int64 [batch,
+    sequence]."""
+    logits = _logits(model, tokens, mask)
     total = 0.0
     for row, ids, count in zip(logits, tokens, counted, strict=True):
         # One row at a time: in float32 the logits are the largest tensor of all.
@@ -273,10 +290,22 @@ def _batch_loss(model: PreTrainedModel, tokens: Tensor, counted: list[int]) -> f
     return total
 
 
-def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """[batch, sequence, vocabulary] in the model's dtype, where the model is."""
-    logits: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
-    return logits
+def _logits(model: PreTrainedModel, tokens: Tensor, mask: int | None) -> Tensor:
+    """Return logits [batch, sequence, vocabulary] in the model's dtype, where the model is; those
+    at a token predict the next one."""
+    tokens = tokens.to(model.device)
+    if mask is None:
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        return logits
+    places = torch.arange(tokens.shape[1], device=tokens.device) % MASKED_SHARE
+    predictions: Tensor | None = None
+    for remainder in range(min(MASKED_SHARE, tokens.shape[1])):
+        masked = places == remainder
+        output: Tensor = model(input_ids=tokens.masked_fill(masked, mask)).logits
+        predictions = torch.empty_like(output) if predictions is None else predictions
+        predictions[:, masked] = output[:, masked]
+    assert predictions is not None
+    return predictions.roll(-1, dims=1)
 
 
 def _compared(before: Tensor, after: Tensor, ids: Tensor, count: int) -> Tensor:

@@ -245,11 +245,12 @@ class HeadGradients:
         self._inputs: Tensor | float = 0.0
         self._gradients: Tensor | float = 0.0
 
-    def note(self, passage: Passage, predicting: Callable[[Tensor], Tensor]) -> None:
+    def note(self, passage: Passage, predicting: Callable[[Tensor], Tensor], weight: float) -> None:
         """Add a passage, before its graph is used up.
 
         Args:
             predicting: from logits [batch, sequence, ...] those that predict a token.
+            weight: of the squares, where some tokens stand for all.
 
         Raises:
             CalibrationError: the model has no head that is applied once.
@@ -258,9 +259,8 @@ class HeadGradients:
             raise CalibrationError("the model does not apply its head once: leave the head out.")
         self._tokens += passage.rows.shape[0] * passage.rows.shape[1]
         self._inputs = self._inputs + _second_moment(passage.head_input)
-        self._squares = self._squares + _expected_squares(
-            passage.scores, passage.logits, predicting
-        )
+        squares = _expected_squares(passage.scores, passage.logits, predicting)
+        self._squares = self._squares + weight * squares
 
     def note_rows(self, gradient: Tensor) -> None:
         """Add the gradient at the looked-up rows [batch, sequence, d]."""

@@ -12,20 +12,24 @@ from typing import Any
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from cerwu_gpu.errors import ModelError
 from cerwu_gpu.hf.card import Loader
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.classifier import ImageClassifier
+from cerwu_gpu.hf.encoder import MaskedLM
 from cerwu_gpu.hf.models import LoadedModel, is_gguf, load_model, local_directory
 
 
@@ -75,6 +79,14 @@ KINDS = (
         AutoModelForCausalLM,
         CausalLM,
         "text-generation",
+    ),
+    Kind(
+        "a masked language model",
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        AutoModelForMaskedLM,
+        MaskedLM,
+        "fill-mask",
     ),
     Kind(
         "an image classifier",

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from cerwu_gpu.compression.run import plain_bytes
@@ -121,6 +122,23 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTo
     return tokenizer
 
 
+def mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """Return the id of the mask token of a masked language model; None for any other model.
+
+    Raises:
+        ModelError: the model is one, and there is no tokenizer with such a token.
+    """
+    if type(model).__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return None
+    mask: int | None = None if tokenizer is None else tokenizer.mask_token_id
+    if mask is None:
+        raise ModelError(
+            f"{type(model).__name__} predicts masked tokens, and its tokenizer has no mask token: "
+            "give the tokenizer that belongs to it."
+        )
+    return mask
+
+
 def check_tokens(model: PreTrainedModel, tokens: Tensor, length: int) -> None:
     """Refuse token ids and sequence lengths that the model has no embedding for.
 
@@ -138,12 +156,23 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor, length: int) -> None:
             f"the tokenizer gives id {largest} but the model has {embedding.shape[0]} embeddings: "
             "they do not belong together."
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = _positions(model)
     if positions is not None and length > positions:
         raise ModelError(
             f"sequences of {length} tokens are beyond the model's {positions} positions: "
             f"ask for at most {positions}."
         )
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """Return how many positions a model has; None where nothing limits them."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            padding = module.padding_idx  # RoBERTa counts positions from behind it
+            if padding is not None:
+                return module.num_embeddings - padding - 1
+    return positions
 
 
 def _download(name: str) -> Path:

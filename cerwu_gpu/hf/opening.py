@@ -9,8 +9,9 @@ from transformers import AutoTokenizer
 
 from cerwu_gpu.device import find_device
 from cerwu_gpu.errors import ModelError, reason
+from cerwu_gpu.hf.kinds import load_kind
 from cerwu_gpu.hf.loading import load_compressed
-from cerwu_gpu.hf.models import LoadedModel, load_model
+from cerwu_gpu.hf.models import LoadedModel
 from cerwu_gpu.spec import QUANT_METHOD
 
 
@@ -29,7 +30,7 @@ def open_model(
     """
     target = find_device(device)
     if not is_compressed(source):
-        loaded = load_model(source, trust_remote_code=trust_remote_code)
+        _, loaded = load_kind(source, trust_remote_code=trust_remote_code)
         loaded.model.to(target)  # type: ignore[arg-type]
         return loaded
     model = load_compressed(source, device=target)
