@@ -1,6 +1,8 @@
-"""The public doors: a model in, a compressed directory out."""
+"""The public doors: a model in, a compressed directory out; and a model as a sweep's subject."""
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cerwu_gpu.calibration.running import placed
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.report_files import check_reports, report_paths, write_report
 from cerwu_gpu.compression.resume import settings_fingerprint
@@ -22,12 +25,16 @@ from cerwu_gpu.errors import ConfigError, ModelError
 from cerwu_gpu.hf.card import card_of
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.classifier import ImageClassifier
+from cerwu_gpu.hf.evaluation import perplexity
+from cerwu_gpu.hf.images import compare_on_images, load_images
 from cerwu_gpu.hf.kinds import Kind, kind_of, load_kind
-from cerwu_gpu.hf.models import LoadedModel, bytes_of_original
+from cerwu_gpu.hf.loading import load_compressed
+from cerwu_gpu.hf.models import LoadedModel, bytes_of_original, load_model, require_tokenizer
 from cerwu_gpu.hf.text import text_file
 from cerwu_gpu.models.module import ModuleAdapter
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.report import Report
+from cerwu_gpu.sweep.model import Measure, ModelSubject, kept_hessians
 
 
 def compress(
@@ -232,3 +239,123 @@ def _language_adapter(
     with clock.stage("calibrate"):
         adapter.calibrate(config, hessian_cache=cache, work=work, judged=card)
     return adapter
+
+
+def text_subject(
+    model: str | Path,
+    base: CompressionConfig,
+    text: str,
+    hessian_cache: Path,
+    *,
+    context_length: int = 512,
+    max_windows: int | None = None,
+    batch_size: int = 4,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+    trust_remote_code: bool = False,
+) -> ModelSubject:
+    """Load a causal language model and tokenize its calibration text.
+
+    Args:
+        model: hub name, local directory or .gguf file.
+        base: which weights, and what calibrates: the points' settings of these are ignored; its
+            keep_head says that no point quantizes the head.
+        text: evaluation text.
+        hessian_cache: directory for Hessians and sensitivities.
+        context_length, max_windows, batch_size: of the evaluation, as for `perplexity`.
+        device: where blocks are worked on and models are evaluated.
+        progress: show bars over calibration on stderr.
+
+    Raises:
+        CerwuError: a subclass that says what is wrong.
+    """
+    base = kept_hessians(base)
+    target = find_device(device)
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    tokenizer = require_tokenizer(loaded.tokenizer)
+    adapter = CausalLM(loaded, base, device=target, progress=progress)
+    adapter.calibrate(base, hessian_cache=hessian_cache)
+
+    def evaluate(module: Any) -> float:
+        with placed(module, target):
+            return perplexity(
+                module,
+                tokenizer,
+                text,
+                context_length=context_length,
+                max_windows=max_windows,
+                batch_size=batch_size,
+            )
+
+    load: Callable[[Path], Any] = lambda folder: load_compressed(folder, device=target)  # noqa: E731
+    measure = Measure(
+        "perplexity",
+        evaluate,
+        load,
+        {
+            "evaluation text": hashlib.sha256(text.encode()).hexdigest(),
+            "evaluation windows": f"{max_windows} of {context_length} tokens",
+        },
+    )
+    name = Path(model).expanduser().resolve().name
+    return ModelSubject(name, adapter, measure, base, bytes_of_original(model, loaded.model))
+
+
+def image_subject(
+    model: str | Path,
+    base: CompressionConfig,
+    images: str,
+    hessian_cache: Path,
+    *,
+    max_images: int | None = None,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+    trust_remote_code: bool = False,
+) -> ModelSubject:
+    """Load an image classifier, the images that calibrate it and those that judge it.
+
+    Args:
+        model: hub name or local directory.
+        base: which weights, and how many images calibrate; as for `text_subject`.
+        images: directory of images in folders by class, or a hub dataset; its training part
+            calibrates, its test part judges.
+        hessian_cache: directory for Hessians and sensitivities.
+        max_images: number of images that judge; None: all.
+        batch_size: images in work at a time.
+        device: where the model runs.
+        progress: show bars over calibration on stderr.
+
+    Raises:
+        CerwuError: a subclass that says what is wrong.
+    """
+    base, target = kept_hessians(base), find_device(device)
+    kind, loaded = load_kind(model, trust_remote_code=trust_remote_code)
+    if kind.adapter is not ImageClassifier:
+        raise ModelError(f"{model} is {kind.name}: images are for classifiers.")
+    text, config = base.text, loaded.model.config
+    pixels = load_images(
+        images, model, part="calibration", count=text.samples, batch_size=batch_size, seed=text.seed
+    )
+    judging = load_images(
+        images,
+        model,
+        part="evaluation",
+        labels={name: int(number) for name, number in (config.label2id or {}).items()},
+        count=max_images,
+        batch_size=batch_size,
+    )
+    base = replace(base, calibration=Batches(inputs=pixels.batches, seed=text.seed))
+    adapter = ImageClassifier(
+        loaded.model, base, device=target, hessian_cache=hessian_cache, progress=progress
+    )
+
+    def evaluate(module: Any) -> float:
+        return compare_on_images(module.to(target), judging).accuracy
+
+    def load(folder: Path) -> nn.Module:
+        return load_compressed(folder, device=target)
+
+    measure = Measure("accuracy", evaluate, load, {"evaluation": f"{max_images} of {images}"})
+    name = Path(model).expanduser().resolve().name
+    return ModelSubject(name, adapter, measure, base, bytes_of_original(model, loaded.model))

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from os.path import isfile  # unlike Path.is_file it takes text too long for a name
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +11,16 @@ import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import listing, print_events, print_json, report_rows, set_verbosity
-from cerwu_gpu.config import all_settings, from_settings
+from cerwu_gpu.config import (
+    Batches,
+    Calibration,
+    CompressionConfig,
+    all_settings,
+    from_settings,
+)
 from cerwu_gpu.container.output import check_apart
 from cerwu_gpu.container.work import output_places
+from cerwu_gpu.errors import ConfigError
 
 
 @options.with_settings(all_settings(), before="device")
@@ -49,6 +57,7 @@ def compress(
     card: Annotated[
         bool, typer.Option("--card", help="Write a model card for the Hub (README.md).")
     ] = False,
+    images: options.Images = None,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -74,6 +83,8 @@ def compress(
     from cerwu_gpu.compression.report_files import report_paths
 
     with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
+        if images is not None:
+            config = _on_images(model, images, config)
         done = run(
             model,
             output,
@@ -93,3 +104,27 @@ def compress(
     rows = [("output", str(output)), ("report", str(page)), *report_rows(done)]
     typer.echo(listing(rows))
     print_events(done.events)
+
+
+def _on_images(model: str, images: str, config: CompressionConfig) -> CompressionConfig:
+    """Return the configuration with batches of images for calibration.
+
+    Raises:
+        ConfigError: a setting of calibration texts is given, too.
+    """
+    from cerwu_gpu.hf.images import load_images
+
+    text, usual = config.text, Calibration()
+    for name in ("source", "sequence_length"):
+        if getattr(text, name) != getattr(usual, name):
+            option = "calibration" if name == "source" else name
+            raise ConfigError(f"{option} is for language models: drop it, or drop images.")
+    pixels = load_images(
+        images,
+        model,
+        part="calibration",
+        count=text.samples,
+        batch_size=text.batch_size,
+        seed=text.seed,
+    )
+    return replace(config, calibration=Batches(inputs=pixels.batches, seed=text.seed))

@@ -10,6 +10,7 @@ import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import listing, print_json, set_verbosity, table
+from cerwu_gpu.errors import ConfigError
 
 if TYPE_CHECKING:
     from cerwu_gpu.hf.models import LoadedModel
@@ -63,6 +64,7 @@ def evaluate(
     examples: Annotated[
         int | None, typer.Option(help="Maximum number of examples per task; default: all.")
     ] = None,
+    images: options.Images = None,
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
@@ -74,17 +76,19 @@ def evaluate(
     KL(original || MODEL) and the top-1 agreement.
     """
     set_verbosity(quiet=quiet)
+    from cerwu_gpu.hf.evaluation import check_tasks_available, task_results
+    from cerwu_gpu.hf.loading import open_model
     from cerwu_gpu.hf.models import require_tokenizer
-    from cerwu_gpu.hf.opening import open_model
-    from cerwu_gpu.hf.tasks import check_available, task_results
     from cerwu_gpu.hf.text import load_text
 
+    if images is not None and (text is not None or tasks is not None):
+        raise ConfigError("images are for classifiers: drop text and tasks, or drop images.")
     wanted = [task.strip() for task in tasks.split(",")] if tasks is not None else []
-    text = text or (None if wanted else TEXT)
+    text = text or (None if wanted or images is not None else TEXT)
     begin = perf_counter()
     with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
         if wanted:
-            check_available()
+            check_tasks_available()
         content = None if text is None else load_text(text, part="evaluation")
         pair = [
             open_model(name, device=device, trust_remote_code=trust_remote_code)
@@ -96,6 +100,8 @@ def evaluate(
             numbers = _on_text(
                 pair, content, context_length, stride, max_windows, batch_size, not quiet
             )
+        if images is not None:
+            numbers = _on_images(model, pair, images, examples, batch_size)
         results: list[Results | None] = [
             task_results(
                 loaded.model,
@@ -159,9 +165,34 @@ def _on_text(
     return asdict(compare(pair[0].model, pair[1].model, tokenizer, content, **settings))
 
 
+def _on_images(
+    name: str, pair: "list[LoadedModel]", images: str, count: int | None, batch_size: int
+) -> dict[str, Any]:
+    """Return the accuracy of a classifier, or the fields of an ImageComparison of two."""
+    from cerwu_gpu.hf.images import compare_on_images, load_images
+
+    known = pair[0].model.config.label2id or {}
+    labels = {name: int(number) for name, number in known.items()}
+    pixels = load_images(
+        images, name, part="evaluation", labels=labels, count=count, batch_size=batch_size
+    )
+    original = pair[1].model if len(pair) == 2 else None
+    compared = asdict(compare_on_images(pair[0].model, pixels, original))
+    return {field: value for field, value in compared.items() if value is not None}
+
+
 def _in_words(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
-    if numbers:
+    if "accuracy" in numbers:
+        rows.append(("accuracy", f"{numbers['accuracy']:.2%}"))
+        if "original_accuracy" in numbers:
+            rows += [
+                ("accuracy of the original", f"{numbers['original_accuracy']:.2%}"),
+                ("mean KL divergence", f"{numbers['kl_divergence']:.6f} nats per image"),
+                ("top-1 agreement", f"{numbers['top1_agreement']:.2%}"),
+            ]
+        rows.append(("images", f"{numbers['images']:,}"))
+    if "perplexity" in numbers:
         rows.append(("perplexity", f"{numbers['perplexity']:.4f}"))
     if "original_perplexity" in numbers:
         increase = numbers["perplexity"] / numbers["original_perplexity"] - 1

@@ -20,6 +20,14 @@ Model = Annotated[
 MaxWindows = Annotated[
     int | None, typer.Option(help="Maximum number of windows; default: the whole text.")
 ]
+Images = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Directory of images, in folders by class, or a Hub dataset id; for image "
+        "classifiers.",
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="Device: cpu, cuda, cuda:1, ...; default: a GPU if available.")
 ]

@@ -26,6 +26,7 @@ from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
 AXES = Axes()
 HEADS = ("quantize", "keep")
 DRIFTS = ("ignore", "correct")
+TEXT = "wikitext2"
 Value = TypeVar("Value")
 
 
@@ -124,13 +125,15 @@ def sweep(
         typer.Option(metavar="LIST", help="Embedding and output head: quantize, keep, or both."),
     ] = "quantize",
     text: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Evaluation text: a text file, or wikitext2 for the test split of WikiText-2."
+            help="Evaluation text: a text file, or wikitext2 for the test split of WikiText-2; "
+            "default: wikitext2."
         ),
-    ] = "wikitext2",
+    ] = None,
     context_length: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 512,
     max_windows: options.MaxWindows = None,
+    images: options.Images = None,
     device: options.Device = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the compressed model of each point.")
@@ -144,6 +147,8 @@ def sweep(
 
     A LIST is comma-separated.
     """
+    if images is not None and text is not None:
+        raise ConfigError("images are for classifiers: drop text, or drop images.")
     given = options.given_settings(settings)
     base = from_settings(**given, limit_columns=0)  # a table has no place for it
     axes = Axes(
@@ -168,7 +173,7 @@ def sweep(
     points = grid_points(axes, base)
     check_available(points)
     set_verbosity(quiet=quiet)
-    from cerwu_gpu.hf.subject import language_subject  # after the settings: torch takes seconds
+    from cerwu_gpu.api import image_subject, text_subject  # after the settings: torch takes seconds
     from cerwu_gpu.hf.text import load_text, text_file
 
     output = output.expanduser()
@@ -177,21 +182,29 @@ def sweep(
         {
             "the model": model,
             "the calibration text": text_file(base.text.named or ""),
-            "the evaluation text": text_file(text),
+            "the evaluation text": text_file(text or TEXT),
         },
     )
     with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
-        subject = language_subject(
-            model,
-            replace(base, keep_head=all(axes.keep_heads)),
-            load_text(text, part="evaluation"),
-            output / HESSIANS,
-            context_length=context_length,
-            max_windows=max_windows,
-            device=device,
-            progress=not quiet,
-            trust_remote_code=trust_remote_code,
-        )
+        base = replace(base, keep_head=all(axes.keep_heads))
+        shared: dict[str, Any] = {
+            "device": device,
+            "progress": not quiet,
+            "trust_remote_code": trust_remote_code,
+        }
+        if images is None:
+            evaluation = load_text(text or TEXT, part="evaluation")
+            subject = text_subject(
+                model,
+                base,
+                evaluation,
+                output / HESSIANS,
+                context_length=context_length,
+                max_windows=max_windows,
+                **shared,
+            )
+        else:
+            subject = image_subject(model, base, images, output / HESSIANS, **shared)
         rows = run_sweep(subject, points, output, keep=keep, progress=not quiet)
     if json:
         print_json({"table": str(output / TABLE), **summary(rows)})

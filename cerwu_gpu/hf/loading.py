@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -18,8 +18,8 @@ from cerwu_gpu.container.output import check_apart, check_output, new_directory,
 from cerwu_gpu.container.reader import CompressedDirectory, open_directory
 from cerwu_gpu.device import find_device
 from cerwu_gpu.errors import ConfigError, FormatError, ModelError, reason
-from cerwu_gpu.hf.kinds import model_class
-from cerwu_gpu.hf.models import is_conv1d
+from cerwu_gpu.hf.kinds import load_kind, model_class
+from cerwu_gpu.hf.models import LoadedModel, is_conv1d, load_tokenizer
 from cerwu_gpu.hf.resident import keep_compressed, placeholder, stored_in_blocks
 from cerwu_gpu.models.module import fill
 from cerwu_gpu.models.selection import find_blocks
@@ -276,3 +276,40 @@ def _check_loaded(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
             raise FormatError(f"{name}: the model of config.json has no such weight.")
         if names[name].dtype != tensor.dtype:  # one dtype was given for the whole model
             names[name].data = tensor.to(names[name].device)
+
+
+def open_model(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """A compressed directory, or anything that `load_model` takes, on `device`.
+
+    Raises:
+        FormatError: a compressed directory is damaged.
+        ModelError: the source cannot be loaded.
+        ConfigError: there is no such device here.
+    """
+    target = find_device(device)
+    if not is_compressed(source):
+        _, loaded = load_kind(source, trust_remote_code=trust_remote_code)
+        loaded.model.to(target)  # type: ignore[arg-type]
+        return loaded
+    model = load_compressed(source, device=target)
+    folder = _local(source)
+    return LoadedModel(model, load_tokenizer(folder, trust_remote_code), folder)
+
+
+def is_compressed(source: str | Path) -> bool:
+    """Whether the config.json of a directory, or of a hub name, says that cerwu_gpu wrote it."""
+    path = Path(source).expanduser()
+    try:
+        file = (
+            path / "config.json" if path.exists() else hf_hub_download(str(source), "config.json")
+        )
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        method = config["quantization_config"]["quant_method"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # what is wrong with it, load_model says better
+    return bool(method == QUANT_METHOD)

@@ -235,7 +235,7 @@ def _load_directory(
             f"{path} lacks {len(report['missing_keys'])} of the model's weights, "
             f"among them {min(report['missing_keys'])}: fetch it again."
         )
-    return LoadedModel(model, _load_tokenizer(path, trust_remote_code), path)
+    return LoadedModel(model, load_tokenizer(path, trust_remote_code), path)
 
 
 def _check_config(path: Path) -> None:
@@ -254,7 +254,12 @@ def _check_config(path: Path) -> None:
     raise ModelError(f"{path} is quantized already ({method}): give the original model.")
 
 
-def _load_tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer in a directory; None where it has none.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     if not any((path / name).exists() for name in TOKENIZER_FILES):
         return None
     try:

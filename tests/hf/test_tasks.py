@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cerwu_gpu.errors import ConfigError
-from cerwu_gpu.hf.tasks import task_results
+from cerwu_gpu.hf.evaluation import task_results
 from tests.hf.toys import toy
 
 TASK = """\

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 import cerwu_gpu
 from cerwu_gpu import CompressionConfig, ConfigError
+from cerwu_gpu.api import text_subject
 from cerwu_gpu.baselines import nncodec
-from cerwu_gpu.hf.subject import language_subject
 from cerwu_gpu.sweep.model import ModelSubject
 from cerwu_gpu.sweep.points import Axes, Point, grid_points
 from tests.configs import compress_flat, configured
@@ -33,7 +33,7 @@ def make(toy_directory: Path, toy_text: Path, base: CompressionConfig, tmp_path:
     def made(model: Path = toy_directory, **options: Any) -> ModelSubject:
         settings: dict[str, Any] = {"context_length": 64, "max_windows": 3, "device": "cpu"}
         text = toy_text.read_text(encoding="utf-8")
-        return language_subject(
+        return text_subject(
             model, options.pop("base", base), text, tmp_path / "hessians", **settings, **options
         )
 

@@ -1,0 +1,168 @@
+"""Image classifiers on the command line: images calibrate, judge, and are the subject of sweeps."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cerwu_gpu.errors import CalibrationError, ModelError
+from cerwu_gpu.hf.images import load_images
+from tests.models.toys import SIDE, toy
+
+pytest.importorskip("PIL", reason="images need pillow")
+
+NAMES = ("boat", "gull")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Eight random images of two classes for training, six for testing."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 8), ("test", 6)):
+        for number in range(count):
+            folder = tmp_path / "pictures" / split / NAMES[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = torch.randint(256, (SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A toy ResNet of seven classes, two of them named as the pictures', with its processor."""
+    network = toy("resnet")
+    network.config.id2label = dict(enumerate([*NAMES, *"abcde"]))
+    network.config.label2id = {name: i for i, name in network.config.id2label.items()}
+    network.save_pretrained(tmp_path / "model")
+    processor = {
+        "image_processor_type": "ConvNextImageProcessor",
+        "size": {"shortest_edge": SIDE},
+        "crop_pct": 1.0,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(processor))
+    return tmp_path / "model"
+
+
+def test_images_are_split_processed_and_numbered(pictures: Path, model: Path) -> None:
+    labels = {"gull": 5, "boat": 3}
+    images = load_images(str(pictures), model, part="evaluation", labels=labels, batch_size=4)
+    assert [tuple(batch.shape) for batch in images.batches] == [
+        (4, 3, SIDE, SIDE),
+        (2, 3, SIDE, SIDE),
+    ]
+    assert images.labels is not None
+    assert sorted(torch.cat(images.labels).tolist()) == [3, 3, 3, 5, 5, 5]
+    assert float(torch.cat(images.batches).abs().max()) <= 1.0
+    few = load_images(str(pictures), model, part="calibration", count=3, seed=1)
+    again = load_images(str(pictures), model, part="calibration", count=3, seed=1)
+    assert torch.equal(few.batches[0], again.batches[0]) and len(few.batches[0]) == 3
+
+
+def test_what_is_no_image_is_one_sentence(pictures: Path, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="no class 'boat'"):
+        load_images(str(pictures), model, part="evaluation", labels={"gull": 1})
+    with pytest.raises(CalibrationError, match="cannot be loaded"):
+        load_images(str(tmp_path / "nowhere"), model, part="evaluation")
+    (model / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelError, match="has no image processor"):
+        load_images(str(pictures), model, part="evaluation")
+
+
+def test_a_classifier_is_compressed_and_judged(
+    pictures: Path, model: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    small = tmp_path / "small"
+    images = ("--images", pictures, "--quiet")
+    code, out, err = command(
+        "compress",
+        model,
+        "-o",
+        small,
+        *images,
+        "--lmbda",
+        "1e-7",
+        "--samples",
+        "6",
+        "--card",
+        "--json",
+    )
+    assert code == 0, err
+    assert json.loads(out)["bits_per_weight"] > 2
+    assert "image-classification" in (small / "README.md").read_text(encoding="utf-8")
+    assert (small / "preprocessor_config.json").is_file()
+    code, out, err = command("eval", small, "--against", model, *images, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["images"] == 6
+    assert 0 <= result["accuracy"] <= 1 and result["kl_divergence"] >= 0
+    assert result["top1_agreement"] > 0.5
+    code, out, err = command("eval", small, *images)
+    assert code == 0 and "accuracy" in out, err
+
+
+def test_a_sweep_runs_on_a_classifier(
+    pictures: Path, model: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    grid = ("--methods", "waterfilled,rtn", "--lmbda", "1e-7", "--levels", "15", "--samples", "6")
+    code, out, err = command(
+        "sweep", model, "-o", tmp_path / "sweep", "--images", pictures, *grid, "--quiet"
+    )
+    assert code == 0, err
+    assert "accuracy" in out and "waterfilled" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("compress", "MODEL", "-o", "x", "--sequence-length", "64"), "sequence_length"),
+        (("compress", "MODEL", "-o", "x", "--calibration", "self"), "calibration"),
+        (("eval", "MODEL", "--text", "words.txt"), "drop text"),
+        (("sweep", "MODEL", "-o", "x", "--text", "words.txt"), "drop text"),
+    ],
+    ids=str,
+)
+def test_settings_of_texts_are_refused_beside_images(
+    arguments: tuple[str, ...], part: str, model: Path, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    typed = [str(model) if word == "MODEL" else word for word in arguments]
+    typed = [str(tmp_path / "x") if word == "x" else word for word in typed]
+    code, _, err = command(*typed, "--images", "pictures")
+    assert code == 2 and part in err
+
+
+def test_a_killed_run_of_a_module_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of language models: what is finished is kept, and the bytes are those of one run."""
+    from cerwu_gpu import Batches, CompressionConfig, Objective, compress
+    from cerwu_gpu.container.journal import Journal
+    from tests.models.toys import images
+
+    config = CompressionConfig(
+        calibration=Batches(inputs=images()), objective=Objective(lmbda=1e-4), drift="sequential"
+    )
+    compress(toy("resnet"), tmp_path / "whole", config=config, progress=False)
+    write, calls = Journal.write, []
+
+    def interrupted(self: Journal, index: int, weights: Any) -> None:
+        calls.append(index)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        write(self, index, weights)
+
+    monkeypatch.setattr(Journal, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="keeps what is finished"):
+        compress(toy("resnet"), tmp_path / "out", config=config, progress=False)
+    monkeypatch.setattr(Journal, "write", write)
+    compress(toy("resnet"), tmp_path / "out", config=config, progress=False)
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / ".out.work").exists()
