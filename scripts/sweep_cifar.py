@@ -12,7 +12,7 @@ import sys
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cerwu_gpu import CerwuError, CompressionConfig, ModelError
-from cerwu_gpu.cli.sweep import corrections, numbers
+from cerwu_gpu.cli.axes import take_axes, with_axes
+from cerwu_gpu.cli.options import closed
 from cerwu_gpu.cli.sweep_tables import minimum_table, points_table, time_words
 from cerwu_gpu.sweep.model import module_subject
-from cerwu_gpu.sweep.points import Axes, check_available, grid_points
+from cerwu_gpu.sweep.points import Axes, System, check_available, grid_points
 from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
 
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -127,47 +128,36 @@ def accuracy(module: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float((torch.cat(found) == labels).double().mean())
 
 
+AXES = Axes(
+    systems=get_args(System),
+    quantizers=("scalar", "trellis8"),
+    lmbdas=(2e-6, 5e-6, 1e-5, 1.5e-5, 2e-5, 3e-5, 5e-5),
+    sensitivities=("balanced",),
+    drifts=(True,),
+    levels=(8, 16, 32),
+    uniform_lmbdas=(3e-4, 1e-3, 3e-3, 1e-2),
+    qps=(-26, -24, -22, -20, -18, -16),
+)
+"""The grid of the comparisons in docs/paper.md."""
+
+
+@closed
+@with_axes(before="images", defaults=AXES)
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder with the weights and images.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the table.")],
     network: Annotated[Network, typer.Option()] = Network.resnet20,
     images: Annotated[
-        int | None, typer.Option("--images", help="Test images; default: all.")
+        int | None, typer.Option("--images", help="Number of test images; default: all.")
     ] = None,
-    calibration_images: Annotated[int, typer.Option(help="Images that calibrate.")] = 2000,
-    methods: Annotated[
-        str, typer.Option(help="See cerwu-gpu sweep --help.")
-    ] = "waterfilled,cerwu,cerwu-gamma0,optq,rtn,nncodec,nncodec-dependent",
-    quantizer: Annotated[str, typer.Option(help="Of ours.")] = "scalar,trellis8",
-    lmbda: Annotated[str, typer.Option(help="Of ours: error worth paying for one bit.")] = (
-        "2e-6,5e-6,1e-5,1.5e-5,2e-5,3e-5,5e-5"
-    ),
-    sensitivity: Annotated[
-        str, typer.Option(help="Of ours; each has its own range of --lmbda.")
-    ] = "balanced",
-    drift: Annotated[
-        str,
-        typer.Option(help="Of ours: correct (batch norms follow the weights), ignore, or both."),
-    ] = "correct",
-    levels: Annotated[str, typer.Option(help="Of uniform grids: |G|.")] = "8,16,32",
-    uniform_lmbda: Annotated[
-        str, typer.Option(help="Of cerwu and cerwu-gamma0: output error of an image for one bit.")
-    ] = "3e-4,1e-3,3e-3,1e-2",
-    qp: Annotated[str, typer.Option(help="Of nncodec: its step.")] = "-26,-24,-22,-20,-18,-16",
+    calibration_images: Annotated[
+        int, typer.Option(help="Number of images that calibrate.")
+    ] = 2000,
+    **axes: Any,
 ) -> None:
-    """Run the sweep, or what is missing of it, and print what it found."""
-    axes = Axes(
-        systems=tuple(methods.split(",")),  # type: ignore[arg-type]  # Axes refuses others
-        quantizers=tuple(quantizer.split(",")),  # type: ignore[arg-type]
-        lmbdas=numbers("lmbda", lmbda, float),
-        sensitivities=tuple(sensitivity.split(",")),  # type: ignore[arg-type]  # the same
-        drifts=corrections(drift),
-        levels=numbers("levels", levels, int),
-        uniform_lmbdas=numbers("uniform_lmbda", uniform_lmbda, float),
-        qps=numbers("qp", qp, int),
-    )
+    """Run the sweep, or what is missing of it, and print its tables."""
     base = CompressionConfig()
-    points = grid_points(axes, base)
+    points = grid_points(take_axes(axes), base)
     check_available(points)
     check_folder(output, {"the data": folder})
     test, labels = load_images(folder / "test.npz", images)

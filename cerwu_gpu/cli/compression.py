@@ -23,6 +23,7 @@ from cerwu_gpu.container.work import output_places
 from cerwu_gpu.errors import ConfigError
 
 
+@options.closed
 @options.with_settings(all_settings(), before="device")
 def compress(
     model: options.Model,

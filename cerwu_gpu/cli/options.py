@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from os.path import isfile  # unlike Path.is_file it takes text too long for a name
 from pathlib import Path
 from types import NoneType, UnionType
@@ -71,11 +71,18 @@ def with_settings(
         before: parameter of the command in front of which the options are listed. Its keyword
             parameters get the values as they were typed; `given_settings` parses them.
     """
-    options = [_parameter(all_settings()[name]) for name in names]
+    return with_parameters([_parameter(all_settings()[name]) for name in names], before)
+
+
+def with_parameters(
+    options: Sequence[inspect.Parameter], before: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that gives a command further options, in front of one of its own."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command)
         plain = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
+        rest = [x for x in signature.parameters.values() if x.kind is x.VAR_KEYWORD]
         place = [x.name for x in plain].index(before)
         parameters = [*plain[:place], *options, *plain[place:]]
         parameters = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in parameters]
@@ -84,11 +91,20 @@ def with_settings(
             command(**values)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        # What is left open can be filled by a further decorator.
+        run.__signature__ = signature.replace(parameters=[*parameters, *rest])  # type: ignore[attr-defined]
         run.__annotations__ = {x.name: x.annotation for x in parameters} | {"return": None}
         return run
 
     return decorate
+
+
+def closed(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose options are complete, without its keyword parameters."""
+    signature = inspect.signature(command)
+    plain = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
+    command.__signature__ = signature.replace(parameters=plain)  # type: ignore[attr-defined]
+    return command
 
 
 def _parameter(setting: Setting) -> inspect.Parameter:

@@ -17,6 +17,7 @@ from cerwu_gpu.config import (
     Sensitivity,
     Uniform,
     Waterfilled,
+    setting,
     settings,
 )
 from cerwu_gpu.errors import ConfigError
@@ -125,25 +126,53 @@ class Axes:
         ConfigError: an axis that a system needs is empty, or a system is unknown.
     """
 
-    systems: tuple[System, ...] = ("waterfilled", "cerwu", "cerwu-gamma0", "optq", "rtn")
-    quantizers: tuple[Quantizer, ...] = ("scalar",)
-    lmbdas: tuple[float, ...] = (3e-10, 1e-9, 3e-9, 1e-8)
-    """Of waterfilled; their unit follows from the sensitivity."""
-    sensitivities: tuple[Sensitivity, ...] = ("row",)
-    """Of waterfilled."""
-    levels: tuple[int, ...] = (8, 16, 32, 64)
-    """Of uniform grids."""
-    uniform_lmbdas: tuple[float, ...] = (1e-6, 1e-5, 1e-4)
-    """Of cerwu and cerwu-gamma0 on uniform grids: mean square of a layer's output error per bit."""
-    rate_models: tuple[RateModel, ...] = ("histogram",)
-    """Of cerwu and cerwu-gamma0 on uniform grids."""
-    scales: tuple[Scale, ...] = ()
-    """Of uniform grids; empty: per-tensor for cerwu and cerwu-gamma0, per-row for optq and rtn."""
-    qps: tuple[int, ...] = (-36, -32, -28, -24, -20)
-    """Of NNCodec."""
-    drifts: tuple[bool, ...] = (False,)
-    """Of waterfilled: with corrected drift a point calibrates anew, behind its own blocks."""
-    keep_heads: tuple[bool, ...] = (False,)
+    systems: tuple[System, ...] = setting(
+        ("waterfilled", "cerwu", "cerwu-gamma0", "optq", "rtn"), "Methods.", name="methods"
+    )
+    quantizers: tuple[Quantizer, ...] = setting(
+        ("scalar",), "Quantizers for waterfilled.", name="quantizer"
+    )
+    lmbdas: tuple[float, ...] = setting(
+        (3e-10, 1e-9, 3e-9, 1e-8),
+        "Rate-distortion trade-offs for waterfilled: loss accepted to save one bit.",
+        name="lmbda",
+    )
+    sensitivities: tuple[Sensitivity, ...] = setting(
+        ("row",),
+        "Error weightings for waterfilled, which set the unit of lmbda.",
+        name="sensitivity",
+    )
+    levels: tuple[int, ...] = setting(
+        (8, 16, 32, 64), "Numbers of levels of the uniform grids (cerwu, cerwu-gamma0, optq, rtn)."
+    )
+    uniform_lmbdas: tuple[float, ...] = setting(
+        (1e-6, 1e-5, 1e-4),
+        "Trade-offs for cerwu and cerwu-gamma0: mean square of a layer's output error per bit.",
+        name="uniform_lmbda",
+    )
+    rate_models: tuple[RateModel, ...] = setting(
+        ("histogram",), "Rate models for cerwu and cerwu-gamma0.", name="rate_model"
+    )
+    scales: tuple[Scale, ...] = setting(
+        (),
+        "Scopes of abs-max of uniform grids; default: per-tensor for cerwu and cerwu-gamma0, "
+        "per-row for optq and rtn.",
+        name="scale",
+    )
+    qps: tuple[int, ...] = setting(
+        (-36, -32, -28, -24, -20),
+        "Quantization parameters for nncodec; adding 4 doubles the step size.",
+        name="qp",
+    )
+    drifts: tuple[bool, ...] = setting(
+        (False,),
+        "Drift correction for waterfilled: ignore, correct, or both; correct repeats the "
+        "calibration for each point.",
+        name="drift",
+    )
+    keep_heads: tuple[bool, ...] = setting(
+        (False,), "Embedding and output head: quantize, keep, or both.", name="head"
+    )
 
     def __post_init__(self) -> None:
         for field in fields(self):

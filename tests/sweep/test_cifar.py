@@ -124,5 +124,5 @@ def test_lists_of_something_else_are_refused(
     setting: dict[str, str], words: str, script: ModuleType, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        script.main(tmp_path, tmp_path / "out", methods="waterfilled", **setting)
+        script.main(folder=tmp_path, output=tmp_path / "out", methods="waterfilled", **setting)
     assert not (tmp_path / "out").exists()
