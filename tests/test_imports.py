@@ -121,6 +121,27 @@ def test_only_hf_and_the_doors_know_transformers(path: Path) -> None:
         assert not roots & {"transformers", "tokenizers", "datasets", "gguf"}
 
 
+def module_imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports when it is imported itself."""
+    modules = {name_of(source) for source in SOURCES}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    wanted: set[str] = set()
+    for node in tree.body:  # what functions and TYPE_CHECKING import is read later, or never
+        names = imports(ast.unparse(node)) if isinstance(node, ast.Import | ast.ImportFrom) else ()
+        for name in names:
+            wanted.add(name if name in modules else name.rpartition(".")[0])
+    return (wanted & modules) - {name_of(path), "cerwu_gpu"}
+
+
+def test_no_imports_go_round_in_a_circle() -> None:
+    graph = {name_of(path): module_imports(path) for path in SOURCES}
+    assert graph["cerwu_gpu.compression.run"] >= {"cerwu_gpu.compression.adapter"}
+    while graph:
+        leaves = {name for name, targets in graph.items() if not targets & graph.keys()}
+        assert leaves, f"a circle among {', '.join(sorted(graph))}"
+        graph = {name: targets for name, targets in graph.items() if name not in leaves}
+
+
 def test_nothing_imports_a_bare_kernels() -> None:
     """transformers imports a Hugging Face package of that name."""
     sources = [*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
