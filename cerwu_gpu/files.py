@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from cerwu_gpu.errors import OutputError
+
+if TYPE_CHECKING:  # the command line writes files, and torch takes seconds
+    import torch
+    from torch import Tensor
 
 TEMPORARY = ".tmp"
 """Suffix of an unfinished file."""
@@ -83,18 +85,20 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: "Tensor") -> memoryview:
     """Return the tensor's bytes, row-major, little-endian; a view where it can be one."""
+    import torch  # here, where there is a tensor already
+
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def checksum(tensor: Tensor) -> str:
+def checksum(tensor: "Tensor") -> str:
     """Return the SHA-256 (hexadecimal) of the tensor's bytes alone."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
+def digest(tensors: "Iterable[Tensor]") -> str:
     """Return the SHA-256 (hexadecimal) of dtype, shape and bytes of all tensors in order."""
     sha256 = hashlib.sha256()
     for tensor in tensors:
@@ -103,6 +107,6 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return sha256.hexdigest()
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: "torch.dtype") -> str:
     """Return "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")

@@ -116,8 +116,10 @@ class WorkDirectory:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise OutputError(f"{path} is damaged ({error}): delete {self.path}.") from error
+        if not isinstance(content, dict):
+            raise OutputError(f"{path} is damaged (no JSON object): delete {self.path}.")
         return {str(name): str(value) for name, value in content.items()}
 
 

@@ -396,3 +396,16 @@ def test_kill_9_at_random_moments(stories: Path) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"{kills} kills, 0 differing results" in result.stdout
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{", '"text"', "[" * 100_000], ids=len)
+def test_a_damaged_fingerprint_is_one_sentence(
+    content: str, compress: Callable[..., Any], tmp_path: Path
+) -> None:
+    with work_directory(tmp_path / "out"):
+        pass
+    with Failing(Journal, "write", 2, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        compress(tmp_path / "out")
+    (work_path(tmp_path / "out") / "fingerprint.json").write_text(content, encoding="utf-8")
+    with pytest.raises(OutputError, match=r"fingerprint\.json is damaged .*: delete"):
+        compress(tmp_path / "out")

@@ -1,9 +1,9 @@
 """The content of a report.json, small enough to check by hand."""
 
-from dataclasses import asdict
 from typing import Any
 
 from cerwu_gpu import LayerReport, Report
+from cerwu_gpu.config import settings
 from tests.configs import configured
 
 
@@ -52,7 +52,7 @@ REPORT: dict[str, Any] = {
         "classes": 600,
         "config.json": 400,
     },
-    "settings": asdict(configured(lmbda=1e-6)),
+    "settings": settings(configured(lmbda=1e-6)),
     "changed": ["lmbda"],
     "command": "cerwu-gpu compress toy -o small --lmbda 1e-06",
     "python": "CompressionConfig(lmbda=1e-06)",
