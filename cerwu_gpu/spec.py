@@ -67,3 +67,8 @@ TRELLIS_NEXT: Final = {
 """TRELLIS_NEXT[states][state][parity of the symbol] is the next state; a row starts in state 0."""
 TRELLIS_QUANTIZER: Final = {4: (0, 0, 1, 1), 8: (0, 1, 0, 1, 0, 1, 0, 1)}
 """Quantizer, 0 or 1, that a state uses (checked against the published VVC tables in tests)."""
+
+
+def is_mirrored(lowest: int, size: int) -> bool:
+    """Return whether q and -q share a code: lowest ... lowest + size - 1 are symmetric around 0."""
+    return size % 2 == 1 and lowest == -(size // 2)

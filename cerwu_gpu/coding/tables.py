@@ -59,11 +59,6 @@ def table_from_codes(codes: NDArray[np.uint8]) -> NDArray[np.int64]:
     return table
 
 
-def is_mirrored(lowest: int, size: int) -> bool:
-    """Return whether q and -q share a code: lowest ... lowest + size - 1 are symmetric around 0."""
-    return size % 2 == 1 and lowest == -(size // 2)
-
-
 def bits(tables: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return the cost of each symbol, PRECISION - log2(k), in bits.
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cerwu_gpu.coding.tables import is_mirrored
 from cerwu_gpu.errors import FormatError, VersionError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.spec import (
@@ -20,6 +19,7 @@ from cerwu_gpu.spec import (
     SYMBOLS_LIMIT,
     TABLE_SLOTS_LIMIT,
     TRELLIS_INTEGER_LIMIT,
+    is_mirrored,
 )
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu import backend
-from cerwu_gpu.coding.tables import is_mirrored
 from cerwu_gpu.quantize import rate
 from cerwu_gpu.quantize.classes import Classes
 from cerwu_gpu.quantize.grid import Grid
+from cerwu_gpu.spec import is_mirrored
 
 
 @dataclass(frozen=True)
