@@ -277,6 +277,31 @@ class Batches:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """Tuning of norms and biases toward the original model, after the integers are found."""
+
+    steps: int = setting(
+        MISSING,
+        "Number of distillation steps, which tune norms and biases after quantization; default: "
+        "none.",
+        name="distill",
+    )
+    learning_rate: float = setting(
+        2e-3, "Learning rate of the distillation.", name="distill_learning_rate"
+    )
+    batch_size: int = setting(
+        2, "Calibration sequences per distillation step.", name="distill_batch_size"
+    )
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"distill is {self.steps}: give at least 1 step.")
+        if self.batch_size < 1:
+            raise ConfigError(f"distill_batch_size is {self.batch_size}: give at least 1.")
+        _check_positive("distill_learning_rate", self.learning_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompressionConfig:
     """What to minimise, on which grid, for which layers, and from which data the Hessians come.
 
@@ -300,6 +325,7 @@ class CompressionConfig:
     classifiers, have batch norms follow the weights (models/norms.py). sequential: take inputs from
     the already quantized blocks. auto: correct where steps follow from lmbda, except with Hessians
     that are kept for other runs."""
+    distillation: Distillation | None = None
 
     include: tuple[str, ...] = setting(
         ("*",), "Compress only weights whose name matches; repeatable."
@@ -418,6 +444,7 @@ _PARTS: tuple[type[Any], ...] = (
     *_TARGETS,
     Objective,
     Calibration,
+    Distillation,
     CompressionConfig,
 )
 """Classes whose fields are settings, in the order in which a command line has them."""
@@ -470,6 +497,8 @@ def settings(config: CompressionConfig) -> dict[str, Any]:
     values.update({k: v for part in parts for k, v in _values_of(part).items()})
     if config.target is not None:
         values.update(_values_of(config.target))
+    if config.distillation is not None:
+        values.update(_values_of(config.distillation))
     if isinstance(calibration, Batches):
         values.update({"calibration": None, "seed": calibration.seed})
     else:
@@ -499,9 +528,24 @@ def from_settings(**given: Any) -> CompressionConfig:
         target=targets[0] if targets else None,
         objective=Objective(**_given(Objective, given)),
         calibration=Calibration(**_given(Calibration, given)),
+        distillation=_distillation(given),
         **_given(CompressionConfig, given),
         **{name: given[name] for name in ("hessian_cache", "verify") if name in given},
     )
+
+
+def _distillation(given: Mapping[str, Any]) -> Distillation | None:
+    """Return the distillation of flat settings.
+
+    Raises:
+        ConfigError: only its further settings are given.
+    """
+    if given.get("distill") is not None:
+        return Distillation(**_given(Distillation, given))
+    for one in _setting_fields(Distillation)[1:]:
+        if given.get(_name(one), one.default) != one.default:
+            raise ConfigError(f"{_name(one)} is of a distillation: give distill, too.")
+    return None
 
 
 def _grid(given: Mapping[str, Any]) -> Grid:

@@ -11,6 +11,7 @@ Stage = Literal[
     "target",
     "quantize",
     "code",
+    "distill",
     "write",
     "verify",
     "decode",
@@ -93,6 +94,9 @@ class Report:
     """What did not go as planned, layers included, one sentence each that names the thing."""
     left: dict[str, str] = field(default_factory=dict)
     """Parameters with two axes or more that are stored as they are -> the reason."""
+    distillation: dict[str, float] | None = None
+    """steps that were taken, and KL(original || compressed) on held-out data before and after them
+    [nats per prediction]; None: there was no distillation."""
 
     def to_dict(self) -> dict[str, object]:
         """The same as plain dictionaries, lists and numbers, ready for JSON."""

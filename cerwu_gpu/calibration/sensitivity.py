@@ -319,12 +319,7 @@ def _total(output: Any, batch: Batch, loss: Loss | None, generator: torch.Genera
     """Return the scalar whose gradient at the outputs is wanted."""
     if loss is not None:
         return losses(loss, output, batch).sum()
-    logits = _logits(output)
-    if logits is None or logits.dim() != 2 or logits.shape[1] < 2:
-        raise CalibrationError(
-            "the module's output is no tensor of logits [samples, classes]: give a loss, or take "
-            "sensitivity none or relative."
-        )
+    logits = required_logits(output)
     p = torch.softmax(logits.detach().float() / TEMPERATURE, dim=1)
     signs = torch.randint(0, 2, p.shape, generator=generator).to(p.device, p.dtype) * 2 - 1
     drawn = p.sqrt() * signs
@@ -345,11 +340,21 @@ def losses(loss: Loss, output: Any, batch: Batch) -> Tensor:
     return values
 
 
-def _logits(output: Any) -> Tensor | None:
-    """Return a tensor, or what an output object of transformers calls its logits."""
+def required_logits(output: Any) -> Tensor:
+    """Return logits [samples, classes]: a tensor, or what an output object of transformers calls
+    so.
+
+    Raises:
+        CalibrationError: the output is something else.
+    """
     named = isinstance(output, Mapping) and "logits" in output
     logits = output["logits"] if named else output
-    return logits if isinstance(logits, Tensor) else None
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+        raise CalibrationError(
+            "the module's output is no tensor of logits [samples, classes]: give a loss, or take "
+            "sensitivity none or relative."
+        )
+    return logits
 
 
 @contextmanager

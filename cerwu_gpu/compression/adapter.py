@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cerwu_gpu.compression.blocks import Blocks
+from cerwu_gpu.compression.distill import Student
 from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 
@@ -66,8 +68,10 @@ class Adapter(ABC):
 
     @torch.no_grad()
     def keep_originals(self) -> None:
-        """Keep a copy of the weights, for `restore`; only the first call does."""
-        for name in self.layouts:
+        """Keep a copy of the weights and of the vectors that a distillation tunes, for `restore`;
+        only the first call does."""
+        vectors = [name for name, p in self.module.named_parameters() if p.dim() == 1]
+        for name in (*self.layouts, *vectors):
             if name not in self._originals:
                 self._originals[name] = self.module.get_parameter(name).detach().clone()
 
@@ -79,6 +83,14 @@ class Adapter(ABC):
 
     def finish(self, config: CompressionConfig) -> None:  # noqa: B027
         """Adapt what is stored as floats to the quantized weights."""
+
+    def student(self, config: CompressionConfig) -> Student:
+        """Return what a distillation tunes, made of the original weights.
+
+        Raises:
+            ConfigError: this model has no predictions that could be compared.
+        """
+        raise ConfigError(f"{type(self.module).__name__} cannot be distilled: drop distillation.")
 
     def loss(self) -> float | None:
         """Return the mean loss [nats] of the module as it is on held-out data; None without any."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cerwu_gpu import __version__
 from cerwu_gpu.compression.adapter import Adapter
+from cerwu_gpu.compression.distill import Distilled, distil
 from cerwu_gpu.compression.pipeline import compress_blocks
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.journal import Journal
@@ -32,12 +33,14 @@ class Attempt:
         layers: what was stored of each matrix.
         directory_bytes: of all its files.
         writer: holds it.
+        distilled: gain of the distillation, where there was one.
     """
 
     lmbda: float
     layers: tuple[LayerReport, ...]
     directory_bytes: int
     writer: DirectoryWriter
+    distilled: Distilled | None = None
 
     @property
     def weights(self) -> int:
@@ -132,6 +135,10 @@ class Run:
         sensitivities = self.sensitivities(config)
         if adapter.card is not None and self._original_loss is None:
             self._original_loss = self._loss()
+        student = None
+        if config.distillation is not None:
+            with clock.stage("distill"):
+                student = adapter.student(config)
         writer = self._stack.enter_context(
             DirectoryWriter(
                 self.output,
@@ -150,6 +157,12 @@ class Run:
         )
         with clock.stage("quantize"):
             adapter.finish(config)
+        distilled = None
+        if student is not None and config.distillation is not None:
+            with clock.stage("distill"):
+                distilled = distil(
+                    student, config.distillation, seed=config.seed, progress=self._progress
+                )
         loss = None if adapter.card is None else self._loss()
         with clock.stage("write"):
             for name, tensor in plain_tensors(adapter.module, layouts).items():
@@ -162,7 +175,8 @@ class Run:
         if self._verify:
             with clock.stage("verify"):
                 check_stored(writer.folder, parameters, progress=self._progress)
-        return Attempt(config.lmbda, tuple(layers), directory_bytes(writer.folder), writer)
+        size = directory_bytes(writer.folder)
+        return Attempt(config.lmbda, tuple(layers), size, writer, distilled)
 
     def report(self, attempt: Attempt, original_bytes: int) -> Report:
         """Return the report of an attempt."""
@@ -176,6 +190,7 @@ class Run:
             seconds=self.clock.seconds,
             events=(*adapter.events, *attempt.events(adapter.layouts)),
             left=dict(adapter.left),
+            distillation=None if attempt.distilled is None else asdict(attempt.distilled),
         )
 
     def _loss(self) -> float | None:

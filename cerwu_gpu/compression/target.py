@@ -8,7 +8,7 @@ passes then measure corrects the sample's bias.
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -67,7 +67,8 @@ def to_target(run: Run, config: CompressionConfig) -> Attempt:
         ConfigError: the quality is asked for, and the model has no loss.
         TargetError: the request cannot be met, or is not within FULL_PASSES (SMALL_PASSES).
     """
-    adapter, clock = run.adapter, run.clock
+    adapter, clock, final = run.adapter, run.clock, config
+    config = replace(config, distillation=None)  # which changes no bytes, and takes long
     adapter.keep_originals()
     sensitivities = run.sensitivities(config)
     with clock.stage("calibrate"):
@@ -89,8 +90,12 @@ def to_target(run: Run, config: CompressionConfig) -> Attempt:
         attempt = run.attempt(config.at(lmbda))
         with clock.stage("target"):
             measured = goal.on_attempt(attempt)
-            if goal.accepts(attempt, measured, number == passes):
-                return attempt
+            accepted = goal.accepts(attempt, measured, number == passes)
+        if accepted and final.distillation is not None:
+            return run.attempt(final.at(lmbda))  # its blocks are in the journal
+        if accepted:
+            return attempt
+        with clock.stage("target"):
             correction.learn(lmbda, predicted(lmbda), measured)
         step = 0.2
     raise TargetError(

@@ -21,8 +21,10 @@ from cerwu_gpu.calibration.cache import (
 )
 from cerwu_gpu.calibration.capture import Capture
 from cerwu_gpu.calibration.sensitivity import blockwise_sensitivities
+from cerwu_gpu.calibration.students import BlockwiseStudent
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.blocks import Blocks
+from cerwu_gpu.compression.distill import Student
 from cerwu_gpu.config import (
     Batches,
     Calibration,
@@ -60,6 +62,8 @@ HELD_OUT = 8
 """Number of calibration samples of which one is held out for a max_perplexity_increase."""
 JUDGING_TOKENS = 8192
 """Number of held-out tokens whose perplexity goes into a model card."""
+JUDGING_SAMPLES = 16
+"""Number of held-out samples that a distillation is judged by."""
 LOGITS = 2**25
 """Number of logits that are in memory at a time, about; at least those of one sequence."""
 
@@ -152,12 +156,20 @@ class CausalLM(Adapter):
             data = CalibrationTokens(tokens, tokens[:0], ())
             events: tuple[str, ...] = ()
         else:
-            data, events = self._text_tokens(config.calibration, judged and not holding_out)
+            apart = not holding_out and (judged or config.distillation is not None)
+            data, events = self._text_tokens(config.calibration, apart)
+            if judged and apart and not len(data.unseen):
+                missing = "no calibration text is left to judge by: the card has no perplexity."
+                events = (*events, missing)
         if config.strict and events:
             raise CalibrationError(f"{events[0]} (strict)")
         self._text_events = events
         self.events = (*self.events, *events)
-        self.take(Data(*_split(data.tokens)) if holding_out else Data(data.tokens, data.unseen))
+        self.take(
+            Data(*_split(data.tokens, "max_perplexity_increase"))
+            if holding_out
+            else Data(data.tokens, data.unseen)
+        )
         if hessian_cache is not None:
             self._check_cache(config)
             key = hessian_key(
@@ -187,11 +199,7 @@ class CausalLM(Adapter):
             text=source.content if isinstance(source, Text) else None,
             progress=self._progress,
         )
-        events = data.events
-        if apart and not len(data.unseen):
-            missing = "no calibration text is left to judge by: the card has no perplexity."
-            events = (*events, missing)
-        return data, events
+        return data, data.events
 
     def take(self, data: Data) -> None:
         """Take calibration tokens.
@@ -330,6 +338,29 @@ class CausalLM(Adapter):
             progress=self._progress,
         )
 
+    def student(self, config: CompressionConfig) -> Student:
+        """Return the model's norms and biases, to be tuned on the calibration tokens; held-out
+        ones, or else a share of them, judge."""
+        assert config.distillation is not None
+        tokens, held_out = self.data.tokens, self.data.held_out
+        if not len(held_out):
+            tokens, held_out = _split(tokens, "distillation")
+        backbone, _ = self.backbone()
+
+        def ends(captured: Capture) -> Callable[[Tensor, Tensor], Tensor]:
+            ends = self.ends(captured)
+            return lambda batch, hidden: self.predicted(batch, ends.logits(batch, hidden))[0]
+
+        return BlockwiseStudent(
+            backbone,
+            tokens,
+            held_out[:JUDGING_SAMPLES],
+            ends,
+            lambda: ends_placed(self.module, self._blocks, self._device),
+            device=self._device,
+            batch_size=config.distillation.batch_size,
+        )
+
     def loss(self) -> float | None:
         if not len(self.data.held_out):
             return None
@@ -461,16 +492,14 @@ def _filled(sensitivities: Sensitivities) -> Sensitivities:
     return Sensitivities(filled, sensitivities.hessian_additions)
 
 
-def _split(tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _split(tokens: Tensor, what: str) -> tuple[Tensor, Tensor]:
     """Return calibration and held-out samples: every HELD_OUT-th one is held out.
 
     Raises:
         CalibrationError: there is only one sample.
     """
     if len(tokens) < 2:
-        raise CalibrationError(
-            "max_perplexity_increase needs at least 2 calibration samples: give more text."
-        )
+        raise CalibrationError(f"{what} needs at least 2 calibration samples: give more text.")
     out = torch.arange(len(tokens)) % HELD_OUT == HELD_OUT - 1
     out[-1] |= not bool(out.any())
     return tokens[~out], tokens[out]

@@ -90,6 +90,10 @@ class Ends:
             )
         return seen[0]
 
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Return the logits [batch, sequence, vocabulary] after the blocks gave `hidden`."""
+        return self._run(tokens, hidden)[1]
+
     def passage(self, tokens: Tensor, hidden: Tensor) -> Passage:
         """Run the ends for `tokens` [batch, sequence] with the blocks' output `hidden`.
 

@@ -15,10 +15,17 @@ from cerwu_gpu.calibration.cache import (
     tensors_digest,
 )
 from cerwu_gpu.calibration.running import Batch, Runner, evaluating, materialized, samples
-from cerwu_gpu.calibration.sensitivity import Loss, losses, module_sensitivities
+from cerwu_gpu.calibration.sensitivity import (
+    Loss,
+    losses,
+    module_sensitivities,
+    required_logits,
+)
+from cerwu_gpu.calibration.students import ModuleStudent
 from cerwu_gpu.calibration.whole import HESSIAN_BYTES, CalibratedLayers
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.blocks import Blocks
+from cerwu_gpu.compression.distill import Student
 from cerwu_gpu.config import Batches, CompressionConfig, MaxPerplexityIncrease
 from cerwu_gpu.container.reader import CompressedDirectory
 from cerwu_gpu.errors import CalibrationError, ConfigError, FormatError
@@ -173,6 +180,25 @@ class ModuleAdapter(Adapter):
         if self._norms is not None and norms_follow(config):
             self._norms.follow()
 
+    def student(self, config: CompressionConfig) -> Student:
+        """Return the module's norms and biases, to be tuned on the batches; held-out ones, or else
+        a share of them, judge.
+
+        Raises:
+            ConfigError: there is only one batch.
+        """
+        batches, held_out = self.batches, self._held_out
+        if not held_out:
+            batches, held_out = _apart(batches, "distillation")
+        return ModuleStudent(
+            self.module,
+            batches,
+            held_out,
+            required_logits,
+            compressed=list(self.layouts),
+            device=self._device,
+        )
+
     @torch.no_grad()
     def loss(self) -> float | None:
         if not self._held_out or self._loss is None:
@@ -203,10 +229,17 @@ def _split(batches: list[Batch], loss: Loss | None) -> tuple[list[Batch], list[B
     """
     if loss is None:
         raise ConfigError("max_perplexity_increase needs a loss: give one, or lmbda.")
+    return _apart(batches, "max_perplexity_increase")
+
+
+def _apart(batches: list[Batch], what: str) -> tuple[list[Batch], list[Batch]]:
+    """Return batches to use and held-out ones.
+
+    Raises:
+        CalibrationError: there is only one batch.
+    """
     if len(batches) < 2:
-        raise CalibrationError(
-            "max_perplexity_increase needs at least 2 calibration batches: give more."
-        )
+        raise CalibrationError(f"{what} needs at least 2 calibration batches: give more.")
     out = {i for i in range(len(batches)) if i % HELD_OUT == HELD_OUT - 1} or {len(batches) - 1}
     inside = [batch for i, batch in enumerate(batches) if i not in out]
     return inside, [batches[i] for i in sorted(out)]
