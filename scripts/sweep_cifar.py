@@ -138,32 +138,24 @@ def main(
     methods: Annotated[
         str, typer.Option(help="See cerwu-gpu sweep --help.")
     ] = "waterfilled,cerwu,cerwu-gamma0,optq,rtn,nncodec,nncodec-dependent",
-    quantizer: Annotated[str, typer.Option(help="Quantizers for waterfilled.")] = "scalar,trellis8",
-    lmbda: Annotated[
-        str, typer.Option(help="Trade-offs for waterfilled: loss accepted to save one bit.")
-    ] = "2e-6,5e-6,1e-5,1.5e-5,2e-5,3e-5,5e-5",
+    quantizer: Annotated[str, typer.Option(help="Of ours.")] = "scalar,trellis8",
+    lmbda: Annotated[str, typer.Option(help="Of ours: error worth paying for one bit.")] = (
+        "2e-6,5e-6,1e-5,1.5e-5,2e-5,3e-5,5e-5"
+    ),
     sensitivity: Annotated[
-        str,
-        typer.Option(help="Error weightings for waterfilled; each has its own range of --lmbda."),
+        str, typer.Option(help="Of ours; each has its own range of --lmbda.")
     ] = "balanced",
     drift: Annotated[
         str,
-        typer.Option(
-            help="For waterfilled: correct (batch norms follow the weights), ignore, or both."
-        ),
+        typer.Option(help="Of ours: correct (batch norms follow the weights), ignore, or both."),
     ] = "correct",
-    levels: Annotated[str, typer.Option(help="Levels of the uniform grids.")] = "8,16,32",
+    levels: Annotated[str, typer.Option(help="Of uniform grids: |G|.")] = "8,16,32",
     uniform_lmbda: Annotated[
-        str,
-        typer.Option(
-            help="Trade-offs for cerwu and cerwu-gamma0: output error of an image per bit."
-        ),
+        str, typer.Option(help="Of cerwu and cerwu-gamma0: output error of an image for one bit.")
     ] = "3e-4,1e-3,3e-3,1e-2",
-    qp: Annotated[
-        str, typer.Option(help="Quantization parameters for nncodec.")
-    ] = "-26,-24,-22,-20,-18,-16",
+    qp: Annotated[str, typer.Option(help="Of nncodec: its step.")] = "-26,-24,-22,-20,-18,-16",
 ) -> None:
-    """Run the missing points of the sweep, and print its tables."""
+    """Run the sweep, or what is missing of it, and print what it found."""
     axes = Axes(
         systems=tuple(methods.split(",")),  # type: ignore[arg-type]  # Axes refuses others
         quantizers=tuple(quantizer.split(",")),  # type: ignore[arg-type]
