@@ -1,4 +1,4 @@
-"""Benchmarks of what surrounds the quantizer: decoding streams, and second moments of inputs."""
+"""Benchmarks of decoding streams, and of second moments of inputs."""
 
 from collections.abc import Iterator
 from functools import partial

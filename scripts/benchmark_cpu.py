@@ -313,11 +313,11 @@ def demo() -> dict[str, float]:
     """Return the seconds by stage of compressing the demo's model with its settings."""
     from cerwu_gpu import compress
     from cerwu_gpu.hf.text import demo_text
-    from scripts.demo import CONFIG, model_file
+    from scripts.demo import configured, model_file
 
     with TemporaryDirectory() as folder:
         source, output = str(model_file()), Path(folder) / "small"
-        return compress(source, output, config=CONFIG, text=demo_text()[0]).seconds
+        return compress(source, output, config=configured(demo_text()[0])).seconds
 
 
 def environment() -> dict[str, Any]:

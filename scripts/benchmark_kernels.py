@@ -1,7 +1,7 @@
 """How fast the kernels are on this machine's GPU, beside their torch forms and plain baselines.
 
     python scripts/benchmark_kernels.py              # everything; writes the JSON and the page
-    python scripts/benchmark_kernels.py --only decoder hessian     # these; writes where told
+    python scripts/benchmark_kernels.py --only decoder hessian     # these; no file without --json
     python scripts/benchmark_kernels.py --check      # the comparisons alone, on tiny sizes
 
 Every section first compares the kernels with their definitions and stops where they differ; only

@@ -92,7 +92,7 @@ def _time(seconds: float) -> str:
 
 
 def _figures(row: Mapping[str, Any]) -> str:
-    """Rates and what else a row has to tell."""
+    """Rates and the other figures of a row."""
     parts = []
     if "elements" in row:
         parts.append(f"{row['elements'] / row['median'] / 1e9:.3g} G weights/s")

@@ -1,4 +1,4 @@
-"""What resident="compressed" saves in memory and costs in time, beside dense loading.
+"""Measure the memory that resident="compressed" saves and the time it costs, beside dense loading.
 
 Each way of loading runs in a fresh process: it imports everything, notes its peak memory, loads the
 model, runs one forward pass over a prompt and generates greedily. Peaks are of the resident set;

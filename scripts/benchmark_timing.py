@@ -1,4 +1,4 @@
-"""What the benchmarks share: sizes of a run, forcing a form, rows with times."""
+"""Common to the benchmarks: sizes of a run, forcing a form, rows with times."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -13,22 +13,29 @@ from time import perf_counter
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cerwu_gpu import (
+    Calibration,
     CerwuError,
+    CompressionConfig,
     ModelError,
+    Text,
     compress,
     load_compressed,
     perplexity,
 )
 from cerwu_gpu.cli.output import listing, print_events, report_rows, size
-from cerwu_gpu.config import from_settings
 from cerwu_gpu.hf.models import load_model, require_tokenizer
 from cerwu_gpu.hf.text import demo_text
 
 OUTPUT = Path("demo-output")
-CONFIG = from_settings(samples=24, sequence_length=512)
 CONTEXT_LENGTH = 512
 MAX_WINDOWS = 16
 BFLOAT16_BYTES = 2
+
+
+def configured(text: str) -> CompressionConfig:
+    """Return the demo's settings, with the text that calibrates."""
+    calibration = Calibration(source=Text(text), samples=24, sequence_length=512)
+    return CompressionConfig(calibration=calibration)
 
 
 def model_file() -> Path:
@@ -59,7 +66,7 @@ def main() -> None:
     del original
 
     step(f"2/4  compressing to {OUTPUT}")
-    report = compress(str(source), OUTPUT, config=CONFIG, text=calibration, overwrite=True)
+    report = compress(str(source), OUTPUT, config=configured(calibration), overwrite=True)
 
     started = step("3/4  loading it back")
     loaded = load_compressed(OUTPUT, progress=True)

@@ -1,12 +1,12 @@
-"""How near our baselines are to what the authors' own programs gave.
+"""Compare the baselines with results of the authors' own programs.
 
     python scripts/fidelity.py DIR --layer NAME --json FILE.json
 
 DIR holds golden/ (integer symbols of the authors' C++ under frozen rate models), reference.csv
 (bits and losses of their adaptive coder and of NNCodec) and layers/NAME.npz (W and its H). Three
 tables come out: agreement with the symbols by method and rate model; the adaptive model's bits and
-losses over theirs; NNCodec's over those that were measured. What is not installed (numba, nncodec)
-is named and left out.
+losses over theirs; NNCodec's over those that were measured. Packages that are not installed (numba,
+nncodec) are named, and their parts left out.
 """
 
 import argparse
@@ -40,13 +40,13 @@ RATE_MODELS: dict[str, RateModel] = {
     "gaussian": "gaussian",
     "uniform": "uniform",
 }
-"""The authors' names and ours."""
+"""The authors' name -> the name here."""
 
 Row = dict[str, Any]
 
 
 def golden(folder: Path) -> list[Row]:
-    """Agreement with each run of golden/index.json, and our loss over theirs."""
+    """Agreement with each run of golden/index.json, and the loss here over theirs."""
     rows = []
     for run in json.loads((folder / "index.json").read_text(encoding="utf-8")):
         weight, hessian = matrices(folder / f"{run['case']}.npz")
@@ -157,7 +157,7 @@ def ratio_table(rows: list[Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="fidelity", description="Ours against the authors'.")
+    parser = argparse.ArgumentParser(prog="fidelity", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--layer", default="model.layers.14.self_attn.q_proj", metavar="NAME")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")

@@ -4,7 +4,7 @@
 
 One run is left alone. Each of the others gets SIGKILL once, at a moment drawn evenly from the time
 that the first one took, and is then started again with the same arguments. Every file must be the
-same in the end; what is printed says so kill by kill, and the exit code is 1 if one differs.
+same in the end; one line per kill has the result, and the exit code is 1 if one differs.
 """
 
 import argparse

@@ -6,8 +6,8 @@
 DIR holds *.npz files with W [m, n] and its undamped H [n, n]. For every layer, quantizer and rate
 the lmbda is sought that gives the asked bits per weight, everything that is stored counted (the
 words of the streams, tables, classes, steps, escapes); then the loss, the limit at that loss and
-the gap are told (docs/method.md). --baseline runs the paper's method (one step and one table for
-the matrix, the best number of levels) and tells our bits over its bits at equal loss; --reference
+the gap are printed (docs/method.md). --baseline runs the paper's method (one step and one table for
+the matrix, the best number of levels) and prints the ratio of bits at equal loss; --reference
 does the same with points that were measured elsewhere.
 """
 
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not paths:
         raise CerwuError(f"{arguments.folder} holds no *.npz files: name a folder that does.")
     for path in paths:
-        read_arrays(path)  # a wrong file is told before the others take their minutes
+        read_arrays(path)  # a wrong file is refused before the others take their minutes
     measured = read_reference(arguments.reference) if arguments.reference else {}
     for path in (arguments.json, arguments.picture):
         if path:

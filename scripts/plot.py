@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw(arguments: argparse.Namespace) -> list[Path]:
-    """Read, draw, and tell which files were written.
+    """Read, draw, and return the files that were written.
 
     Raises:
         CerwuError: a table cannot be used, or matplotlib is missing.

@@ -1,4 +1,4 @@
-"""What scripts/plot.py draws: one function a picture, from rows of sweeps to a file."""
+"""The pictures of scripts/plot.py: one function each, from rows of sweeps to a file."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ COLOURS = {
     "nncodec": "tab:red",
     "nncodec dependent": "tab:pink",
 }
-"""By the beginning of a label; what follows a comma makes it paler and is told by the style."""
+"""By the beginning of a label; what follows a comma makes it paler and has a line style."""
 STYLES = ("-", "--", ":", "-.")
 PALER = 0.7
 COLUMNS = 2

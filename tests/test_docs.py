@@ -48,7 +48,7 @@ ADDED: dict[str, tuple[str, ...]] = {
 }
 """Command -> options that make it quick, after its own: the last one counts."""
 
-STARTS_WITH = {"faq.md": "small"}
+STARTS_WITH = {"faq.md": "small", "report.md": "small"}
 """Page -> the compressed directory that its reader has already."""
 
 NOT_RUN = {
