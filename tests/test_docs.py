@@ -109,7 +109,7 @@ def place(
 ) -> Path:
     """The current directory, with what the pages name; `compress` of Python takes few samples."""
     from cerwu_gpu import api
-    from tests.models.toys import toy
+    from tests.models.toys import save_classifier, save_pictures, toy
 
     compress, text = api.compress, toy_text.read_text(encoding="utf-8")
 
@@ -126,6 +126,8 @@ def place(
     shutil.copytree(toy_directory, tmp_path / "my-model")
     shutil.copyfile(toy_text, tmp_path / "my-text.txt")
     toy("resnet").save_pretrained(tmp_path / "my-resnet")
+    save_classifier(tmp_path / "my-classifier")
+    save_pictures(tmp_path / "my-images")
     return tmp_path
 
 

@@ -18,6 +18,7 @@ PUBLIC = [
     "CompressionConfig",
     "ConfigError",
     "CorruptionError",
+    "Distillation",
     "FactorizationError",
     "FormatError",
     "LayerReport",

@@ -10,44 +10,22 @@ import torch
 
 from cerwu_gpu.errors import CalibrationError, ModelError
 from cerwu_gpu.hf.images import load_images
-from tests.models.toys import SIDE, toy
+from tests.models.toys import SIDE, save_classifier, save_pictures, toy
 
 pytest.importorskip("PIL", reason="images need pillow")
-
-NAMES = ("boat", "gull")
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Eight random images of two classes for training, six for testing."""
-    from PIL import Image
-
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 8), ("test", 6)):
-        for number in range(count):
-            folder = tmp_path / "pictures" / split / NAMES[number % 2]
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = torch.randint(256, (SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    """Images of two classes, eight for training and six for testing."""
+    save_pictures(tmp_path / "pictures")
     return tmp_path / "pictures"
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A toy ResNet of seven classes, two of them named as the pictures', with its processor."""
-    network = toy("resnet")
-    network.config.id2label = dict(enumerate([*NAMES, *"abcde"]))
-    network.config.label2id = {name: i for i, name in network.config.id2label.items()}
-    network.save_pretrained(tmp_path / "model")
-    processor = {
-        "image_processor_type": "ConvNextImageProcessor",
-        "size": {"shortest_edge": SIDE},
-        "crop_pct": 1.0,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(processor))
+    """A toy classifier with its image processor."""
+    save_classifier(tmp_path / "model")
     return tmp_path / "model"
 
 
