@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cerwu_gpu.calibration.cache import tensors_digest
 from cerwu_gpu.calibration.running import placed
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.report_files import check_reports, report_paths, write_report
@@ -27,9 +28,9 @@ from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.classifier import ImageClassifier
 from cerwu_gpu.hf.evaluation import perplexity
 from cerwu_gpu.hf.images import compare_on_images, load_images
-from cerwu_gpu.hf.kinds import Kind, kind_of, load_kind
+from cerwu_gpu.hf.kinds import KINDS, Kind, kind_of, load_kind
 from cerwu_gpu.hf.loading import load_compressed
-from cerwu_gpu.hf.models import LoadedModel, bytes_of_original, load_model, require_tokenizer
+from cerwu_gpu.hf.models import LoadedModel, bytes_of_original, require_tokenizer
 from cerwu_gpu.hf.text import text_file
 from cerwu_gpu.models.module import ModuleAdapter
 from cerwu_gpu.progress import Clock
@@ -94,6 +95,8 @@ def compress(
     check_apart(places, read)
     check_reports(paths)
     check_output(output, overwrite=overwrite)
+    if config.drift == "auto" and text is not None and not config.corrects_drift:
+        config = replace(config, drift="ignore")  # so that the report repeats the run as it was
     if isinstance(model, nn.Module):
         check_calibration(model, config)
     with work_directory(output, restart=restart) as work:
@@ -105,7 +108,8 @@ def compress(
             original_bytes = bytes_of_original(model, loaded.module)
         adapter = _adapter(loaded, config, work.path, target, clock, card, progress)
         if card:
-            loader = None if loaded.kind is None else loaded.kind.loader
+            transformer = isinstance(loaded.module, PreTrainedModel)
+            loader = (loaded.kind or KINDS[0]).loader if transformer else None
             described = card_of(model, loaded.files, original_bytes, text, loader)
             adapter.card = partial(described.write_judged, predictions=adapter.predictions)
         work.begin({**settings_fingerprint(config, target), **adapter.identity()})
@@ -154,8 +158,7 @@ def _loaded(
     model: str | Path | nn.Module, config: CompressionConfig, trust_remote_code: bool
 ) -> _Source:
     """Load a model, of the kind that its configuration names."""
-    calibration = config.calibration
-    given = None if isinstance(calibration, Batches) else calibration.tokenizer
+    given = config.calibration.tokenizer
     if isinstance(model, nn.Module):
         kind = kind_of(model) if isinstance(model, PreTrainedModel) else None
         return _Source(model, kind, given, None)
@@ -180,6 +183,11 @@ def check_calibration(module: nn.Module, config: CompressionConfig) -> None:
             f"{type(module).__name__} is no language model: give batches of its inputs to "
             "calibrate."
         )
+    if isinstance(module, PreTrainedModel) and kind is None and batches:
+        raise ModelError(
+            f"{type(module).__name__} is no image classifier and no language model that is known: "
+            "batches are for those and plain modules."
+        )
     if takes_text and isinstance(config.calibration, Batches) and config.calibration.loss:
         raise ConfigError("a language model has a loss of its own: drop the loss.")
 
@@ -194,11 +202,11 @@ def _adapter(
     progress: bool,
 ) -> Adapter:
     """Return the adapter of a model, with its calibration data."""
-    searching = config.target is not None and not (
-        config.sequential and isinstance(config.calibration, Batches)
-    )
-    cache = config.hessian_cache or (work / "hessians" if searching else None)
     kind = source.kind
+    whole = not isinstance(source.module, PreTrainedModel) or not (kind is None or kind.takes_text)
+    # Whole modules are calibrated anew in each sequential pass.
+    searching = config.target is not None and not (config.sequential and whole)
+    cache = config.hessian_cache or (work / "hessians" if searching else None)
     if kind is None or not kind.takes_text:
         if isinstance(source.module, PreTrainedModel) and kind is None:
             return _language_adapter(
@@ -271,9 +279,11 @@ def text_subject(
     """
     base = kept_hessians(base)
     target = find_device(device)
-    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    kind, loaded = load_kind(model, trust_remote_code=trust_remote_code)
+    if not issubclass(kind.adapter, CausalLM):
+        raise ModelError(f"{model} is {kind.name}, which is judged on images: give images.")
     tokenizer = require_tokenizer(loaded.tokenizer)
-    adapter = CausalLM(loaded, base, device=target, progress=progress)
+    adapter = kind.adapter(loaded, base, device=target, progress=progress)
     adapter.calibrate(base, hessian_cache=hessian_cache)
 
     def evaluate(module: Any) -> float:
@@ -356,6 +366,7 @@ def image_subject(
     def load(folder: Path) -> nn.Module:
         return load_compressed(folder, device=target)
 
-    measure = Measure("accuracy", evaluate, load, {"evaluation": f"{max_images} of {images}"})
+    seen = tensors_digest([*judging.batches, *(judging.labels or [])])
+    measure = Measure("accuracy", evaluate, load, {"evaluation images": seen})
     name = Path(model).expanduser().resolve().name
     return ModelSubject(name, adapter, measure, base, bytes_of_original(model, loaded.model))

@@ -120,8 +120,8 @@ class Values:
         MISSING, "Sorted grid values: a file of numbers, or numbers with commas.", name="grid"
     )
     method: GridMethod = "cerwu"
-    scale: Scale = "per-row"
-    rate_model: RateModel = "histogram"
+    scale: Scale = setting("per-row", "As of Uniform.")
+    rate_model: RateModel = setting("histogram", "As of Uniform.")
 
     def __post_init__(self) -> None:
         _check_given_grid(self)
@@ -246,6 +246,8 @@ class Calibration:
     """For a model in memory, or instead of the source's own."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.source, str | Text):
+            raise ConfigError(f"calibration is {self.source!r}: give a name, or a Text.")
         _check_counts(self, "samples", "batch_size")
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length is {self.sequence_length}: give at least 2.")
@@ -271,6 +273,8 @@ class Batches:
     """(the module's output, the batch) -> one loss per sample in nats, for the sensitivities;
     default: the output is taken for logits [samples, classes] (calibration/sensitivity.py)."""
     seed: int = 0
+    tokenizer: Any = field(default=None, compare=False, repr=False)
+    """Of a language model in memory: its directory gets it."""
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
@@ -514,7 +518,7 @@ def from_settings(**given: Any) -> CompressionConfig:
             other.
     """
     known = all_settings()
-    extra = {"hessian_cache", "verify", "complete_square", "source", "tokenizer"}
+    extra = {"hessian_cache", "verify", "complete_square", "tokenizer"}
     for name in given:
         if name not in known and name not in extra:
             raise ConfigError(f"{name} is no setting: choose one of {', '.join(known)}.")
@@ -560,6 +564,8 @@ def _grid(given: Mapping[str, Any]) -> Grid:
     bounded = levels is not None or values is not None
     method = given.get("method") or ("cerwu" if bounded else "waterfilled")
     _check_choice("method", method, Method)
+    if bounded and not given.get("complete_square", True):
+        raise ConfigError("complete_square is of waterfilled steps: take method cerwu-gamma0.")
     if bounded and method == "waterfilled":
         raise ConfigError("method waterfilled has no given grid: drop levels or grid.")
     if not bounded:

@@ -64,7 +64,7 @@ class Runner:
         Raises:
             CalibrationError: the module does not take the batch.
         """
-        inputs = moved(batch, self.device)
+        inputs = _copied(moved(batch, self.device))
         with Products(self._weights, note):
             try:
                 if isinstance(inputs, Mapping):
@@ -77,6 +77,17 @@ class Runner:
                     f"{type(self._module).__name__} cannot be run on a batch ({reason(error)}): "
                     "batches hold the inputs alone, as a tensor, a tuple or a dict."
                 ) from error
+
+
+def _copied(value: Any) -> Any:
+    """Return a batch in memory of its own: a module may change its inputs in place."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, tuple | list):
+        return type(value)(_copied(item) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return value
 
 
 @contextmanager

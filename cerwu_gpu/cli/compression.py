@@ -77,8 +77,9 @@ def compress(
         **options.given_settings(settings), hessian_cache=hessian_cache, verify=not no_verify
     )
     grid = settings["grid"]
-    if grid is not None and isfile(grid):
-        check_apart(output_places(output.expanduser().resolve()), {"the grid": Path(grid)})
+    places = output_places(output.expanduser().resolve())
+    read = {"the grid": Path(grid) if grid is not None and isfile(grid) else None}
+    check_apart(places, {**read, "the images": images})
     set_verbosity(quiet=quiet)
     from cerwu_gpu.api import compress as run  # after the settings: torch takes seconds
     from cerwu_gpu.compression.report_files import report_paths

@@ -65,6 +65,7 @@ def evaluate(
         int | None, typer.Option(help="Maximum number of examples per task; default: all.")
     ] = None,
     images: options.Images = None,
+    max_images: options.MaxImages = None,
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON only.")] = False,
@@ -81,8 +82,19 @@ def evaluate(
     from cerwu_gpu.hf.models import require_tokenizer
     from cerwu_gpu.hf.text import load_text
 
-    if images is not None and (text is not None or tasks is not None):
-        raise ConfigError("images are for classifiers: drop text and tasks, or drop images.")
+    if images is not None:
+        options.refuse_beside_images(
+            {
+                "text": (text, None),
+                "tasks": (tasks, None),
+                "examples": (examples, None),
+                "context_length": (context_length, 512),
+                "stride": (stride, None),
+                "max_windows": (max_windows, None),
+            }
+        )
+    elif max_images is not None:
+        raise ConfigError("max_images is of images: give images, too.")
     wanted = [task.strip() for task in tasks.split(",")] if tasks is not None else []
     text = text or (None if wanted or images is not None else TEXT)
     begin = perf_counter()
@@ -101,7 +113,7 @@ def evaluate(
                 pair, content, context_length, stride, max_windows, batch_size, not quiet
             )
         if images is not None:
-            numbers = _on_images(model, pair, images, examples, batch_size)
+            numbers = _on_images(model, pair, images, max_images, batch_size)
         results: list[Results | None] = [
             task_results(
                 loaded.model,

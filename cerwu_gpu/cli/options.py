@@ -28,6 +28,9 @@ Images = Annotated[
         "classifiers.",
     ),
 ]
+MaxImages = Annotated[
+    int | None, typer.Option(help="Maximum number of images that are judged; default: all.")
+]
 Device = Annotated[
     str | None, typer.Option(help="Device: cpu, cuda, cuda:1, ...; default: a GPU if available.")
 ]
@@ -140,6 +143,20 @@ def _parsed(name: str, value: Any) -> Any:
     if name not in PARSED:
         return tuple(value) if isinstance(value, list) else value
     return PARSED[name][1](value)
+
+
+def refuse_beside_images(values: dict[str, tuple[Any, Any]]) -> None:
+    """Refuse options of language models beside images.
+
+    Args:
+        values: name -> the value that was given, and the default.
+
+    Raises:
+        ConfigError: one of them is given.
+    """
+    for name, (value, default) in values.items():
+        if value != default:
+            raise ConfigError(f"{name} is for language models: drop it, or drop images.")
 
 
 def given_settings(values: dict[str, Any]) -> dict[str, Any]:

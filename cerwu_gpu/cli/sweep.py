@@ -12,9 +12,9 @@ from cerwu_gpu.cli import options
 from cerwu_gpu.cli.axes import take_axes, with_axes
 from cerwu_gpu.cli.output import print_json, set_verbosity
 from cerwu_gpu.cli.sweep_tables import minimum_table, points_table, summary, time_words
-from cerwu_gpu.config import from_settings
+from cerwu_gpu.config import all_settings, from_settings
 from cerwu_gpu.errors import ConfigError
-from cerwu_gpu.sweep.points import check_available, grid_points
+from cerwu_gpu.sweep.points import Axes, check_available, grid_points
 from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
 
 TEXT = "wikitext2"
@@ -49,6 +49,7 @@ def sweep(
     context_length: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 512,
     max_windows: options.MaxWindows = None,
     images: options.Images = None,
+    max_images: options.MaxImages = None,
     device: options.Device = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the compressed model of each point.")
@@ -62,10 +63,22 @@ def sweep(
 
     A LIST is comma-separated.
     """
-    if images is not None and text is not None:
-        raise ConfigError("images are for classifiers: drop text, or drop images.")
     axes = take_axes(settings)
     given = options.given_settings(settings)
+    if images is not None:
+        usual = all_settings()
+        options.refuse_beside_images(
+            {
+                "text": (text, None),
+                "context_length": (context_length, 512),
+                "max_windows": (max_windows, None),
+                "calibration": (given["calibration"], usual["calibration"].default),
+                "sequence_length": (given["sequence_length"], usual["sequence_length"].default),
+                "head": (axes.keep_heads, Axes().keep_heads),
+            }
+        )
+    elif max_images is not None:
+        raise ConfigError("max_images is of images: give images, too.")
     base = from_settings(**given, limit_columns=0)  # a table has no place for it
     points = grid_points(axes, base)
     check_available(points)
@@ -80,6 +93,7 @@ def sweep(
             "the model": model,
             "the calibration text": text_file(base.text.named or ""),
             "the evaluation text": text_file(text or TEXT),
+            "the images": images,
         },
     )
     with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
@@ -101,7 +115,9 @@ def sweep(
                 **shared,
             )
         else:
-            subject = image_subject(model, base, images, output / HESSIANS, **shared)
+            subject = image_subject(
+                model, base, images, output / HESSIANS, max_images=max_images, **shared
+            )
         rows = run_sweep(subject, points, output, keep=keep, progress=not quiet)
     if json:
         print_json({"table": str(output / TABLE), **summary(rows)})

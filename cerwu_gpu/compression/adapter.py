@@ -27,6 +27,7 @@ class Adapter(ABC):
         left: name of every other parameter with two axes or more -> why it is left alone.
         drifts: whether a corrected drift changes what is quantized: a sample of the rows then does
             not show the whole effect of lmbda.
+        full_passes: number of passes that the search for a target may take.
         card: writes a model card into a complete directory, given what `loss` was for the original
             and for the compressed model; None: there is none.
     """
@@ -36,6 +37,7 @@ class Adapter(ABC):
     events: tuple[str, ...] = ()
     left: Mapping[str, str] = {}
     drifts = False
+    full_passes = 3
     card: Callable[[Path, float | None, float | None], None] | None = None
 
     def __init__(self) -> None:

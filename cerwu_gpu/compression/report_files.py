@@ -152,7 +152,8 @@ def _command(
 
 
 def _python(config: CompressionConfig) -> str:
-    given = ", ".join(f"{name}={value!r}" for name, value in _changed(config).items())
+    changed = {name: value for name, value in _changed(config).items() if value is not None}
+    given = ", ".join(f"{name}={value!r}" for name, value in changed.items())
     return f"from_settings({given})"
 
 

@@ -19,6 +19,8 @@ def settings_fingerprint(config: CompressionConfig, device: torch.device) -> Map
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         **{name: str(value) for name, value in settings(config).items()},
+        "complete_square": str(config.completes_square),
+        "correction of drift": str(config.corrects_drift),
         "device": kind,
         "cerwu_gpu": cerwu_gpu.__version__,
         "the version of cerwu_gpu's code": _code_digest(),

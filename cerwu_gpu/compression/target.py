@@ -23,7 +23,6 @@ from cerwu_gpu.compression.run import Attempt, Run, directory_bytes, plain_bytes
 from cerwu_gpu.config import Bits, CompressionConfig, MaxPerplexityIncrease, MaxSize
 from cerwu_gpu.errors import ConfigError, TargetError
 
-FULL_PASSES = 3
 SMALL_MODEL, SMALL_PASSES = 4_000_000, 8
 """Number of weights below which side information of single matrices dominates, and of passes there:
 the estimate is poor, but full passes are cheap."""
@@ -65,7 +64,8 @@ def to_target(run: Run, config: CompressionConfig) -> Attempt:
 
     Raises:
         ConfigError: the quality is asked for, and the model has no loss.
-        TargetError: the request cannot be met, or is not within FULL_PASSES (SMALL_PASSES).
+        TargetError: the request cannot be met, or is not within the adapter's full passes
+            (SMALL_PASSES).
     """
     adapter, clock, final = run.adapter, run.clock, config
     config = replace(config, distillation=None)  # which changes no bytes, and takes long
@@ -83,7 +83,7 @@ def to_target(run: Run, config: CompressionConfig) -> Attempt:
     drift = adapter.drifts and config.corrects_drift and goal.falls
     correction, measured = Correction(relative=not goal.falls, drift=drift), 0.0
     lmbda, step = first_lmbda(probes), math.log(4.0)
-    passes = FULL_PASSES if _weights(run) > SMALL_MODEL else SMALL_PASSES
+    passes = adapter.full_passes if _weights(run) > SMALL_MODEL else SMALL_PASSES
     for number in range(1, passes + 1):
         with clock.stage("target"):
             lmbda = _solved(goal, predicted, correction, lmbda, step)
@@ -147,7 +147,9 @@ def _size_goal(run: Run, limit: int) -> Goal:
     """Steer the bits that are left for weights beside all that is not coded, whose bytes are
     estimated before the first pass and known after it."""
     weights = _weights(run)
-    fixed = _fixed_bytes(run)
+    least, fixed = _fixed_bytes(run)
+    if fixed > limit * SIZE_MARGIN:
+        fixed = least  # the first pass shows how much the headers really take
     request = f"max_size {limit}"
 
     def aim() -> float:
@@ -210,16 +212,22 @@ def _weights(run: Run) -> int:
     return sum(math.prod(layout.shape) for layout in run.adapter.layouts.values())
 
 
-def _fixed_bytes(run: Run) -> int:
-    """Return about what a directory takes besides coded weights: plain tensors, other files,
-    headers."""
+def _within(lmbda: float) -> float:
+    """Return lmbda, which an exponential may take out of its range by one rounding."""
+    return min(max(lmbda, LMBDA_RANGE[0]), LMBDA_RANGE[1])
+
+
+def _fixed_bytes(run: Run) -> tuple[int, int]:
+    """Return what a directory takes besides coded weights: plain tensors and other files; and
+    the same with an estimate of the headers."""
     module, layouts = run.adapter.module, run.adapter.layouts
     parts = sum(layout.parts for layout in layouts.values())
     with tempfile.TemporaryDirectory() as folder:
         run.adapter.write_files(Path(folder))
         files = directory_bytes(Path(folder))
     headers = len(plain_tensors(module, layouts)) * PLAIN_HEADER + parts * PART_HEADER
-    return plain_bytes(module, layouts) + files + headers
+    least = plain_bytes(module, layouts) + files
+    return least, least + headers
 
 
 class Correction:
@@ -284,7 +292,8 @@ def solve(
 
     def gap(log_lmbda: float) -> float:
         if log_lmbda not in tried:
-            tried[log_lmbda] = math.log(max(measure(math.exp(log_lmbda)), 1e-9 * goal) / goal)
+            lmbda = _within(math.exp(log_lmbda))
+            tried[log_lmbda] = math.log(max(measure(lmbda), 1e-9 * goal) / goal)
         return tried[log_lmbda]
 
     low = high = math.log(start)
@@ -304,9 +313,9 @@ def solve(
         share = gap(low) / (gap(low) - gap(high))
         middle = low + (high - low) * min(max(share, 0.1), 0.9)
         if abs(gap(middle)) < TOLERANCE:
-            return math.exp(middle)
+            return _within(math.exp(middle))
         if (gap(middle) > 0) == (gap(low) > 0):
             low = middle
         else:
             high = middle
-    return math.exp((low + high) / 2)
+    return _within(math.exp((low + high) / 2))

@@ -37,6 +37,7 @@ from cerwu_gpu.hf.companions import (
     COPIED_FILES,
     LICENCE_PATTERNS,
     copy_files,
+    described,
     save_text_files,
     write_config,
 )
@@ -158,9 +159,9 @@ class CausalLM(Adapter):
         else:
             apart = not holding_out and (judged or config.distillation is not None)
             data, events = self._text_tokens(config.calibration, apart)
-            if judged and apart and not len(data.unseen):
-                missing = "no calibration text is left to judge by: the card has no perplexity."
-                events = (*events, missing)
+        if judged and not holding_out and not len(data.unseen):
+            missing = "no calibration text is left to judge by: the card has no perplexity."
+            events = (*events, missing)
         if config.strict and events:
             raise CalibrationError(f"{events[0]} (strict)")
         self._text_events = events
@@ -465,14 +466,6 @@ def eager_experts(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(before)
-
-
-def described(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the configuration, without what changes from one machine to the next."""
-    config: dict[str, Any] = model.config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version"):
-        config.pop(volatile, None)
-    return config
 
 
 def _filled(sensitivities: Sensitivities) -> Sensitivities:

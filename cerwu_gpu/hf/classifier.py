@@ -1,15 +1,21 @@
 """Image classifiers of transformers: modules with a configuration and an image processor."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from cerwu_gpu.calibration.running import materialized
+from cerwu_gpu.config import Batches, CompressionConfig
 from cerwu_gpu.errors import ModelError
 from cerwu_gpu.hf.companions import (
     LICENCE_PATTERNS,
     copy_files,
+    described,
     save_text_files,
     write_config,
 )
@@ -29,20 +35,38 @@ class ImageClassifier(ModuleAdapter):
     module: PreTrainedModel
     files: Path | None = None
 
-    def __init__(self, module: PreTrainedModel, *args: Any, **options: Any) -> None:
-        """Take the arguments of ModuleAdapter.
+    def __init__(self, module: PreTrainedModel, config: CompressionConfig, **options: Any) -> None:
+        """Take the arguments of ModuleAdapter; floating inputs are cast to the model's dtype.
 
         Raises:
             ModelError: the model's layers were changed, so that its directory could not be loaded.
         """
         _check_unchanged(module)
-        super().__init__(module, *args, **options)
+        calibration = config.calibration
+        if isinstance(calibration, Batches):
+            inputs = [_cast(batch, module.dtype) for batch in materialized(calibration.inputs)]
+            config = replace(config, calibration=replace(calibration, inputs=inputs))
+        super().__init__(module, config, **options)
+
+    def _described(self) -> object:
+        return described(self.module)
 
     def write_files(self, folder: Path) -> None:
         write_config(self.module, folder)
         save_text_files(self.module, None, folder)
         if self.files is not None:
             copy_files(self.files, folder, COPIED_FILES)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return a batch with its floating tensors in a dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(item, dtype) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value
 
 
 def _check_unchanged(model: PreTrainedModel) -> None:

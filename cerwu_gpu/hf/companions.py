@@ -86,3 +86,11 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             f"the tokenizer cannot be written to {folder} ({reason(error)}): "
             "free some space and start again."
         ) from error
+
+
+def described(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the configuration, without what changes from one machine to the next."""
+    config: dict[str, Any] = model.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version"):
+        config.pop(volatile, None)
+    return config

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cerwu_gpu.config import Calibration, CompressionConfig
+from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.models import mask_token
+from cerwu_gpu.hf.text import SELF
 
 MASKED_PERCENT = 15
 """Share of the calibration tokens that is masked, as where such models are trained."""
@@ -26,6 +29,14 @@ class MaskedLM(CausalLM):
     """An encoder with a masked-language-model head and its calibration text."""
 
     run_options: Mapping[str, Any] = {}
+
+    def calibrate(self, config: CompressionConfig, **options: Any) -> None:
+        if isinstance(config.calibration, Calibration) and config.calibration.source == SELF:
+            raise CalibrationError(
+                f"{type(self.module).__name__} generates no text: give a calibration text."
+            )
+        self._mask()
+        super().calibrate(config, **options)
 
     def inputs(self, tokens: Tensor) -> Tensor:
         return tokens.masked_fill(_is_masked(tokens), self._mask())

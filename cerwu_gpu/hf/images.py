@@ -1,5 +1,6 @@
 """Images for calibration and evaluation of classifiers, and what they are judged by."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ def load_images(
         rows = rows.select(chosen[:count].sort().values.tolist())
     process = _processor(model)
     numbers = None if label_column is None else _numbering(rows.features[label_column], labels)
+    if label_column is not None and min(rows[label_column], default=0) < 0:
+        raise CalibrationError(f"{name} has images without a label: give labelled ones.")
     batches, targets = [], []
     for first in range(0, len(rows), batch_size):
         some = rows[first : first + batch_size]
@@ -137,7 +140,8 @@ def _numbering(feature: Any, labels: dict[str, int] | None) -> list[int]:
     Raises:
         CalibrationError: the model does not know a class.
     """
-    if labels is None or not set(feature.names) & set(labels):
+    unnamed = labels is not None and all(re.fullmatch(r"LABEL_\d+", name) for name in labels)
+    if labels is None or (unnamed and len(labels) == len(feature.names)):
         return list(range(len(feature.names)))
     unknown = [name for name in feature.names if name not in labels]
     if unknown:

@@ -65,10 +65,17 @@ class Kind:
         title = self.name.partition(" ")[2]
         return Loader(title, self.tag, self.auto.__name__, processor, self.takes_text)
 
-    def class_of(self, config: PretrainedConfig) -> Any:
-        """Return the class for a configuration; None where this kind has none."""
+    def classes_of(self, config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+        """Return the classes for a configuration; none where this kind has none."""
         classes = self.mapping.get(type(config), None)
-        return classes[0] if isinstance(classes, tuple) else classes
+        if classes is None:
+            return ()
+        return classes if isinstance(classes, tuple) else (classes,)
+
+    def class_names(self, model_type: str) -> tuple[str, ...]:
+        """Return the names of the classes for a model type."""
+        names = self.names.get(model_type, ())
+        return names if isinstance(names, tuple) else (names,)
 
 
 KINDS = (
@@ -100,38 +107,36 @@ KINDS = (
 
 
 def kind_of(model: PreTrainedModel) -> Kind | None:
-    """Return the kind whose class the model has; None where it is of none."""
-    return next((kind for kind in KINDS if type(model) is kind.class_of(model.config)), None)
-
-
-def kind_of_config(config: PretrainedConfig, architectures: object) -> Kind | None:
-    """Return the kind that a configuration stands for, by the named architectures where several
-    kinds know it; None where none does, or they leave it open."""
-    kinds = [kind for kind in KINDS if kind.class_of(config) is not None]
-    named = architectures if isinstance(architectures, list) else []
-    by_name = [kind for kind in kinds if kind.class_of(config).__name__ in named]
-    if by_name:
-        return by_name[0]
-    return kinds[0] if len(kinds) == 1 else None
+    """Return the kind whose class the model has, or a subclass of it; None where it is of none."""
+    for exact in (True, False):
+        for kind in KINDS:
+            classes = kind.classes_of(model.config)
+            if type(model) in classes or (not exact and classes and isinstance(model, classes)):
+                return kind
+    return None
 
 
 def model_class(config: PretrainedConfig, architectures: object) -> type[PreTrainedModel]:
-    """Return the class that a compressed directory's configuration stands for.
+    """Return the class that a compressed directory's configuration stands for, by the named
+    architectures where there are several.
 
     Raises:
-        ModelError: it is of no kind, or of several.
+        ModelError: it is of no kind, or the architectures leave it open.
     """
-    kind = kind_of_config(config, architectures)
-    if kind is None:
+    classes = [(kind, one) for kind in KINDS for one in kind.classes_of(config)]
+    named = architectures if isinstance(architectures, list) else []
+    by_name = [one for _, one in classes if one.__name__ in named]
+    if by_name:
+        return by_name[0]
+    if len({kind.name for kind, _ in classes}) != 1:
         kinds = " nor of ".join(kind.name for kind in KINDS)
         raise ModelError(f"{type(config).__name__} is neither of {kinds}.")
-    found: type[PreTrainedModel] = kind.class_of(config)
-    return found
+    return classes[0][1]
 
 
 def load_kind(source: str | Path, *, trust_remote_code: bool = False) -> tuple[Kind, LoadedModel]:
-    """Load a model of the kind that its config.json names by its architecture; a causal language
-    model where that names none.
+    """Load a model of the kind that its config.json names by its architecture, or else by its model
+    type; a causal language model where that is of no kind.
 
     Raises:
         ModelError: as `load_model`.
@@ -139,20 +144,22 @@ def load_kind(source: str | Path, *, trust_remote_code: bool = False) -> tuple[K
     kind = KINDS[0]
     if not is_gguf(source):
         source = local_directory(source)
-        kind = _named_kind(source) or kind
+        kind = _kind_of_directory(source) or kind
     loaded = load_model(source, trust_remote_code=trust_remote_code, auto=kind.auto, what=kind.name)
     return kind, loaded
 
 
-def _named_kind(folder: Path) -> Kind | None:
-    """Return the kind of the architecture in a directory's config.json, if it is known."""
+def _kind_of_directory(folder: Path) -> Kind | None:
+    """Return the kind that a directory's config.json stands for, if it is known."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        (architecture,) = content["architectures"]
-    except (OSError, ValueError, KeyError, TypeError):
+        model_type, architectures = content["model_type"], content.get("architectures") or []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # load_model has the sentence for it
-    for kind in KINDS:
-        classes = [n for x in kind.names.values() for n in (x if isinstance(x, tuple) else (x,))]
-        if architecture in classes:
+    kinds = [kind for kind in KINDS if kind.class_names(model_type)]
+    for kind in kinds:
+        if set(kind.class_names(model_type)) & set(architectures):
             return kind
-    return None
+    if len(kinds) > 1 and not content.get("is_decoder", False):
+        kinds = kinds[1:]  # an encoder, which can be a decoder as well
+    return kinds[0] if kinds else None

@@ -17,7 +17,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from cerwu_gpu.compression.run import plain_bytes
@@ -128,7 +131,9 @@ def mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> i
     Raises:
         ModelError: the model is one, and there is no tokenizer with such a token.
     """
-    if type(model).__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+    names = {one.__name__ for one in type(model).__mro__}
+    masked = names & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    if not masked or masked & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         return None
     mask: int | None = None if tokenizer is None else tokenizer.mask_token_id
     if mask is None:

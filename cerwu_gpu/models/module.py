@@ -1,6 +1,7 @@
 """Any torch module: it runs whole, on batches of inputs, and gets its stored weights back."""
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +50,8 @@ class ModuleAdapter(Adapter):
     Attributes:
         batches: the inputs that calibrate.
     """
+
+    full_passes = 6
 
     def __init__(
         self,
@@ -102,10 +105,13 @@ class ModuleAdapter(Adapter):
                     "sequential Hessians belong to one setting only and are not kept: drop "
                     "sequential, or the Hessian cache."
                 )
-            inputs = tensors_digest(x for batch in self.batches for x in _tensors(batch))
+            inputs = f"{config.seed} {_digest(self.batches)}"
             key = hessian_key(module, self._described(), list(self.layouts.values()), inputs)
             self.cache = HessianCache(hessian_cache, key)
-        self._kept = self.cache or (HessianCache(work, "calibration") if work else None)
+        self._kept = HessianCache(work, "calibration") if work else None
+        if self.cache is not None and loss is None:  # nothing identifies a loss from run to run
+            self._kept = self.cache
+        self._sensitivities: Sensitivities | None = None
 
     def select(self, config: CompressionConfig) -> None:
         """Choose the weights that these settings compress.
@@ -123,9 +129,12 @@ class ModuleAdapter(Adapter):
         self.events = selection.events(strict=config.strict)
 
     def _described(self) -> object:
-        return f"{type(self.module).__module__}.{type(self.module).__qualname__}"
+        """Return what is known of the module beside its state, ready for JSON."""
+        return repr(self.module)
 
     def sensitivities(self, config: CompressionConfig) -> Sensitivities:
+        if self._sensitivities is not None:
+            return self._sensitivities
         kept = self._kept.read_sensitivities() if self._kept is not None else None
         if kept is None:
             alphas = module_sensitivities(
@@ -140,6 +149,7 @@ class ModuleAdapter(Adapter):
             kept = Sensitivities(alphas)
             if self._kept is not None:
                 self._kept.write_sensitivities(kept)
+        self._sensitivities = kept
         return kept
 
     def blocks(self, config: CompressionConfig) -> Blocks:
@@ -214,9 +224,8 @@ class ModuleAdapter(Adapter):
     def identity(self) -> dict[str, str]:
         return {
             "the model": hessian_key(self.module, self._described(), [], ""),
-            "the calibration inputs": tensors_digest(
-                x for batch in (*self.batches, *self._held_out) for x in _tensors(batch)
-            ),
+            "the calibration inputs": _digest([*self.batches, *self._held_out]),
+            "loss": "none" if self._loss is None else _name(self._loss),
         }
 
 
@@ -245,11 +254,35 @@ def _apart(batches: list[Batch], what: str) -> tuple[list[Batch], list[Batch]]:
     return inside, [batches[i] for i in sorted(out)]
 
 
-def _tensors(batch: Batch) -> Iterable[Tensor]:
-    values: Iterable[Any] = [batch] if isinstance(batch, Tensor) else batch
-    if isinstance(batch, Mapping):
-        values = batch.values()
-    return [value for value in values if isinstance(value, Tensor)]
+def _digest(batches: Iterable[Batch]) -> str:
+    """Return the SHA-256 (hexadecimal) of batches: their tensors, with the places and names of
+    these, and a description of everything else."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for path, value in _leaves("", batch):
+            if isinstance(value, Tensor):
+                digest.update(f"{path} {tensors_digest([value])}".encode())
+            else:
+                digest.update(f"{path} {value!r}".encode())
+    return digest.hexdigest()
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a nest of lists and mappings holds, with the way to it."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(f"{path}.{key}", item)
+    elif isinstance(value, tuple | list):
+        for number, item in enumerate(value):
+            yield from _leaves(f"{path}[{number}]", item)
+    else:
+        yield path, value
+
+
+def _name(function: object) -> str:
+    """Return a name of a function that is the same in the next run."""
+    module = getattr(function, "__module__", "")
+    return f"{module}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from cerwu_gpu.calibration import cache
 from cerwu_gpu.calibration.cache import CachedBlocks, HessianCache, tensors_digest
 from cerwu_gpu.errors import CalibrationError, OutputError
-from cerwu_gpu.hf.causal_lm import described
+from cerwu_gpu.hf.companions import described
 from tests.hf.calibrated import cached_blocks, find_weights
 from tests.hf.calibrated import calibrated_blocks as CalibratedBlocks
 from tests.hf.toys import toy, toy_tokens

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 import cerwu_gpu
-from cerwu_gpu import CompressionConfig, TargetError
+from cerwu_gpu import (
+    Batches,
+    Bits,
+    CompressionConfig,
+    Objective,
+    OutputError,
+    TargetError,
+    Uniform,
+    Values,
+)
+from cerwu_gpu.config import from_settings, settings
+from cerwu_gpu.container.journal import Journal
 from cerwu_gpu.container.reader import inventory, open_directory
 from cerwu_gpu.errors import CalibrationError, ConfigError, FormatError, ModelError
 from cerwu_gpu.hf.loading import _built
@@ -267,3 +278,76 @@ def test_compression_runs_on_a_gpu(tmp_path: Path, toy_tokenizer: Any, text: str
 def test_settings_beyond_floats_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         configured(**settings)
+
+
+def test_settings_come_back_from_what_they_are_written_as() -> None:
+    configs = [
+        CompressionConfig(),
+        CompressionConfig(grid=Uniform(levels=9, method="rtn", scale="per-tensor")),
+        CompressionConfig(
+            grid=Values(values=(-1.0, 0.0, 1.0), scale="per-tensor", rate_model="gaussian")
+        ),
+        CompressionConfig(target=Bits(2.5), drift="ignore", keep_head=True, exclude=("*.up*",)),
+    ]
+    for config in configs:
+        assert from_settings(**settings(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"hessian_cache": True}, {}),
+        ({"complete_square": False}, {}),
+        ({"grid": (-1.0, 0.0, 1.0), "scale": "per-tensor"}, {"grid": (-1.0, 0.0, 1.0)}),
+    ],
+    ids=["Hessian cache", "completing the square", "scale of a grid"],
+)
+def test_a_run_is_not_continued_under_other_settings(
+    first: dict[str, Any],
+    second: dict[str, Any],
+    tmp_path: Path,
+    toy_tokenizer: Any,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(given: dict[str, Any]) -> None:
+        given = dict(given)
+        cache = tmp_path / "cache" if given.pop("hessian_cache", False) else None
+        run(toy("llama"), tmp_path / "out", toy_tokenizer, text, hessian_cache=cache, **given)
+
+    write, calls = Journal.write, []
+
+    def interrupted(self: Journal, index: int, weights: Any) -> None:
+        calls.append(index)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(self, index, weights)
+
+    monkeypatch.setattr(Journal, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(first)
+    monkeypatch.setattr(Journal, "write", write)
+    with pytest.raises(OutputError, match="keeps an unfinished run with"):
+        start(second)
+
+
+def test_a_rate_out_of_reach_is_a_target_error(
+    tmp_path: Path, toy_tokenizer: Any, text: str
+) -> None:
+    with pytest.raises(TargetError, match="bits 60 is out of reach"):
+        run(toy("llama"), tmp_path / "out", toy_tokenizer, text, bits=60.0)
+
+
+def test_tokens_in_batches_calibrate_a_language_model(tmp_path: Path, toy_tokenizer: Any) -> None:
+    tokens = torch.randint(5, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+    data = Batches(inputs=tokens.split(2), tokenizer=toy_tokenizer)
+    objective = Objective(lmbda=1e-5)
+    config = CompressionConfig(calibration=data, objective=objective)
+    cerwu_gpu.compress(toy("llama"), tmp_path / "out", config=config, progress=False)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    sequential = CompressionConfig(calibration=data, drift="sequential", target=Bits(4.0))
+    with pytest.raises(CalibrationError, match="sequential Hessians belong to one setting"):
+        cerwu_gpu.compress(toy("llama"), tmp_path / "other", config=sequential, progress=False)
+    wrong = CompressionConfig(calibration=Batches(inputs=[torch.randn(2, 3)]))
+    with pytest.raises(CalibrationError, match="batches of a language model are tokens"):
+        cerwu_gpu.compress(toy("llama"), tmp_path / "other", config=wrong, progress=False)

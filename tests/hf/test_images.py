@@ -102,8 +102,11 @@ def test_a_sweep_runs_on_a_classifier(
     [
         (("compress", "MODEL", "-o", "x", "--sequence-length", "64"), "sequence_length"),
         (("compress", "MODEL", "-o", "x", "--calibration", "self"), "calibration"),
-        (("eval", "MODEL", "--text", "words.txt"), "drop text"),
-        (("sweep", "MODEL", "-o", "x", "--text", "words.txt"), "drop text"),
+        (("eval", "MODEL", "--text", "words.txt"), "text is for language models"),
+        (("eval", "MODEL", "--stride", "3"), "stride"),
+        (("sweep", "MODEL", "-o", "x", "--text", "words.txt"), "text is for language models"),
+        (("sweep", "MODEL", "-o", "x", "--max-windows", "3"), "max_windows"),
+        (("sweep", "MODEL", "-o", "x", "--head", "quantize,keep"), "head"),
     ],
     ids=str,
 )
@@ -121,6 +124,7 @@ def test_a_killed_run_of_a_module_is_continued(
 ) -> None:
     """As of language models: what is finished is kept, and the bytes are those of one run."""
     from cerwu_gpu import Batches, CompressionConfig, Objective, compress
+    from cerwu_gpu.compression import pipeline
     from cerwu_gpu.container.journal import Journal
     from tests.models.toys import images
 
@@ -140,7 +144,51 @@ def test_a_killed_run_of_a_module_is_continued(
     with pytest.raises(KeyboardInterrupt, match="keeps what is finished"):
         compress(toy("resnet"), tmp_path / "out", config=config, progress=False)
     monkeypatch.setattr(Journal, "write", write)
+    searches: list[object] = []
+    search = pipeline.quantize_stack
+
+    def counted(*arguments: Any) -> Any:
+        searches.append(arguments)
+        return search(*arguments)
+
+    monkeypatch.setattr(pipeline, "quantize_stack", counted)
+    compress(toy("resnet"), tmp_path / "fresh", config=config, progress=False)
+    whole, searches[:] = len(searches), []
     compress(toy("resnet"), tmp_path / "out", config=config, progress=False)
+    assert len(searches) == whole - 2
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / ".out.work").exists()
+
+
+def test_labels_that_do_not_fit_are_refused(pictures: Path, model: Path) -> None:
+    with pytest.raises(CalibrationError, match="no class 'boat'"):
+        load_images(str(pictures), model, part="evaluation", labels={"cat": 0, "dog": 1})
+    unnamed = {"LABEL_0": 0, "LABEL_1": 1}
+    images = load_images(str(pictures), model, part="evaluation", labels=unnamed)
+    assert images.labels is not None and set(torch.cat(images.labels).tolist()) == {0, 1}
+
+
+def test_other_pictures_are_another_sweep(
+    pictures: Path, model: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    from PIL import Image
+
+    grid = ("--methods", "rtn", "--levels", "15", "--samples", "6", "--quiet")
+    start = ("sweep", model, "-o", tmp_path / "sweep", "--images", pictures, *grid)
+    assert command(*start).code == 0
+    Image.new("RGB", (SIDE, SIDE)).save(pictures / "test" / "boat" / "0.png")
+    code, _, err = command(*start)
+    assert code == 2 and "evaluation images" in err
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_pixels_have_the_models_dtype(
+    dtype: str, pictures: Path, model: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    toy("resnet").to(getattr(torch, dtype)).save_pretrained(model)
+    code, _, err = command(
+        *("compress", model, "-o", tmp_path / "small", "--images", pictures),
+        *("--lmbda", "1e-6", "--samples", "4", "--quiet"),
+    )
+    assert code == 0, err

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 import cerwu_gpu
-from cerwu_gpu import ConfigError, FormatError, ModelError
+from cerwu_gpu import Batches, CompressionConfig, ConfigError, FormatError, ModelError
+from cerwu_gpu.config import MaxSize
 from cerwu_gpu.container.reader import inventory, open_directory
 from tests.configs import compress_flat, configured
 from tests.models.toys import FAMILIES, images, toy
@@ -246,3 +247,78 @@ def test_wrong_calls_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not exist"):
         compress(tmp_path / "nowhere", output)
     assert not output.exists()
+
+
+def test_hessians_are_those_of_the_module_and_its_inputs(tmp_path: Path) -> None:
+    """The key has what is no weight: activations, names of inputs, the seed; a loss is in none."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.first(x) + self.second(y)
+
+    def pair() -> Pair:
+        torch.manual_seed(3)
+        return Pair()
+
+    def layers(batch: Any, cache: Path | None, module: Any = None, **settings: Any) -> Any:
+        report = compress_flat(
+            module or pair(),
+            tmp_path / "out",
+            batches=[batch],
+            config=configured(lmbda=1e-3, **{"sensitivity": "none", **settings}),
+            hessian_cache=cache,
+            overwrite=True,
+            progress=False,
+            **({"loss": loss} if settings.get("sensitivity") == "row" else {}),
+        )
+        return [layer.relative_loss for layer in report.layers]
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        return output[:, 0].square() * scale
+
+    scale = 1.0
+    a, b = torch.randn(16, 8), 30 * torch.randn(16, 8)
+    cache = tmp_path / "cache"
+    layers({"x": a, "y": b}, cache)
+    assert layers({"x": b, "y": a}, cache) == layers({"x": b, "y": a}, None)
+    first = layers({"x": a, "y": b}, cache, sensitivity="row")
+    scale = 1e6
+    assert layers({"x": a, "y": b}, cache, sensitivity="row") != first
+    for activation in (nn.ReLU(), nn.Tanh()):
+        torch.manual_seed(4)
+        network = nn.Sequential(nn.Linear(8, 8), activation, nn.Linear(8, 8))
+        torch.manual_seed(4)
+        again = nn.Sequential(nn.Linear(8, 8), activation, nn.Linear(8, 8))
+        assert layers(a, cache, network) == layers(a, None, again)
+
+
+def test_a_module_that_changes_its_inputs_leaves_the_batches_alone(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8))
+    batch = torch.randn(4, 8)
+    before = batch.clone()
+    compress(module, tmp_path / "out", [batch])
+    assert torch.equal(batch, before)
+
+
+def test_a_size_that_headers_seem_to_exceed_is_reached(tmp_path: Path) -> None:
+    free = compress(toy("mobilenet_v2"), tmp_path / "free", include=("*",), lmbda=1e-3)
+    limit = MaxSize(free.directory_bytes)
+    config = CompressionConfig(calibration=Batches(inputs=images()), target=limit)
+    report = cerwu_gpu.compress(
+        toy("mobilenet_v2"), tmp_path / "out", config=config, progress=False
+    )
+    assert report.directory_bytes <= free.directory_bytes
+
+
+def test_a_classifier_is_known_by_its_type_where_no_architecture_is_named(tmp_path: Path) -> None:
+    toy("resnet").save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    content = json.loads(file.read_text())
+    del content["architectures"]
+    file.write_text(json.dumps(content))
+    report = compress(tmp_path / "model", tmp_path / "out")
+    assert report.bits_per_weight > 0
