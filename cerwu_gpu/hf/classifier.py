@@ -16,7 +16,7 @@ from cerwu_gpu.hf.companions import (
 from cerwu_gpu.models.module import ModuleAdapter
 
 COPIED_FILES = ("preprocessor_config.json", "processor_config.json", *LICENCE_PATTERNS)
-"""Files of an image classifier that go into the compressed directory as they came."""
+"""Files of an image classifier that are copied into the compressed directory."""
 
 
 class ImageClassifier(ModuleAdapter):
@@ -30,7 +30,7 @@ class ImageClassifier(ModuleAdapter):
     files: Path | None = None
 
     def __init__(self, module: PreTrainedModel, *args: Any, **options: Any) -> None:
-        """Take the arguments of ModuleAdapter.
+        """Choose the weights; arguments are those of ModuleAdapter.
 
         Raises:
             ModelError: the model's layers were changed, so that its directory could not be loaded.
@@ -46,7 +46,7 @@ class ImageClassifier(ModuleAdapter):
 
 
 def _check_unchanged(model: PreTrainedModel) -> None:
-    """Refuse what `load_compressed` could not build again.
+    """Refuse a model that `load_compressed` could not build from its configuration.
 
     Raises:
         ModelError: the model's layers were changed.

@@ -1,6 +1,6 @@
-"""The kinds of transformers models, one line each: how they are loaded and which adapter they have.
+"""Kinds of transformers models: their Auto classes and adapters.
 
-A new kind is an adapter, a line in KINDS, and tests.
+A new kind is an adapter, an entry in KINDS, and tests.
 """
 
 import json
@@ -40,7 +40,7 @@ class Kind:
     Attributes:
         name: with its article.
         mapping: transformers' mapping from configurations to classes.
-        names: the same by names, which imports none of them.
+        names: the same mapping by names, without importing the classes.
         auto: the Auto class that loads it.
         adapter: its adapter; one that takes text is a CausalLM.
         tag: the Hub's name of its task.
@@ -60,7 +60,7 @@ class Kind:
 
     @property
     def loader(self) -> Loader:
-        """How it is loaded, for its card."""
+        """Instructions for its card."""
         processor = "AutoTokenizer" if self.takes_text else "AutoImageProcessor"
         title = self.name.partition(" ")[2]
         return Loader(title, self.tag, self.auto.__name__, processor, self.takes_text)
@@ -105,8 +105,8 @@ def kind_of(model: PreTrainedModel) -> Kind | None:
 
 
 def kind_of_config(config: PretrainedConfig, architectures: object) -> Kind | None:
-    """Return the kind that a configuration stands for, by the named architectures where several
-    kinds know it; None where none does, or they leave it open."""
+    """Return the kind of a configuration, chosen by `architectures` where several kinds have its
+    model type; None where none has, or `architectures` names none of them."""
     kinds = [kind for kind in KINDS if kind.class_of(config) is not None]
     named = architectures if isinstance(architectures, list) else []
     by_name = [kind for kind in kinds if kind.class_of(config).__name__ in named]
@@ -125,13 +125,13 @@ def model_class(config: PretrainedConfig, architectures: object) -> type[PreTrai
     if kind is None:
         kinds = " nor of ".join(kind.name for kind in KINDS)
         raise ModelError(f"{type(config).__name__} is neither of {kinds}.")
-    found: type[PreTrainedModel] = kind.class_of(config)
-    return found
+    model: type[PreTrainedModel] = kind.class_of(config)
+    return model
 
 
 def load_kind(source: str | Path, *, trust_remote_code: bool = False) -> tuple[Kind, LoadedModel]:
-    """Load a model of the kind that its config.json names by its architecture; a causal language
-    model where that names none.
+    """Load a model of the kind of the architecture in its config.json; by default a causal language
+    model.
 
     Raises:
         ModelError: as `load_model`.

@@ -1,20 +1,26 @@
-"""Any torch module: it runs whole, on batches of inputs, and gets its stored weights back."""
+"""Adapter of any torch module, which runs whole on batches of inputs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cerwu_gpu.calibration.cache import (
-    CachedBlocks,
-    CachingBlocks,
     HessianCache,
+    cached_sensitivities,
     hessian_key,
     tensors_digest,
 )
-from cerwu_gpu.calibration.running import Batch, Runner, evaluating, materialized, samples
+from cerwu_gpu.calibration.running import (
+    Batch,
+    Runner,
+    batch_tensors,
+    evaluating,
+    materialized,
+    samples,
+)
 from cerwu_gpu.calibration.sensitivity import Loss, losses, module_sensitivities
 from cerwu_gpu.calibration.whole import HESSIAN_BYTES, CalibratedLayers
 from cerwu_gpu.compression.adapter import Adapter
@@ -25,7 +31,6 @@ from cerwu_gpu.errors import CalibrationError, ConfigError, FormatError
 from cerwu_gpu.files import dtype_name
 from cerwu_gpu.models.norms import FollowingNorms, following_norms, norms_follow
 from cerwu_gpu.models.selection import require_finite, require_values, select_in_module
-from cerwu_gpu.progress import note
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -40,7 +45,7 @@ class ModuleAdapter(Adapter):
     Batch norms follow the quantized weights (norms.py) unless config.drift says otherwise.
 
     Attributes:
-        batches: the inputs that calibrate.
+        batches: the calibration inputs.
     """
 
     def __init__(
@@ -57,13 +62,13 @@ class ModuleAdapter(Adapter):
         """Choose the weights; the module has its original ones.
 
         Args:
-            config: with batches of inputs that calibrate (running.Batch), which are kept and run
-                several times, and a loss, which the sensitivities are of and `loss` measures.
-            device: where the module runs; None: where it is.
+            config: with batches of calibration inputs (running.Batch), which are stored and run
+                several times, and a loss, for the sensitivities and `loss`.
+            device: of the work; None: the module's.
             hessian_cache: directory for Hessians and sensitivities, for later runs too.
-            work: this run's own directory (container/work.py), for what a run that dies would have
-                to compute again.
-            hessian_bytes: bytes that the Hessians of one run over the batches may take.
+            work: this run's directory (container/work.py), which keeps sensitivities for a resumed
+                run.
+            hessian_bytes: maximum bytes of Hessians per run over the batches.
             progress: show bars on stderr.
 
         Raises:
@@ -87,7 +92,6 @@ class ModuleAdapter(Adapter):
         self._hessian_bytes = hessian_bytes
         self._progress = progress
         self._norms: FollowingNorms | None = None
-        self._noted = False
         self.cache: HessianCache | None = None
         if hessian_cache is not None:
             if config.sequential:
@@ -95,17 +99,13 @@ class ModuleAdapter(Adapter):
                     "sequential Hessians belong to one setting only and are not kept: drop "
                     "sequential, or the Hessian cache."
                 )
-            inputs = tensors_digest(x for batch in self.batches for x in _tensors(batch))
+            inputs = _digest(self.batches)
             key = hessian_key(module, self._described(), list(self.layouts.values()), inputs)
             self.cache = HessianCache(hessian_cache, key)
-        self._kept = self.cache or (HessianCache(work, "calibration") if work else None)
+        run_cache = HessianCache(work, "calibration") if work else None
+        self._sensitivity_cache = self.cache or run_cache
 
     def select(self, config: CompressionConfig) -> None:
-        """Choose the weights that these settings compress.
-
-        Raises:
-            ConfigError: `config.keep_head` is of language models.
-        """
         if config.keep_head:
             raise ConfigError(
                 "keep_head is for language models: exclude the last layer by its name."
@@ -119,8 +119,7 @@ class ModuleAdapter(Adapter):
         return f"{type(self.module).__module__}.{type(self.module).__qualname__}"
 
     def sensitivities(self, config: CompressionConfig) -> Sensitivities:
-        kept = self._kept.read_sensitivities() if self._kept is not None else None
-        if kept is None:
+        def compute() -> Sensitivities:
             alphas = module_sensitivities(
                 self.module,
                 tuple(self.layouts.values()),
@@ -130,13 +129,15 @@ class ModuleAdapter(Adapter):
                 seed=config.seed,
                 progress=self._progress,
             )
-            kept = Sensitivities(alphas)
-            if self._kept is not None:
-                self._kept.write_sensitivities(kept)
-        return kept
+            return Sensitivities(alphas)
+
+        return cached_sensitivities(self._sensitivity_cache, compute)
 
     def blocks(self, config: CompressionConfig) -> Blocks:
-        self._follow_norms(config)
+        if self._norms is None:
+            self._norms = following_norms(
+                self.module, self.batches, config, device=self._device, progress=self._progress
+            )
         layouts = list(self.layouts.values())
         layers = CalibratedLayers(
             self.module,
@@ -150,19 +151,14 @@ class ModuleAdapter(Adapter):
         )
         if self.cache is None:
             return layers
-        if not self.cache.complete(len(layers)):
-            return CachingBlocks(layers, self.cache, self._device)
-        if self._progress and not self._noted:
-            note(f"Hessians found in {self.cache.path}: calibration is skipped.")
-            self._noted = True
-        return CachedBlocks(self.module, layouts, self.cache, len(layers), self._device)
-
-    def _follow_norms(self, config: CompressionConfig) -> None:
-        """Have the norms seen what the original weights give them, where they are to follow."""
-        if self._norms is None:
-            self._norms = following_norms(
-                self.module, self.batches, config, device=self._device, progress=self._progress
-            )
+        return self.cache.blocks(
+            self.module,
+            layouts,
+            len(layers),
+            lambda: layers,
+            self._device,
+            progress=self._progress,
+        )
 
     def restore(self) -> None:
         super().restore()
@@ -188,17 +184,15 @@ class ModuleAdapter(Adapter):
     def identity(self) -> dict[str, str]:
         return {
             "the model": hessian_key(self.module, self._described(), [], ""),
-            "the calibration inputs": tensors_digest(
-                x for batch in (*self.batches, *self._held_out) for x in _tensors(batch)
-            ),
+            "the calibration inputs": _digest([*self.batches, *self._held_out]),
         }
 
 
 def _split(batches: list[Batch], loss: Loss | None) -> tuple[list[Batch], list[Batch]]:
-    """Return batches that calibrate and held-out ones.
+    """Return calibration batches and held-out ones.
 
     Raises:
-        ConfigError: there is no loss to judge by.
+        ConfigError: there is no loss.
         CalibrationError: there is only one batch.
     """
     if loss is None:
@@ -212,11 +206,8 @@ def _split(batches: list[Batch], loss: Loss | None) -> tuple[list[Batch], list[B
     return inside, [batches[i] for i in sorted(out)]
 
 
-def _tensors(batch: Batch) -> Iterable[Tensor]:
-    values: Iterable[Any] = [batch] if isinstance(batch, Tensor) else batch
-    if isinstance(batch, Mapping):
-        values = batch.values()
-    return [value for value in values if isinstance(value, Tensor)]
+def _digest(batches: Iterable[Batch]) -> str:
+    return tensors_digest(tensor for batch in batches for tensor in batch_tensors(batch))
 
 
 @torch.no_grad()
@@ -228,10 +219,10 @@ def fill(
     verify: bool = True,
     progress: bool = False,
 ) -> Module:
-    """Put every stored tensor into its place in `module`; nothing is changed before all fit.
+    """Copy all stored tensors into `module`, after checking that all of them fit.
 
     Args:
-        device: where weights are decoded; the module stays where it is.
+        device: of the decoding; the module stays on its own.
 
     Returns:
         The module.
@@ -262,5 +253,4 @@ def fill(
 
 
 def _described(tensor: Tensor) -> str:
-    dtype = dtype_name(tensor.dtype)
-    return f"{dtype} {list(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
