@@ -1,4 +1,4 @@
-"""The public doors: a model in, a compressed directory out; and a model as a sweep's subject."""
+"""The public functions: compress a model, and make a model a sweep's subject."""
 
 import hashlib
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from cerwu_gpu.hf.text import text_file
 from cerwu_gpu.models.module import ModuleAdapter
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.report import Report
-from cerwu_gpu.sweep.model import Measure, ModelSubject, kept_hessians
+from cerwu_gpu.sweep.model import Measure, ModelSubject, shared_hessians
 
 
 def compress(
@@ -58,13 +58,13 @@ def compress(
     compressed, by batches of their inputs (`Batches`).
 
     Args:
-        model: hub name, local directory, .gguf file, or a model in memory; the latter is changed
-            in place: afterwards it holds the quantized weights.
+        model: hub name, local directory, .gguf file, or a model in memory, which is changed in
+            place: afterwards it holds the quantized weights.
         output: directory to write; it appears when it is complete.
-        config: what to minimise, on which grid, and what calibrates; default CompressionConfig().
-        device: where blocks are worked on; default: the GPU where there is one, else the CPU.
+        config: objective, grid and calibration data; default CompressionConfig().
+        device: of the work; default: the GPU where there is one, else the CPU.
         overwrite: replace a compressed directory at `output`; nothing else is ever replaced.
-        restart: drop what an unfinished run has kept instead of continuing it.
+        restart: discard an unfinished run instead of continuing it.
         card: write a model card for the Hugging Face Hub (README.md).
         report: directory for report.json and report.html; default: beside the output, as
             OUTPUT.report.json and OUTPUT.report.html.
@@ -72,13 +72,13 @@ def compress(
         trust_remote_code: allow code from the model's repository to run.
 
     Returns:
-        What was stored, how large it is, and what did not go as planned.
+        Sizes and losses of everything stored, and the events of the run.
 
     Raises:
         CerwuError: a subclass that says what is wrong; nothing is left at `output` then.
-        OutputError: the disk refuses something, or an unfinished run for `output` was another
-            one; what is finished is kept beside it (docs/resume.md).
-        KeyboardInterrupt: with the sentence that says where the work is kept.
+        OutputError: the disk refuses a write, or an unfinished run for `output` had other settings;
+            finished work is kept beside it (docs/resume.md).
+        KeyboardInterrupt: with a message that names the directory of the finished work.
     """
     config, target, clock = config or CompressionConfig(), find_device(device), Clock()
     given = Path(output)
@@ -141,11 +141,11 @@ def compress(
 
 @dataclass(frozen=True)
 class _Source:
-    """A model in memory, with what came with it.
+    """A model in memory, with its tokenizer and files.
 
     Attributes:
-        kind: of models of transformers; None: any other module.
-        files: local directory of the source's own files; None for a model that was in memory.
+        kind: of a transformers model; None: any other module.
+        files: local directory of the source's files; None for a model that was in memory.
     """
 
     module: Any
@@ -153,19 +153,30 @@ class _Source:
     tokenizer: PreTrainedTokenizerBase | None
     files: Path | None
 
+    @property
+    def takes_text(self) -> bool:
+        """Whether the model is calibrated by text or tokens."""
+        return isinstance(self.module, PreTrainedModel) and (
+            self.kind is None or self.kind.takes_text
+        )
+
 
 def _loaded(
     model: str | Path | nn.Module, config: CompressionConfig, trust_remote_code: bool
 ) -> _Source:
-    """Load a model, of the kind that its configuration names."""
+    """Load a model of the kind that its configuration names."""
     given = config.calibration.tokenizer
     if isinstance(model, nn.Module):
-        kind = kind_of(model) if isinstance(model, PreTrainedModel) else None
-        return _Source(model, kind, given, None)
+        return _in_memory(model, given)
     kind, loaded = load_kind(model, trust_remote_code=trust_remote_code)
     if given is None:
         return _Source(loaded.model, kind, loaded.tokenizer, loaded.files)
     return _Source(loaded.model, kind, given, None)
+
+
+def _in_memory(module: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> _Source:
+    kind = kind_of(module) if isinstance(module, PreTrainedModel) else None
+    return _Source(module, kind, tokenizer, None)
 
 
 def check_calibration(module: nn.Module, config: CompressionConfig) -> None:
@@ -175,20 +186,19 @@ def check_calibration(module: nn.Module, config: CompressionConfig) -> None:
         ModelError: a plain module or an image classifier comes without batches.
         ConfigError: a language model comes with a loss.
     """
-    kind = kind_of(module) if isinstance(module, PreTrainedModel) else None
-    takes_text = isinstance(module, PreTrainedModel) and (kind is None or kind.takes_text)
+    source = _in_memory(module)
     batches = isinstance(config.calibration, Batches)
-    if not takes_text and not batches:
+    if not source.takes_text and not batches:
         raise ModelError(
             f"{type(module).__name__} is no language model: give batches of its inputs to "
             "calibrate."
         )
-    if isinstance(module, PreTrainedModel) and kind is None and batches:
+    if isinstance(module, PreTrainedModel) and source.kind is None and batches:
         raise ModelError(
             f"{type(module).__name__} is no image classifier and no language model that is known: "
             "batches are for those and plain modules."
         )
-    if takes_text and isinstance(config.calibration, Batches) and config.calibration.loss:
+    if source.takes_text and isinstance(config.calibration, Batches) and config.calibration.loss:
         raise ConfigError("a language model has a loss of its own: drop the loss.")
 
 
@@ -202,50 +212,28 @@ def _adapter(
     progress: bool,
 ) -> Adapter:
     """Return the adapter of a model, with its calibration data."""
-    kind = source.kind
-    whole = not isinstance(source.module, PreTrainedModel) or not (kind is None or kind.takes_text)
     # Whole modules are calibrated anew in each sequential pass.
-    searching = config.target is not None and not (config.sequential and whole)
+    searching = config.target is not None and not (config.sequential and not source.takes_text)
     cache = config.hessian_cache or (work / "hessians" if searching else None)
-    if kind is None or not kind.takes_text:
-        if isinstance(source.module, PreTrainedModel) and kind is None:
-            return _language_adapter(
-                CausalLM, source, config, work, cache, device, clock, card, progress
-            )
+    if source.takes_text:
+        kind: Any = CausalLM if source.kind is None else source.kind.adapter
+        with clock.stage("load"):
+            loaded = LoadedModel(source.module, source.tokenizer, source.files)
+            language: CausalLM = kind(loaded, config, device=device, progress=progress)
         with clock.stage("calibrate"):
-            adapter = (ModuleAdapter if kind is None else ImageClassifier)(
-                source.module,
-                config,
-                device=device,
-                hessian_cache=cache,
-                work=work,
-                progress=progress,
-            )
-        if isinstance(adapter, ImageClassifier):
-            adapter.files = source.files
-        return adapter
-    assert issubclass(kind.adapter, CausalLM)
-    return _language_adapter(
-        kind.adapter, source, config, work, cache, device, clock, card, progress
-    )
-
-
-def _language_adapter(
-    kind: type[CausalLM],
-    source: _Source,
-    config: CompressionConfig,
-    work: Path,
-    cache: Path | None,
-    device: torch.device,
-    clock: Clock,
-    card: bool,
-    progress: bool,
-) -> CausalLM:
-    with clock.stage("load"):
-        loaded = LoadedModel(source.module, source.tokenizer, source.files)
-        adapter = kind(loaded, config, device=device, progress=progress)
+            language.calibrate(config, hessian_cache=cache, work=work, judged=card)
+        return language
     with clock.stage("calibrate"):
-        adapter.calibrate(config, hessian_cache=cache, work=work, judged=card)
+        adapter = (ModuleAdapter if source.kind is None else ImageClassifier)(
+            source.module,
+            config,
+            device=device,
+            hessian_cache=cache,
+            work=work,
+            progress=progress,
+        )
+    if isinstance(adapter, ImageClassifier):
+        adapter.files = source.files
     return adapter
 
 
@@ -262,22 +250,22 @@ def text_subject(
     progress: bool = False,
     trust_remote_code: bool = False,
 ) -> ModelSubject:
-    """Load a causal language model and tokenize its calibration text.
+    """Return a causal language model as a subject, judged by a perplexity.
 
     Args:
         model: hub name, local directory or .gguf file.
-        base: which weights, and what calibrates: the points' settings of these are ignored; its
-            keep_head says that no point quantizes the head.
+        base: selection of weights and calibration, which the points share; with keep_head no point
+            quantizes the head.
         text: evaluation text.
         hessian_cache: directory for Hessians and sensitivities.
         context_length, max_windows, batch_size: of the evaluation, as for `perplexity`.
-        device: where blocks are worked on and models are evaluated.
+        device: of the work and the evaluation.
         progress: show bars over calibration on stderr.
 
     Raises:
         CerwuError: a subclass that says what is wrong.
     """
-    base = kept_hessians(base)
+    base = shared_hessians(base)
     target = find_device(device)
     kind, loaded = load_kind(model, trust_remote_code=trust_remote_code)
     if not issubclass(kind.adapter, CausalLM):
@@ -297,18 +285,12 @@ def text_subject(
                 batch_size=batch_size,
             )
 
-    load: Callable[[Path], Any] = lambda folder: load_compressed(folder, device=target)  # noqa: E731
-    measure = Measure(
-        "perplexity",
-        evaluate,
-        load,
-        {
-            "evaluation text": hashlib.sha256(text.encode()).hexdigest(),
-            "evaluation windows": f"{max_windows} of {context_length} tokens",
-        },
-    )
-    name = Path(model).expanduser().resolve().name
-    return ModelSubject(name, adapter, measure, base, bytes_of_original(model, loaded.model))
+    description = {
+        "evaluation text": hashlib.sha256(text.encode()).hexdigest(),
+        "evaluation windows": f"{max_windows} of {context_length} tokens",
+    }
+    measure = Measure("perplexity", evaluate, _loader(target), description)
+    return _subject(model, adapter, measure, base)
 
 
 def image_subject(
@@ -323,23 +305,23 @@ def image_subject(
     progress: bool = False,
     trust_remote_code: bool = False,
 ) -> ModelSubject:
-    """Load an image classifier, the images that calibrate it and those that judge it.
+    """Return an image classifier as a subject, judged by its accuracy.
 
     Args:
         model: hub name or local directory.
-        base: which weights, and how many images calibrate; as for `text_subject`.
-        images: directory of images in folders by class, or a hub dataset; its training part
-            calibrates, its test part judges.
+        base: selection of weights and number of calibration images, which the points share.
+        images: directory of images in folders by class, or a hub dataset; the training part is for
+            calibration, the test part for evaluation.
         hessian_cache: directory for Hessians and sensitivities.
-        max_images: number of images that judge; None: all.
-        batch_size: images in work at a time.
-        device: where the model runs.
+        max_images: number of evaluation images; None: all.
+        batch_size: images per forward pass.
+        device: of the work and the evaluation.
         progress: show bars over calibration on stderr.
 
     Raises:
         CerwuError: a subclass that says what is wrong.
     """
-    base, target = kept_hessians(base), find_device(device)
+    base, target = shared_hessians(base), find_device(device)
     kind, loaded = load_kind(model, trust_remote_code=trust_remote_code)
     if kind.adapter is not ImageClassifier:
         raise ModelError(f"{model} is {kind.name}: images are for classifiers.")
@@ -363,10 +345,17 @@ def image_subject(
     def evaluate(module: Any) -> float:
         return compare_on_images(module.to(target), judging).accuracy
 
-    def load(folder: Path) -> nn.Module:
-        return load_compressed(folder, device=target)
+    description = {"evaluation images": tensors_digest([*judging.batches, *(judging.labels or [])])}
+    measure = Measure("accuracy", evaluate, _loader(target), description)
+    return _subject(model, adapter, measure, base)
 
-    seen = tensors_digest([*judging.batches, *(judging.labels or [])])
-    measure = Measure("accuracy", evaluate, load, {"evaluation images": seen})
+
+def _loader(device: torch.device) -> Callable[[Path], nn.Module]:
+    return lambda folder: load_compressed(folder, device=device)
+
+
+def _subject(
+    model: str | Path, adapter: Adapter, measure: Measure, base: CompressionConfig
+) -> ModelSubject:
     name = Path(model).expanduser().resolve().name
-    return ModelSubject(name, adapter, measure, base, bytes_of_original(model, loaded.model))
+    return ModelSubject(name, adapter, measure, base, bytes_of_original(model, adapter.module))

@@ -1,8 +1,8 @@
-"""Every setting of a compression, validated once.
+"""The settings of a compression, validated on construction.
 
-A configuration is made of values that cannot contradict each other: a grid, a target, an objective,
-calibration data, and what is done about drift. `from_settings` makes one of flat settings, as a
-command line has them, and `settings` is the way back; both are read off the fields.
+A configuration consists of values that cannot contradict each other: a grid, a target, an
+objective, calibration data, and the treatment of drift. `from_settings` builds one from the flat
+settings of a command line, and `settings` is its inverse; both are derived from the fields.
 """
 
 import math
@@ -64,8 +64,8 @@ def setting(default: Any, help: str, *, name: str | None = None) -> Any:
     """Return a dataclass field that is a setting of the command line.
 
     Args:
-        help: one sentence for people who type it.
-        name: of the flat setting; default: that of the field.
+        help: one sentence for the command line.
+        name: of the flat setting; default: the field's.
     """
     return field(default=default, metadata={"help": help, "name": name})
 
@@ -74,14 +74,14 @@ def setting(default: Any, help: str, *, name: str | None = None) -> Any:
 class Waterfilled:
     """Steps by column that follow from lmbda, as in reverse waterfilling (docs/method.md).
 
-    The alphabet is what a layer needs, with an escape for the tail.
+    The alphabet fits the layer, with an escape for the tail.
     """
 
     quantizer: Quantizer = setting(
         "scalar", "Quantizer: scalar, or trellis-coded with 4 or 8 states."
     )
     complete_square: bool = True
-    """False: the ablation that leaves the quadratic part of the rate to the search alone."""
+    """Flag whose False is the ablation that leaves the quadratic part of the rate to the search."""
 
     def __post_init__(self) -> None:
         _check_choice("quantizer", self.quantizer, Quantizer)
@@ -97,8 +97,8 @@ class Uniform:
         "step size per column, derived from lmbda.",
     )
     method: GridMethod = "cerwu"
-    """cerwu (the paper's); cerwu-gamma0 (without completing the square); optq (lmbda = 0); rtn (no
-    Hessian)."""
+    """Rounding: cerwu (the paper's); cerwu-gamma0 (without completing the square); optq (lmbda =
+    0); rtn (no Hessian)."""
     scale: Scale = setting("per-row", "Scope of abs-max with --levels or --grid.")
     rate_model: RateModel = setting(
         "histogram", "Rate model of the search; others than histogram need --levels or --grid."
@@ -114,7 +114,7 @@ class Uniform:
 
 @dataclass(frozen=True, kw_only=True)
 class Values:
-    """Any sorted list of values, in units of the largest absolute weight; else as Uniform."""
+    """A sorted list of values, in units of the largest absolute weight; else as Uniform."""
 
     values: tuple[float, ...] = setting(
         MISSING, "Sorted grid values: a file of numbers, or numbers with commas.", name="grid"
@@ -145,7 +145,7 @@ Grid = Waterfilled | Uniform | Values
 
 @dataclass(frozen=True)
 class Bits:
-    """A wanted average of bits per quantized weight."""
+    """Requested average of bits per quantized weight."""
 
     bits: float = setting(MISSING, "Wanted bits per quantized weight; sets lmbda.")
 
@@ -155,7 +155,7 @@ class Bits:
 
 @dataclass(frozen=True)
 class MaxSize:
-    """Most bytes of the whole directory."""
+    """Maximum bytes of the whole directory."""
 
     size: int = setting(
         MISSING, "Maximum size of the directory, e.g. 60MB; sets lmbda.", name="max_size"
@@ -167,7 +167,7 @@ class MaxSize:
 
 @dataclass(frozen=True)
 class MaxPerplexityIncrease:
-    """Most relative growth of the perplexity on held-out calibration data."""
+    """Maximum relative growth of the perplexity on held-out calibration data."""
 
     share: float = setting(
         MISSING,
@@ -184,29 +184,29 @@ Target = Bits | MaxSize | MaxPerplexityIncrease
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimised, and how it is searched."""
+    """The objective that is minimised, and its search."""
 
     lmbda: float = setting(
         1e-9,
         "Rate-distortion trade-off: output error accepted to save one bit; larger values give "
         "smaller files.",
     )
-    """Error worth paying for one bit: with sensitivity row or layer about two times nats per token,
+    """Error accepted to save one bit: with sensitivity row or layer about twice the nats per token,
     with none the mean square of a layer's output error."""
     sensitivity: Sensitivity = setting(
         "row", "Weighting of output errors: uniform, or by layer, by row or both from gradients."
     )
-    """What a unit of output error costs in each layer or row (quantize/sensitivity.py)."""
+    """Cost of a unit of output error in each layer or row (quantize/sensitivity.py)."""
     damping: float = setting(
         1e-3, "Damping added to the Hessian's diagonal, relative to the statistic of --damping-by."
     )
-    """Multiple of the typical diagonal entry that is added to H before it is factored."""
+    """Multiple of the diagonal's statistic that is added to H before it is factored."""
     damping_by: DampingBy = setting(
         "median", "Statistic of the diagonal that damping is relative to; the paper uses the mean."
     )
     """Statistic of the diagonal; the paper uses the mean (and 0.01), which outliers dictate."""
     passes: int = setting(2, "Number of quantization passes over each matrix.")
-    """Passes over each matrix; the rate table of a pass is the histogram of the one before."""
+    """Number of passes over each matrix; the rates of a pass are the histogram of the last one."""
     block_size: int = setting(128, "Number of columns per block of lazy updates.")
 
     def __post_init__(self) -> None:
@@ -221,7 +221,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Text:
-    """A calibration text at hand, instead of the name of one."""
+    """A calibration text itself, instead of its name."""
 
     content: str = field(repr=False)
 
@@ -236,14 +236,14 @@ class Calibration:
         "the model).",
         name="calibration",
     )
-    """A hub dataset (wikitext2 for short), a text file, or self (sampled from the model); or a
-    `Text`."""
+    """Name of a hub dataset (wikitext2 for short), a text file, or self (sampled from the model);
+    or a `Text`."""
     samples: int = setting(128, "Number of calibration sequences.")
     sequence_length: int = setting(512, "Tokens per calibration sequence.")
     batch_size: int = setting(8, "Calibration sequences per forward pass.")
     seed: int = setting(0, "Random seed.")
     tokenizer: Any = field(default=None, compare=False, repr=False)
-    """For a model in memory, or instead of the source's own."""
+    """Tokenizer of a model in memory, or instead of the source's own."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str | Text):
@@ -255,7 +255,7 @@ class Calibration:
 
     @property
     def named(self) -> str | None:
-        """The name of the text; None where it is at hand."""
+        """Name of the text; None for a `Text`."""
         return None if isinstance(self.source, Text) else self.source
 
 
@@ -263,14 +263,14 @@ class Calibration:
 class Batches:
     """Batches of a model's inputs that calibrate it.
 
-    Each is a tensor, a tuple or a dict of arguments, without labels; the first axis counts samples,
-    and lmbda is per sample. They are run several times, so all are kept. Those of a language model
-    are tokens, int64 [samples, sequence].
+    A batch is a tensor, a tuple or a dict of arguments, without labels; the first axis counts
+    samples, and lmbda is per sample. Batches are run several times, so all are stored. Those of a
+    language model are tokens, int64 [samples, sequence].
     """
 
     inputs: Iterable[Any] = field(repr=False, compare=False)
     loss: Callable[[Any, Any], Any] | None = field(default=None, compare=False)
-    """(the module's output, the batch) -> one loss per sample in nats, for the sensitivities;
+    """Loss of (the module's output, the batch), one per sample in nats, for the sensitivities;
     default: the output is taken for logits [samples, classes] (calibration/sensitivity.py)."""
     seed: int = 0
     tokenizer: Any = field(default=None, compare=False, repr=False)
@@ -307,7 +307,7 @@ class Distillation:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionConfig:
-    """What to minimise, on which grid, for which layers, and from which data the Hessians come.
+    """The configuration of a compression: objective, grid, layers, calibration data.
 
     Raises:
         ConfigError: a value is outside its range, or two values contradict each other.
@@ -315,7 +315,7 @@ class CompressionConfig:
 
     grid: Grid = Waterfilled()
     target: Target | None = None
-    """A rate, size or quality that sets lmbda."""
+    """Rate, size or quality that sets lmbda."""
     objective: Objective = Objective()
     calibration: Calibration | Batches = Calibration()
     drift: Drift = setting(
@@ -324,8 +324,8 @@ class CompressionConfig:
         "move, or take them sequentially from the quantized blocks; auto: correct, unless "
         "--levels, --grid or --hessian-cache is given.",
     )
-    """What is done about inputs that move behind compressed layers. correct: quantize for the
-    inputs that the compressed model has, toward the original's outputs; of plain modules and
+    """Treatment of inputs that move behind compressed layers. correct: quantize for the inputs that
+    the compressed model has, toward the original's outputs; of plain modules and
     classifiers, have batch norms follow the weights (models/norms.py). sequential: take inputs from
     the already quantized blocks. auto: correct where steps follow from lmbda, except with Hessians
     that are kept for other runs."""
@@ -337,19 +337,19 @@ class CompressionConfig:
     exclude: tuple[str, ...] = setting(
         (), "Do not compress weights whose name matches; overrides --include; repeatable."
     )
-    """Wins over `include`."""
+    """Patterns that override `include`."""
     keep_head: bool = setting(False, "Keep the input embedding and the output head uncompressed.")
     limit_columns: int = setting(
         2048, "Report the theoretical limit of matrices with at most this many columns; 0: of none."
     )
-    """Matrices up to so wide get their information-theoretic limit into the report: eigenvalues of
-    each Hessian, about a tenth of the search at 1,000 columns, more beyond. 0: none."""
+    """Maximum columns of matrices whose information-theoretic limit is reported. It takes the
+    Hessian's eigenvalues: about a tenth of the search at 1,000 columns, more beyond. 0: none."""
     strict: bool = setting(False, "Treat events of the report (warnings) as errors.")
-    """Turn every event of the report (more damping, expert without tokens) into an error."""
+    """Flag that turns events of the report (more damping, expert without tokens) into errors."""
     hessian_cache: Path | None = None
-    """Directory that keeps Hessians and sensitivities for the next run."""
+    """Directory of Hessians and sensitivities for later runs."""
     verify: bool = True
-    """Decode what was written and compare it with the weights in memory."""
+    """Flag to decode the written files and compare them with the weights in memory."""
 
     def __post_init__(self) -> None:
         _check_choice("drift", self.drift, Drift)
@@ -368,11 +368,11 @@ class CompressionConfig:
 
     @property
     def lmbda(self) -> float:
-        """objective.lmbda, which a search for a target sets."""
+        """Trade-off of the objective; a search for a target sets it."""
         return self.objective.lmbda
 
     def at(self, lmbda: float) -> "CompressionConfig":
-        """Return the same settings at another lmbda."""
+        """Return these settings at another lmbda."""
         return replace(self, objective=replace(self.objective, lmbda=lmbda))
 
     @property
@@ -382,7 +382,7 @@ class CompressionConfig:
 
     @property
     def method(self) -> Method:
-        """The rounding rule: the grid's method, or waterfilled."""
+        """Rounding rule: the grid's method, or waterfilled."""
         return "waterfilled" if isinstance(self.grid, Waterfilled) else self.grid.method
 
     @property
@@ -394,22 +394,22 @@ class CompressionConfig:
 
     @property
     def rate_model(self) -> RateModel:
-        """Model of the rate that the search assumes; the coder has the histogram."""
+        """Rate model of the search; the coder uses the histogram."""
         return "histogram" if isinstance(self.grid, Waterfilled) else self.grid.rate_model
 
     @property
     def states(self) -> int:
-        """States of the trellis; 0: none."""
+        """Number of states of the trellis; 0: none."""
         return TRELLIS_STATES[self.grid.quantizer] if isinstance(self.grid, Waterfilled) else 0
 
     @property
     def rated(self) -> bool:
-        """Whether the rate plays a part in the rounding."""
+        """Whether rounding depends on the rate."""
         return self.method not in ("optq", "rtn") and (self.lmbda > 0 or self.target is not None)
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether the sensitivities play a part and come from a backward pass."""
+        """Whether sensitivities are used and come from a backward pass."""
         return self.rated and self.objective.sensitivity in GRADIENT_BASED
 
     @property
@@ -426,12 +426,12 @@ class CompressionConfig:
 
     @property
     def seed(self) -> int:
-        """Seed of what is sampled in the calibration."""
+        """Seed of random choices in the calibration."""
         return self.calibration.seed
 
     @property
     def text(self) -> Calibration:
-        """The calibration text's settings.
+        """Settings of the calibration text.
 
         Raises:
             ConfigError: batches are given instead.
@@ -451,7 +451,7 @@ _PARTS: tuple[type[Any], ...] = (
     Distillation,
     CompressionConfig,
 )
-"""Classes whose fields are settings, in the order in which a command line has them."""
+"""Classes whose fields are settings, in the order of the command line."""
 
 
 @dataclass(frozen=True)
@@ -460,9 +460,9 @@ class Setting:
 
     Attributes:
         name: of the setting.
-        kind: the annotation of its field.
-        default: its value where it is not given; None: it has none.
-        help: one sentence for people who type it.
+        kind: annotation of its field.
+        default: its default value; None: it has none.
+        help: one sentence for the command line.
     """
 
     name: str
@@ -481,28 +481,31 @@ def all_settings() -> dict[str, Setting]:
         "paper's), cerwu-gamma0, optq (lmbda 0) or rtn (no Hessian); default: waterfilled, or "
         "cerwu with --levels or --grid.",
     )
-    found = {"method": method}
+    entries = {"method": method}
     for part in _PARTS:
-        for one in _setting_fields(part):
-            name = _name(one)
-            if name not in found:
-                default = None if one.default is MISSING else one.default
-                found[name] = Setting(name, one.type, default, one.metadata["help"])
-    return found
+        for entry in _setting_fields(part):
+            name, default = _name(entry), None if entry.default is MISSING else entry.default
+            setting = Setting(name, entry.type, default, entry.metadata["help"])
+            entries.setdefault(name, setting)
+    return entries
 
 
 def settings(config: CompressionConfig) -> dict[str, Any]:
     """Return the flat settings of a configuration, those that do not apply with their defaults;
-    calibration data at hand is named None."""
-    values = {name: one.default for name, one in all_settings().items()}
+    calibration is None for data in memory."""
+    values = {name: entry.default for name, entry in all_settings().items()}
     calibration = config.calibration
-    parts: list[Any] = [config.grid, config.objective, config]
     values["method"] = config.method
-    values.update({k: v for part in parts for k, v in _values_of(part).items()})
-    if config.target is not None:
-        values.update(_values_of(config.target))
-    if config.distillation is not None:
-        values.update(_values_of(config.distillation))
+    parts: list[Any] = [
+        config.grid,
+        config.objective,
+        config,
+        config.target,
+        config.distillation,
+    ]
+    for part in parts:
+        if part is not None:
+            values.update(_values_of(part))
     if isinstance(calibration, Batches):
         values.update({"calibration": None, "seed": calibration.seed})
     else:
@@ -511,7 +514,7 @@ def settings(config: CompressionConfig) -> dict[str, Any]:
 
 
 def from_settings(**given: Any) -> CompressionConfig:
-    """Return the configuration of flat settings; those that are left out have their defaults.
+    """Build a configuration from flat settings; omitted ones have their defaults.
 
     Raises:
         ConfigError: a name is unknown, a value is outside its range, or two values contradict each
@@ -553,7 +556,7 @@ def _distillation(given: Mapping[str, Any]) -> Distillation | None:
 
 
 def _grid(given: Mapping[str, Any]) -> Grid:
-    """Return the grid of flat settings.
+    """Build the grid of flat settings.
 
     Raises:
         ConfigError: two settings contradict each other.
@@ -597,23 +600,21 @@ def _goal_name(part: type[Any]) -> str:
 
 
 def _setting_fields(part: type[Any]) -> list[Field[Any]]:
-    return [one for one in fields(part) if "help" in one.metadata]
+    return [entry for entry in fields(part) if "help" in entry.metadata]
 
 
-def _name(one: Field[Any]) -> str:
-    return one.metadata["name"] or one.name
+def _name(entry: Field[Any]) -> str:
+    return entry.metadata["name"] or entry.name
 
 
 def _values_of(part: Any) -> dict[str, Any]:
-    """Return the flat settings that a value has."""
-    return {_name(one): getattr(part, one.name) for one in _setting_fields(type(part))}
+    """Return the flat settings of a part of a configuration."""
+    return {_name(entry): getattr(part, entry.name) for entry in _setting_fields(type(part))}
 
 
 def _given(part: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a class among flat settings."""
-    arguments = {
-        one.name: given[_name(one)] for one in _setting_fields(part) if _name(one) in given
-    }
-    others = [one.name for one in fields(part) if "help" not in one.metadata]
-    inner = ("complete_square", "tokenizer")
-    return arguments | {name: given[name] for name in others if name in inner and name in given}
+    names = {entry.name: _name(entry) for entry in _setting_fields(part)}
+    inner = {"complete_square", "tokenizer"} & {entry.name for entry in fields(part)}
+    names |= {name: name for name in inner}
+    return {argument: given[name] for argument, name in names.items() if name in given}

@@ -1,4 +1,4 @@
-"""How a parameter holds its matrices; pure tensor code, which the container needs too."""
+"""Layout of matrices in a parameter."""
 
 import math
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ if TYPE_CHECKING:  # the command line reads layouts of manifests, and torch take
     from torch import Tensor
 
 Label = tuple[str, int]
-"""(parameter name, part): one matrix."""
+"""Label of one matrix: (parameter name, part)."""
 
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """One parameter that is compressed, and where its matrices [m, n] lie in it.
+    """One compressed parameter and the places of its matrices [m, n].
 
-    Rows of a matrix are outputs, columns are inputs. The elements of matrix after matrix are those
-    of the parameter in their own order:
+    Rows of a matrix are outputs, columns are inputs. The matrices follow each other in the order of
+    the parameter's elements:
 
     - [m, n], a linear layer: one matrix;
     - [experts, m, n]: one matrix per expert;
@@ -25,12 +25,12 @@ class WeightLayout:
 
     Attributes:
         name: parameter name in the model.
-        shape: the parameter's own shape: two axes, three (experts) or four (a convolution).
-        parts: how many matrices the parameter holds (experts, groups); 1 otherwise.
+        shape: of the parameter: two axes, three (experts) or four (a convolution).
+        parts: number of matrices (experts, groups); 1 otherwise.
         transposed: a matrix's two axes are [inputs, outputs] (GPT-2's Conv1D, gpt_oss's experts).
 
     Raises:
-        ValueError: the shape does not hold so many matrices.
+        ValueError: the shape does not hold `parts` matrices.
     """
 
     name: str
@@ -50,25 +50,21 @@ class WeightLayout:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(m, n) of the matrices."""
+        """Shape (m, n) of the matrices."""
         if len(self.shape) == 4:
             return self.shape[0] // self.parts, math.prod(self.shape[1:])
         rows, columns = self.shape[-2:]
         return (columns, rows) if self.transposed else (rows, columns)
 
-    @property
-    def several(self) -> bool:
-        """Whether a part needs its number in its name."""
-        return self.parts > 1 or len(self.shape) == 3
-
     def key(self, part: int) -> str:
-        """Return a name for one matrix: the parameter's, with "[part]" where there are several."""
-        return f"{self.name}[{part}]" if self.several else self.name
+        """Return the name of one matrix: the parameter's, with "[part]" for experts and groups."""
+        numbered = self.parts > 1 or len(self.shape) == 3
+        return f"{self.name}[{part}]" if numbered else self.name
 
     def matrix(self, parameter: "Tensor", part: int) -> "Tensor":
         """Return matrix number `part` [m, n] of `parameter`, in its dtype, on its device.
 
-        It is a view, except of convolutions whose memory is in another order than their axes.
+        It is a view, except of convolutions with a memory order other than their axes.
 
         Raises:
             IndexError: `part` is not in 0 ... parts - 1.
@@ -92,7 +88,7 @@ class WeightLayout:
         piece.copy_((matrix.T if self.transposed else matrix).reshape(piece.shape))
 
     def _piece(self, parameter: "Tensor", part: int) -> "Tensor":
-        """Return the elements of a matrix in the parameter's own axes."""
+        """Return the elements of a matrix in the parameter's axes."""
         if not 0 <= part < self.parts:
             raise IndexError(f"{self.name} has {self.parts} matrices, there is no number {part}")
         if len(self.shape) == 3:

@@ -1,7 +1,4 @@
-"""How long it will take: a bar on a terminal, log lines where stderr goes elsewhere.
-
-Every loop that takes seconds shows itself here. Both forms say how much time is left.
-"""
+"""Progress of long loops: bars on a terminal, log lines elsewhere, both with the time left."""
 
 import sys
 import time
@@ -15,13 +12,13 @@ from cerwu_gpu.report import Stage
 
 T = TypeVar("T")
 
-LINES_EVERY = 10.0
-"""Seconds between two log lines of loops with many short turns."""
+LINE_INTERVAL = 10.0
+"""Seconds between log lines of loops with many short iterations."""
 _LINE = "{desc} {n_fmt}/{total_fmt}, {elapsed} so far, {remaining} left"
 
 
 class _Lines(tqdm):  # type: ignore[type-arg]  # tqdm's class takes no parameter at run time
-    """Prints a line with the time of day instead of drawing over the last one."""
+    """A bar that prints a line with the time of day instead of drawing over the last one."""
 
     @staticmethod
     def status_printer(file: Any) -> Any:
@@ -33,7 +30,7 @@ class _Lines(tqdm):  # type: ignore[type-arg]  # tqdm's class takes no parameter
         return print_line
 
     def close(self) -> None:
-        """Print the last line, unless it is there already or nothing was done."""
+        """Print the last line, unless it is there already or there was no iteration."""
         if not self.disable and self.n and self.n != self.last_print_n:
             self.display()
         self.last_print_t = 0.0  # as if never shown: tqdm then adds nothing of its own
@@ -43,7 +40,7 @@ class _Lines(tqdm):  # type: ignore[type-arg]  # tqdm's class takes no parameter
 def tracked(
     items: Iterable[T], *, what: str, unit: str, shown: bool, **options: Any
 ) -> Iterator[T]:
-    """Go over `items`, whose length is known, and show how far it is; arguments as `counted`."""
+    """Yield `items`, whose length is known, with a bar; arguments are those of `counted`."""
     with counted(None, what=what, unit=unit, shown=shown, iterable=items, **options) as bar:
         yield from bar
 
@@ -54,24 +51,24 @@ def counted(
     what: str,
     unit: str,
     shown: bool,
-    every: float = LINES_EVERY,
+    interval: float = LINE_INTERVAL,
     **options: Any,
 ) -> "tqdm[Any]":
-    """A context whose `update(n)` says that n more turns of `total` are done.
+    """Return a bar, a context manager; its `update(n)` reports n more iterations of `total`.
 
     Args:
-        what: what is being done, e.g. "blocks".
-        unit: one turn, in the singular.
-        shown: False shows nothing.
-        every: at least so many seconds between two log lines; 0: one for each turn.
-        options: of tqdm, besides.
+        what: description, e.g. "blocks".
+        unit: name of one iteration, in the singular.
+        shown: whether to show it at all.
+        interval: minimum seconds between log lines; 0: a line per iteration.
+        options: further ones of tqdm.
     """
     kind: Any = tqdm
     if not sys.stderr.isatty():
         kind = _Lines
-        options |= {"mininterval": every, "maxinterval": every or LINES_EVERY, "miniters": 1}
-        # The delay keeps it from a line before the first turn.
-        options |= {"delay": 0.001, "bar_format": _LINE}
+        options |= {"mininterval": interval, "maxinterval": interval or LINE_INTERVAL}
+        # With a delay there is no line before the first iteration.
+        options |= {"miniters": 1, "delay": 0.001, "bar_format": _LINE}
     bar: tqdm[Any] = kind(total=total, desc=what, unit=unit, disable=not shown, **options)
     return bar
 
@@ -89,7 +86,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
-        """Add the time spent inside to `name`."""
+        """Add the time spent inside the context to `name`."""
         begin = time.perf_counter()
         try:
             yield
@@ -97,6 +94,6 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
     def move(self, seconds: float, source: Stage, target: Stage) -> None:
-        """Count some of the time spent in stage `source` as that of `target`."""
+        """Move seconds from one stage to another."""
         self.seconds[source] = self.seconds.get(source, 0.0) - seconds
         self.seconds[target] = self.seconds.get(target, 0.0) + seconds

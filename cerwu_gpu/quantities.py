@@ -1,4 +1,4 @@
-"""Quantities as people write and read them: 60MB, 2 %, 2 min 31 s."""
+"""Parse and format quantities for people: 60MB, 2 %, 2 min 31 s."""
 
 import re
 
@@ -16,13 +16,13 @@ UNITS = {
 }
 """Bytes per unit of a size, in capitals."""
 NONE = "\u2013"
-"""Dash where there is no value."""
+"""Dash for a missing value."""
 PLURALS = {"matrix": "matrices"}
 """Plurals that do not end in s."""
 
 
 def parse_size(text: str) -> int:
-    """Return bytes: 60MB is 60,000,000, 60MiB is 62,914,560, a bare number counts bytes.
+    """Parse a number of bytes: 60MB is 60,000,000, 60MiB is 62,914,560.
 
     Raises:
         ConfigError: this is no size.
@@ -34,7 +34,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_share(text: str) -> float:
-    """Return a share of 1; "2%" and "0.02" are the same.
+    """Parse a share of 1, "2%" or "0.02".
 
     Raises:
         ConfigError: this is no share.
@@ -49,7 +49,7 @@ def parse_share(text: str) -> float:
 
 
 def size(count: float) -> str:
-    """Return bytes in their unit, "63.7 MB"."""
+    """Return a number of bytes in words, "63.7 MB"."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:,.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -58,7 +58,7 @@ def size(count: float) -> str:
 
 
 def share(value: float | None) -> str:
-    """Return a share as a percentage, "23.7 %"; small ones with two digits, or a dash."""
+    """Return a share as a percentage, "23.7 %", small ones with two digits; a dash for None."""
     if value is None:
         return NONE
     percent = 100 * value
@@ -79,7 +79,7 @@ def duration(seconds: float) -> str:
 
 
 def count(value: int) -> str:
-    """Return a number of things, "134.5 million"; smaller ones in full."""
+    """Return a number in words, "134.5 million"; smaller ones in full."""
     for unit, word in ((10**9, "billion"), (10**6, "million")):
         if value >= unit:
             return f"{value / unit:.1f} {word}"
@@ -87,7 +87,7 @@ def count(value: int) -> str:
 
 
 def decimals(value: float | None, digits: int) -> str:
-    """Return a number with so many decimals, or a dash."""
+    """Return a number with `digits` decimals; a dash for None."""
     return NONE if value is None else f"{value:.{digits}f}"
 
 

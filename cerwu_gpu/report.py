@@ -1,4 +1,4 @@
-"""What a compression says about itself: layer by layer, and in all."""
+"""The report of a compression: by layer, and in total."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -17,14 +17,14 @@ Stage = Literal[
     "decode",
     "evaluate",
 ]
-"""Part of the work whose seconds are counted; decode and evaluate measure what came out."""
+"""Part of the work whose seconds are counted; decode and evaluate measure the result."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
 """All stages, in the order of the work."""
 
 
 @dataclass(frozen=True)
 class Purpose:
-    """What bytes of a compressed directory are for; `arrays` names those of the side data."""
+    """Purpose of bytes in a compressed directory; `arrays` names those of the side data."""
 
     name: str
     explanation: str
@@ -62,18 +62,19 @@ class LayerReport:
     shape: tuple[int, int]
     """(m, n): rows = outputs, columns = inputs."""
     bits_per_weight: float
-    """Everything stored for the matrix, in bits, over m * n."""
+    """Number of bits stored for the matrix, over m * n."""
     relative_loss: float
-    """tr((W-Q) H (W-Q)^T) / tr(W H W^T), undamped H; with corrected drift of the moved target."""
+    """Loss tr((W-Q) H (W-Q)^T) / tr(W H W^T), undamped H; with corrected drift of the moved target.
+    """
     words_bytes: int
     """Bytes of the entropy-coded symbols."""
     side_bytes: int
-    """Bytes of what decoding needs besides: lengths, tables, classes, steps."""
+    """Bytes of the side data: lengths, tables, classes, steps."""
     limit_bits: float | None = None
-    """Fewest bits per weight that any code needs for this loss, weighted by sensitivity, if the
-    weights were Gaussian (quantize/limit.py); None: not computed, see limit_columns."""
+    """Minimum bits per weight of any code for this loss, weighted by sensitivity, for Gaussian
+    weights (quantize/limit.py); None: not computed, see limit_columns."""
     events: tuple[str, ...] = ()
-    """What did not go as planned here, one sentence each."""
+    """Deviations from the plan, one sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +83,16 @@ class Report:
 
     layers: tuple[LayerReport, ...]
     lmbda: float
-    """What it was compressed with; found by a search where a rate, size or quality was asked."""
+    """Trade-off of the compression, given or determined by a target."""
     bits_per_weight: float
-    """Over all quantized weights, everything stored for them counted."""
+    """Average over all quantized weights, including side information."""
     directory_bytes: int
-    """Every file of the compressed directory."""
+    """Bytes of all files of the compressed directory."""
     original_bytes: int
-    """The .gguf file, or the dense weights in the dtype they were loaded in, tied ones once."""
+    """Bytes of the .gguf file, or of the dense weights in their loaded dtype, tied ones once."""
     seconds: dict[Stage, float]
     events: tuple[str, ...] = ()
-    """What did not go as planned, layers included, one sentence each that names the thing."""
+    """Deviations from the plan, layers included, one sentence each."""
     left: dict[str, str] = field(default_factory=dict)
     """Parameters with two axes or more that are stored as they are -> the reason."""
     distillation: dict[str, float] | None = None
@@ -99,7 +100,7 @@ class Report:
     [nats per prediction]; None: there was no distillation."""
 
     def to_dict(self) -> dict[str, object]:
-        """The same as plain dictionaries, lists and numbers, ready for JSON."""
+        """Return the report as dictionaries, lists and numbers, ready for JSON."""
         fields = asdict(self)
         fields["layers"] = [
             {**layer, "shape": list(layer["shape"]), "events": list(layer["events"])}
@@ -110,7 +111,7 @@ class Report:
 
 
 def finite(value: Any) -> Any:
-    """The value as strict JSON can hold it: nan and inf become null, tuples lists."""
+    """Return a value that strict JSON can hold: nan and inf become null, tuples lists."""
     match value:
         case float():
             return value if math.isfinite(value) else None

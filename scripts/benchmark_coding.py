@@ -18,7 +18,7 @@ from scripts.benchmark_timing import Mismatch, Row, Sizes, form, placed, timed
 
 
 def random_coded(m: int, n: int, states: int) -> tuple[CodedMatrix, Reconstruction]:
-    """A matrix of about 2.5 bits a weight, with eight classes and no escapes."""
+    """Return a matrix of about 2.5 bits per weight, with eight classes and no escapes."""
     noise = np.random.default_rng(0)
     quantizers = 2 if states else 1
     spread = 1.37 * 2 ** ((np.arange(8) - 3.5) / 8)
@@ -75,7 +75,7 @@ def decode_constriction(
 
 
 def decoder(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
-    """Streams to bfloat16 weights, beside a copy of as many bytes on the same GPU."""
+    """Time streams to bfloat16 weights, and a copy of as many bytes on the same GPU."""
     for states in (0, 4, 8):
         case = f"{states} states" if states else "no trellis"
         coded, rule = random_coded(*sizes.coded, states)
@@ -85,9 +85,9 @@ def decoder(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
         symbols = ans.decode([coded])[0]
         with form("triton"):
             decoded = backend.decode_weights(batch, rules, torch.bfloat16)
-            if not all(torch.equal(each.cpu(), expected) for each in decoded):
+            if not all(torch.equal(x.cpu(), expected) for x in decoded):
                 raise Mismatch(f"decoder, {case}: weights differ from the definition's.")
-            if not all(torch.equal(each.cpu(), symbols) for each in backend.decode(batch)):
+            if not all(torch.equal(x.cpu(), symbols) for x in backend.decode(batch)):
                 raise Mismatch(f"decoder, {case}: symbols differ from the definition's.")
         if measure:
             yield from _decoder_times(case, batch, rules, 32 * len(coded.words) / symbols.numel())
@@ -124,7 +124,7 @@ def _decoder_times(
 
 
 def moments(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
-    """X^T X: torch's product and the kernel."""
+    """Time X^T X by torch's product and by the kernel."""
     tokens, n = sizes.moments
     for dtype in (torch.bfloat16, torch.float32):
         case = f"{tokens} tokens, {n} columns, {str(dtype).removeprefix('torch.')}"

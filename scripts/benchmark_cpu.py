@@ -59,7 +59,7 @@ Row = dict[str, Any]
 
 
 def in_turn(runs: Mapping[str, Callable[[], object]], turns: int = TURNS) -> dict[str, float]:
-    """Return the seconds of the fastest turn of each; the first, which compiles, does not count."""
+    """Return the seconds of each run's fastest turn, without the first turn, which compiles."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(turns + 1):
         for name, run in runs.items():
@@ -72,7 +72,7 @@ def in_turn(runs: Mapping[str, Callable[[], object]], turns: int = TURNS) -> dic
 
 @contextmanager
 def single() -> Iterator[None]:
-    """One thread and one worker inside."""
+    """Limit torch and the workers to one thread inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -166,7 +166,7 @@ def layers(shape: tuple[int, int]) -> Iterator[Row]:
 
 
 class timed_solve:
-    """Inside of it the seconds of each `Problem.solve` are added to a list."""
+    """Context that adds the seconds of each `Problem.solve` to a list."""
 
     def __init__(self, seconds: list[float]) -> None:
         self._seconds, self._solve = seconds, Problem.solve
@@ -267,17 +267,17 @@ def _rate(case: str, what: str, weights: int, seconds: float) -> Row:
 
 
 def authors() -> Iterator[Row]:
-    """Read what the authors' C++ took, if their figures are at hand, per weight on one thread."""
+    """Read the times of the authors' C++ per weight on one thread, if their figures are at hand."""
     folder = os.environ.get("CERWU_GPU_DATA")
     path = Path(folder) / "reference.csv" if folder else None
     if path is None or not path.is_file():
         print("benchmark_cpu: CERWU_GPU_DATA has no reference.csv: no figures of the authors' C++.")
         return
     with path.open(encoding="utf-8") as file:
-        found = [row for row in csv.DictReader(file) if row["method"] == "cerwu"]
+        runs = [row for row in csv.DictReader(file) if row["method"] == "cerwu"]
     for levels in ("16", "64"):
-        times = [float(row["cpu_us_per_weight"]) for row in found if row["nbins"] == levels]
-        times = [each for each in times if each > 0]
+        times = [float(row["cpu_us_per_weight"]) for row in runs if row["nbins"] == levels]
+        times = [time for time in times if time > 0]
         if times:
             yield {
                 "section": "authors",
@@ -302,8 +302,8 @@ def model(path: Path) -> Iterator[Row]:
         for _ in range(3):
             program = LOAD.format(root=str(ROOT), way=way, path=str(path), tokens=tokens)
             command = [sys.executable, "-c", program]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            result = json.loads(done.stdout.splitlines()[-1])
+            process = subprocess.run(command, capture_output=True, text=True, check=True)
+            result = json.loads(process.stdout.splitlines()[-1])
             if not best or result["seconds_to_load"] < best["seconds_to_load"]:
                 best = result
         yield {"section": "model", "case": way, **best}
@@ -321,7 +321,7 @@ def demo() -> dict[str, float]:
 
 
 def environment() -> dict[str, Any]:
-    """Describe what the figures were measured on."""
+    """Return a description of the machine and the versions."""
     names = ("cerwu_gpu", "torch", "numba", "numpy", "constriction")
     return {
         "date": date.today().isoformat(),
@@ -357,7 +357,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0; 1 if a compiled form is wrong."""
+    """Run the benchmark and return the exit code: 0; 1 if a compiled form is wrong."""
     arguments = parse(argv)
     tiny = arguments.check
     where = environment()

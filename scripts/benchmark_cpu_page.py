@@ -8,7 +8,7 @@ Row = Mapping[str, Any]
 
 
 def cpu_sections(results: Mapping[str, Any] | None) -> list[str]:
-    """Write headings, tables and sentences; without results how to get them."""
+    """Return headings, tables and sentences; without results, how to get them."""
     parts = ["## On a CPU"]
     if results is None:
         return [*parts, f"**Not yet measured.** `{CPU_COMMAND}` measures and writes this page."]
@@ -27,9 +27,9 @@ def cpu_sections(results: Mapping[str, Any] | None) -> list[str]:
         ("decode", _decode),
         ("model", _model),
     ):
-        own = [row for row in rows if row["section"] == section]
-        if own:
-            parts += [f"### {TITLES[section]}", NOTES[section], "\n".join(build(own))]
+        of_section = [row for row in rows if row["section"] == section]
+        if of_section:
+            parts += [f"### {TITLES[section]}", NOTES[section], "\n".join(build(of_section))]
         if section == "layer":
             parts += list(_authors(rows))
     stages = results.get("stages")
@@ -66,9 +66,9 @@ def _search(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _authors(rows: Sequence[Row]) -> Iterator[str]:
-    own = [row for row in rows if row["section"] == "authors"]
-    for row in own:
-        yield f"{row['case']}, {row['what']}: {row['ns_per_weight']:.0f} ns per weight."
+    for row in rows:
+        if row["section"] == "authors":
+            yield f"{row['case']}, {row['what']}: {row['ns_per_weight']:.0f} ns per weight."
 
 
 def _busy(rows: Sequence[Row]) -> Iterator[str]:

@@ -59,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0; 1 if a kernel is wrong; 2 without a CUDA device."""
+    """Run the benchmark and return the exit code: 0; 1 if a kernel is wrong; 2 without a GPU."""
     arguments = parse(argv)
     if arguments.check and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported
@@ -86,7 +86,7 @@ def write(path: Path | None, text: str) -> None:
 
 
 def run(sections: Sequence[str], *, check: bool) -> list[Row]:
-    """The rows of these sections, printed as they come; none with `check`.
+    """Return the rows of these sections, printed as they come; none with `check`.
 
     Raises:
         Mismatch: a kernel does not compute what its definition says.
@@ -103,7 +103,7 @@ def run(sections: Sequence[str], *, check: bool) -> list[Row]:
 
 
 def environment() -> dict[str, Any]:
-    """Where and when: without it no figure means anything."""
+    """Return device, versions and date of the figures."""
     names = ("torch", "triton", "numpy", "constriction")
     versions = {name: version(name) for name in names}
     return {

@@ -34,21 +34,21 @@ def write_page(
     gpu: Mapping[str, Any] | None = None,
     cpu: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the page; what is not given is read from the results in the repository."""
-    text = page(gpu or kept("benchmark_kernels.json"), cpu or kept("cpu.json"))
+    """Write the page; missing figures are read from the results in the repository."""
+    text = page(gpu or stored("benchmark_kernels.json"), cpu or stored("cpu.json"))
     path = path or PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
-def kept(name: str) -> Any:
+def stored(name: str) -> Any:
     """Return the results in the repository, or None."""
     path = RESULTS / name
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def page(results: Mapping[str, Any] | None, cpu: Mapping[str, Any] | None = None) -> str:
-    """Write the page; where there are no results, a sentence with the command that makes them."""
+    """Return the page; without results, a sentence with the command that makes them."""
     parts = [
         "# Benchmarks",
         f"Written by `{COMMAND}` and `{CPU_COMMAND}` from their own results. Every form is "
@@ -70,9 +70,9 @@ def page(results: Mapping[str, Any] | None, cpu: Mapping[str, Any] | None = None
     )
     rows = results["rows"]
     for section, title in TITLES.items():
-        own = [row for row in rows if row["section"] == section]
-        if own:
-            parts += [f"### {title}", NOTES[section], _table(own)]
+        of_section = [row for row in rows if row["section"] == section]
+        if of_section:
+            parts += [f"### {title}", NOTES[section], _table(of_section)]
     ratios = list(_ratios(rows))
     if ratios:
         parts += ["### Ratios within this run", "\n".join(f"- {line}" for line in ratios)]
@@ -92,7 +92,7 @@ def _time(seconds: float) -> str:
 
 
 def _figures(row: Mapping[str, Any]) -> str:
-    """Rates and the other figures of a row."""
+    """Return the rates of a row and its other figures, in words."""
     parts = []
     if "elements" in row:
         parts.append(f"{row['elements'] / row['median'] / 1e9:.3g} G weights/s")
@@ -106,7 +106,7 @@ def _figures(row: Mapping[str, Any]) -> str:
 
 
 def _ratios(rows: Iterable[Mapping[str, Any]]) -> Iterable[str]:
-    """What is asked of the kernels: each against what was measured beside it."""
+    """Yield the ratios of kernels to the other forms of the same run."""
     times = {(row["case"], row["what"]): row["median"] for row in rows}
     for (case, what), seconds in times.items():
         if what == "GPTQ column loop":

@@ -46,7 +46,7 @@ class Pass:
     def random(
         side: int, levels: int, device: torch.device, *, states: int = 0, escapes: bool = False
     ) -> "Pass":
-        """|G| levels with costs of Gaussians, eight classes."""
+        """Return a random pass with |G| levels, costs of Gaussians and eight classes."""
         torch.manual_seed(side + levels)
         lowest = -(levels // 2)
         spread = levels / 8 * 2 ** (torch.arange(8) / 8)
@@ -72,12 +72,12 @@ class Pass:
         return Pass(columns)
 
     def scalar(self, columns: int | None = None) -> Tensor:
-        """Symbols of the first columns."""
+        """Return the symbols of the first columns."""
         exhaustive = self.columns.alphabet.size <= EXHAUSTIVE_LEVELS
         return scalar_pass(self._first(columns), block_size=BLOCK, exhaustive=exhaustive)
 
     def trellis(self, states: int, columns: int | None = None) -> Tensor:
-        """Symbols of the first columns."""
+        """Return the symbols of the first columns."""
         return trellis_pass(self._first(columns), block_size=BLOCK, states=states)
 
     def _first(self, columns: int | None) -> BlockProblem:
@@ -85,7 +85,7 @@ class Pass:
         return self.columns.block(part, self.columns.x[:, part])
 
     def products(self) -> None:
-        """What every blocked pass has to do besides: the trailing products, in float32."""
+        """Compute the trailing products of every blocked pass, in float32."""
         x, factor = self.columns.x, self.columns.factor
         rest, columns = x.clone(), x.shape[1]
         for first in range(0, columns, BLOCK):
@@ -94,8 +94,8 @@ class Pass:
 
 
 def column_loop(problem: Pass) -> Tensor:
-    """GPTQ as it is described: blocks of columns, in each a loop over columns that rounds to the
-    nearest level and moves the error on to the columns after it."""
+    """Run GPTQ as it is described: blocks of columns, in each a loop over columns that rounds to
+    the nearest level and moves the error on to the columns after it."""
     work, factor = problem.columns.x.clone(), problem.columns.factor
     alphabet = problem.columns.alphabet
     symbols = torch.empty_like(work, dtype=torch.int32)
@@ -114,7 +114,7 @@ def column_loop(problem: Pass) -> Tensor:
 
 
 def _same_symbols(case: str, run: Callable[[], Tensor]) -> float:
-    """The share of symbols that differ between the kernel and its definition.
+    """Return the share of symbols that differ between the kernel and its definition.
 
     Raises:
         Mismatch: it is more than ties explain.
@@ -130,7 +130,7 @@ def _same_symbols(case: str, run: Callable[[], Tensor]) -> float:
 
 
 def passes(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
-    """One pass over a matrix: the kernel, torch's form, a GPTQ loop, and the products alone."""
+    """Time a pass over a matrix: the kernel, torch's form, a GPTQ loop, and the products alone."""
     for side in sizes.sides:
         for levels in sizes.levels:
             case = f"{side} x {side}, |G| = {levels}"
@@ -149,7 +149,7 @@ def passes(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
 
 
 def trellises(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
-    """The same pass with 4 and 8 survivors for each row."""
+    """Time a pass with 4 and 8 survivors for each row."""
     for side in sizes.sides:
         for states in (4, 8):
             case = f"{side} x {side}, {states} states"
@@ -162,7 +162,7 @@ def trellises(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row
 
 
 def models(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
-    """All layers of a model, random weights and given H, end to end without the coding."""
+    """Time all layers of a model, random weights and given H, end to end without the coding."""
     for name in sizes.models:
         blocks, inputs = MODELS[name]
         for quantizer in ("scalar", "trellis8"):
@@ -191,7 +191,7 @@ def models(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
 def _same_loss(
     case: str, stack: tuple[list[int], int], hessian: Tensor, config: CompressionConfig
 ) -> None:
-    """The kernels' result is as good as the definitions', on the first rows of a stack."""
+    """Check the kernels' loss against the definitions', on the first rows of a stack."""
     rows, n = stack
     weight = torch.randn(min(rows[0], 64), n, device=hessian.device)
     losses = []
@@ -203,7 +203,7 @@ def _same_loss(
 
 
 def _random_hessian(n: int, device: torch.device) -> Tensor:
-    """(2/p) X X^T of inputs with correlations and unequal sizes."""
+    """Return (2/p) X X^T of inputs with correlations and unequal sizes."""
     torch.manual_seed(n)
     x = torch.randn(2 * n, n, device=device) * torch.logspace(-1, 1, n, device=device)
     x += x.roll(1, dims=1)

@@ -75,10 +75,10 @@ def measure(way: str, path: str, tokens: int) -> dict[str, Any]:
 
 
 def in_fresh_process(way: str, path: str, tokens: int) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a new process and return its result."""
     command = [sys.executable, __file__, path, "--way", way, "--tokens", str(tokens)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
 
 

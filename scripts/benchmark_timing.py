@@ -1,4 +1,4 @@
-"""Common to the benchmarks: sizes of a run, forcing a form, rows with times."""
+"""Shared parts of the benchmarks: sizes of a run, forcing a form, rows with times."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,20 +11,21 @@ import torch
 from cerwu_gpu import backend
 
 Row = dict[str, Any]
-"""section, case, what; median, low and high (20 % and 80 %) in seconds; and derived figures."""
+"""Fields section, case, what; median, low and high (20 % and 80 %) in seconds; derived figures."""
 
 
 class Mismatch(Exception):
-    """A kernel does not compute what its definition says."""
+    """Difference between a kernel's result and its definition's."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the cases of a run are.
+    """Sizes of the cases of a run.
 
     Attributes:
         sides, levels: sides of the square matrices, and |G|, of the passes.
-        coded: (m, n) of the coded matrix, and how many copies of it are decoded together.
+        coded: (m, n) of the coded matrix.
+        copies: number of its copies that are decoded together.
         moments: (p, n) of the inputs of a Hessian.
         models: names in MODELS.
     """
@@ -50,7 +51,7 @@ TINY = Sizes((12,), (5,), (4, 5), 2, (20, 24), ("toy",))
 
 @contextmanager
 def form(name: str) -> Iterator[None]:
-    """The operations of the backend run as `torch` or as `triton`."""
+    """Run the operations of the backend as `torch` or as `triton` inside the context."""
     before = os.environ.get(backend.VARIABLE)
     os.environ[backend.VARIABLE] = name
     try:
@@ -62,7 +63,7 @@ def form(name: str) -> Iterator[None]:
 
 
 def timed(section: str, case: str, what: str, run: Callable[[], object], **figures: Any) -> Row:
-    """The median of many runs on a warm GPU."""
+    """Return a row with the median of many runs on a warm GPU."""
     from triton.testing import do_bench
 
     median, low, high = (ms / 1e3 for ms in do_bench(run, quantiles=(0.5, 0.2, 0.8)))
@@ -71,6 +72,6 @@ def timed(section: str, case: str, what: str, run: Callable[[], object], **figur
 
 
 def placed(thing: Any, device: torch.device) -> Any:
-    """The dataclass with its tensors on `device`."""
+    """Return a dataclass with its tensors on `device`."""
     fields = {k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(thing).items()}
     return type(thing)(**fields)

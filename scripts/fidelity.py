@@ -1,12 +1,12 @@
-"""Compare the baselines with results of the authors' own programs.
+"""Compare our baselines with the results of the authors' own programs.
 
     python scripts/fidelity.py DIR --layer NAME --json FILE.json
 
 DIR holds golden/ (integer symbols of the authors' C++ under frozen rate models), reference.csv
 (bits and losses of their adaptive coder and of NNCodec) and layers/NAME.npz (W and its H). Three
 tables come out: agreement with the symbols by method and rate model; the adaptive model's bits and
-losses over theirs; NNCodec's over those that were measured. Packages that are not installed (numba,
-nncodec) are named, and their parts left out.
+losses over theirs; NNCodec's over those that were measured. What is not installed (numba, nncodec)
+is named and left out.
 """
 
 import argparse
@@ -40,13 +40,13 @@ RATE_MODELS: dict[str, RateModel] = {
     "gaussian": "gaussian",
     "uniform": "uniform",
 }
-"""The authors' name -> the name here."""
+"""Our names of rate models by the authors' names."""
 
 Row = dict[str, Any]
 
 
 def golden(folder: Path) -> list[Row]:
-    """Agreement with each run of golden/index.json, and the loss here over theirs."""
+    """Return the agreement with each run of golden/index.json, and our loss over theirs."""
     rows = []
     for run in json.loads((folder / "index.json").read_text(encoding="utf-8")):
         weight, hessian = matrices(folder / f"{run['case']}.npz")
@@ -71,7 +71,7 @@ def golden(folder: Path) -> list[Row]:
 
 
 def adaptive(runs: list[Row], weight: Tensor, hessian: Tensor) -> list[Row]:
-    """The adaptive model at the settings of the authors' runs in row order."""
+    """Run the adaptive model at the settings of the authors' runs in row order."""
     rate, rows = AdaptiveRate(), []
     for run in runs:
         if (run["rate_model"], run["scan"]) != ("deepcabac", "row") or run["method"] not in METHODS:
@@ -91,7 +91,7 @@ def adaptive(runs: list[Row], weight: Tensor, hessian: Tensor) -> list[Row]:
 
 
 def nncodec(runs: list[Row], weight: Tensor, hessian: Tensor) -> list[Row]:
-    """NNCodec's round trip at the steps that were measured."""
+    """Run NNCodec's round trip at the measured steps."""
     rows = []
     for run in runs:
         if not run["method"].startswith("nncodec"):
@@ -157,15 +157,15 @@ def ratio_table(rows: list[Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="fidelity", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="fidelity", description="Ours against the authors'.")
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--layer", default="model.layers.14.self_attn.q_proj", metavar="NAME")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     arguments = parser.parse_args(argv)
-    found: dict[str, Any] = {"layer": arguments.layer}
+    results: dict[str, Any] = {"layer": arguments.layer}
     try:
-        found["golden"] = golden(arguments.folder / "golden")
-        print(golden_table(found["golden"]))
+        results["golden"] = golden(arguments.folder / "golden")
+        print(golden_table(results["golden"]))
         weight, hessian = matrices(arguments.folder / "layers" / f"{arguments.layer}.npz")
         with (arguments.folder / "reference.csv").open(encoding="utf-8") as lines:
             runs = [run for run in csv.DictReader(lines) if run["layer"] == arguments.layer]
@@ -176,13 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if find_spec(package) is None:
                 print(f"{name}: left out, {package} is not installed.", file=sys.stderr)
                 continue
-            found[name] = measure(runs, weight, hessian)
-            print(f"\n{name}, {arguments.layer}\n{ratio_table(found[name])}")
+            results[name] = measure(runs, weight, hessian)
+            print(f"\n{name}, {arguments.layer}\n{ratio_table(results[name])}")
     except (OSError, CerwuError) as error:
         print(f"fidelity: {error}", file=sys.stderr)
         return 2
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

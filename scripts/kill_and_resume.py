@@ -29,7 +29,7 @@ from cerwu_gpu.container.work import work_path
 
 
 def start(arguments: Sequence[str], output: Path) -> int:
-    """A process that compresses into `output`; its id. No torch thread runs in this one yet."""
+    """Fork a process that compresses into `output`, before any torch thread runs; return its id."""
     process = os.fork()
     if process == 0:
         code = 1
@@ -51,7 +51,7 @@ def finish(process: int) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file."""
+    """Return the SHA-256 of every file."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -60,7 +60,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def killed(arguments: Sequence[str], output: Path, moment: float) -> str:
-    """Start a run and kill it after so many seconds; what it had done by then."""
+    """Start a run, kill it after `moment` seconds, and return its progress in words."""
     process = start(arguments, output)
     time.sleep(moment)
     os.kill(process, signal.SIGKILL)
@@ -72,7 +72,7 @@ def killed(arguments: Sequence[str], output: Path, moment: float) -> str:
 
 
 def main() -> int:
-    """Run the check; 1 if a resumed run differs."""
+    """Run the check and return the exit code: 1 if a resumed run differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--kills", type=int, default=10)
@@ -85,8 +85,8 @@ def main() -> int:
         begin = time.perf_counter()
         finish(start(arguments, Path(folder) / "undisturbed"))
         whole = time.perf_counter() - begin
-        wanted = digests(Path(folder) / "undisturbed")
-        print(f"undisturbed: {whole:.1f} s, {len(wanted)} files")
+        expected = digests(Path(folder) / "undisturbed")
+        print(f"undisturbed: {whole:.1f} s, {len(expected)} files")
         for number in range(1, options.kills + 1):
             output = Path(folder) / f"killed-{number}"
             moment = moments.uniform(0, whole)
@@ -94,7 +94,7 @@ def main() -> int:
             begin = time.perf_counter()
             if not output.exists():
                 finish(start(arguments, output))
-            same = digests(output) == wanted and not work_path(output).exists()
+            same = digests(output) == expected and not work_path(output).exists()
             differing += not same
             print(
                 f"kill {number} after {moment:.1f} s: it {state}; "

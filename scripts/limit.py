@@ -6,8 +6,8 @@
 DIR holds *.npz files with W [m, n] and its undamped H [n, n]. For every layer, quantizer and rate
 the lmbda is sought that gives the asked bits per weight, everything that is stored counted (the
 words of the streams, tables, classes, steps, escapes); then the loss, the limit at that loss and
-the gap are printed (docs/method.md). --baseline runs the paper's method (one step and one table for
-the matrix, the best number of levels) and prints the ratio of bits at equal loss; --reference
+the gap are told (docs/method.md). --baseline runs the paper's method (one step and one table for
+the matrix, the best number of levels) and tells our bits over its bits at equal loss; --reference
 does the same with points that were measured elsewhere.
 """
 
@@ -52,9 +52,9 @@ from scripts.limit_points import (
 )
 
 Lines = dict[str, list[tuple[float, float]]]
-"""(bits, gap) along the hull of each other method."""
+"""Points (bits, gap) along the hull of each other method."""
 PAPER = "paper"
-"""What --baseline is called in tables; --reference is called REFERENCE."""
+"""Name of --baseline in tables; that of --reference is REFERENCE."""
 REFERENCE = "reference"
 SETTINGS = ("passes", "damping", "damping_by")
 """Options that go into every configuration, the paper's method included."""
@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 after one sentence about wrong input."""
+    """Run the script and return the exit code: 0, or 2 after one sentence about wrong input."""
     arguments = parse(argv)
     try:
         run(arguments)
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check everything that can be checked, then measure, print and write."""
+    """Check all inputs, then measure, print and write."""
     if not all(math.isfinite(bits) and bits > 0 for bits in arguments.bits):
         raise CerwuError("--bits must be finite numbers above 0.")
     settings = {key: getattr(arguments, key) for key in SETTINGS}
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not paths:
         raise CerwuError(f"{arguments.folder} holds no *.npz files: name a folder that does.")
     for path in paths:
-        read_arrays(path)  # a wrong file is refused before the others take their minutes
+        read_arrays(path)  # an error in a file is found before the other ones take minutes
     measured = read_reference(arguments.reference) if arguments.reference else {}
     for path in (arguments.json, arguments.picture):
         if path:
@@ -121,10 +121,10 @@ def run(arguments: argparse.Namespace) -> None:
         results += solve(layer, quantizers, bits, settings, hulls)
         lines[layer.name] = {other: gaps(hull, layer) for other, hull in hulls.items()}
 
-    others = [PAPER] * arguments.baseline + [REFERENCE] * bool(arguments.reference)
-    print_results(results, others)
+    methods = [PAPER] * arguments.baseline + [REFERENCE] * bool(arguments.reference)
+    print_results(results, methods)
     if arguments.json:
-        document = report(arguments, results, points, others)
+        document = report(arguments, results, points, methods)
         text = json.dumps(document, indent=1, allow_nan=False)
         arguments.json.write_text(text + "\n", encoding="utf-8")
     if arguments.picture:
@@ -134,16 +134,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_arrays(path: Path) -> tuple[Tensor, Tensor]:
-    """W [m, n] and H [n, n] float32, checked."""
+    """Read and check W [m, n] and H [n, n] float32."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found = {key: arrays[key] for key in ("W", "H") if key in arrays}
+            matrices = {key: arrays[key] for key in ("W", "H") if key in arrays}
     except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise CerwuError(f"{path} cannot be read ({error}): save it with numpy.savez.") from None
     for key in ("W", "H"):
-        if key not in found:
+        if key not in matrices:
             raise CerwuError(f"{path} holds no {key}: save W [m, n] and H [n, n] in it.")
-    W, H = found["W"], found["H"]
+    W, H = matrices["W"], matrices["H"]
     if W.ndim != 2 or 0 in W.shape or H.shape != (W.shape[1], W.shape[1]):
         raise CerwuError(f"{path}: W {W.shape} and H {H.shape} must be [m, n] and [n, n].")
     if W.dtype.kind != "f" or H.dtype.kind != "f":
@@ -162,7 +162,7 @@ def read_layer(path: Path) -> Layer:
 
 
 def read_reference(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """(bits, relative loss) of the rows whose method is cerwu, by layer."""
+    """Read (bits, relative loss) of the rows whose method is cerwu, by layer."""
     points: dict[str, list[tuple[float, float]]] = {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -179,9 +179,9 @@ def read_reference(path: Path) -> dict[str, list[tuple[float, float]]]:
     return points
 
 
-def print_results(results: Sequence[Result], others: Sequence[str]) -> None:
+def print_results(results: Sequence[Result], methods: Sequence[str]) -> None:
     header = ["layer", "quantizer", "asked", "bits", "lmbda", "relative loss", "limit", "gap"]
-    header += [f"/ {other}" for other in others]
+    header += [f"/ {method}" for method in methods]
     rows = [
         [
             r.layer,
@@ -192,62 +192,62 @@ def print_results(results: Sequence[Result], others: Sequence[str]) -> None:
             f"{r.point.relative_loss:.3e}",
             f"{r.limit:.4f}",
             f"{r.gap:.4f}",
-            *(number(r.ratio(other), 3) for other in others),
+            *(number(r.ratio(method), 3) for method in methods),
         ]
         for r in results
     ]
     print(table(header, rows))
-    print(f"\n{table(*summary_table(results, others))}\n")
+    print(f"\n{table(*summary_table(results, methods))}\n")
     for r in results:
         if abs(r.point.bits - r.asked) > TOLERANCE:
             print(
                 f"{r.layer}, {r.quantizer}: {r.point.bits:.4f} bits is as near to {r.asked:g} as "
                 f"{r.evaluations} trials came"
             )
-    for other in others:
+    for method in methods:
         for layer in dict.fromkeys(r.layer for r in results):
-            own = [r for r in results if r.layer == layer and r.others.get(other, 0) is None]
-            if own:
-                cases = ", ".join(f"{r.quantizer} {r.asked:g}" for r in own)
-                print(f"{layer}: no loss of {other} overlaps that of {cases}")
+            apart = [r for r in results if r.layer == layer and r.others.get(method, 0) is None]
+            if apart:
+                cases = ", ".join(f"{r.quantizer} {r.asked:g}" for r in apart)
+                print(f"{layer}: no loss of {method} overlaps that of {cases}")
 
 
-def summary(results: Sequence[Result], others: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Mean gap, worst gap, mean and worst ratio to each other method, by quantizer."""
-    found: dict[str, dict[str, Any]] = {}
+def summary(results: Sequence[Result], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return mean gap, worst gap, mean and worst ratio to each other method, by quantizer."""
+    figures: dict[str, dict[str, Any]] = {}
     for quantizer in dict.fromkeys(r.quantizer for r in results):
-        own = [r for r in results if r.quantizer == quantizer]
-        worst = max(own, key=lambda r: r.gap)
-        found[quantizer] = {
-            "mean_gap": mean(r.gap for r in own),
+        cases = [r for r in results if r.quantizer == quantizer]
+        worst = max(cases, key=lambda r: r.gap)
+        figures[quantizer] = {
+            "mean_gap": mean(r.gap for r in cases),
             "worst_gap": worst.gap,
             "worst": f"{worst.layer}, {worst.asked:g} bits",
         }
-        for other in others:
-            ratios = [ratio for r in own if (ratio := r.ratio(other)) is not None]
-            found[quantizer][f"mean_ratio_{other}"] = mean(ratios) if ratios else None
-            found[quantizer][f"worst_ratio_{other}"] = max(ratios, default=None)
-    return found
+        for method in methods:
+            ratios = [ratio for r in cases if (ratio := r.ratio(method)) is not None]
+            figures[quantizer][f"mean_ratio_{method}"] = mean(ratios) if ratios else None
+            figures[quantizer][f"worst_ratio_{method}"] = max(ratios, default=None)
+    return figures
 
 
 def summary_table(
-    results: Sequence[Result], others: Sequence[str]
+    results: Sequence[Result], methods: Sequence[str]
 ) -> tuple[list[str], list[list[str]]]:
     header = ["quantizer", "mean gap", "worst gap", "at"]
-    for other in others:
-        header += [f"/ {other}, mean", "worst"]
+    for method in methods:
+        header += [f"/ {method}, mean", "worst"]
     rows = []
-    for quantizer, figures in summary(results, others).items():
+    for quantizer, figures in summary(results, methods).items():
         row = [quantizer, f"{figures['mean_gap']:.4f}", f"{figures['worst_gap']:.4f}"]
         row.append(figures["worst"])
-        for other in others:
-            row += [number(figures[f"{kind}_ratio_{other}"], 3) for kind in ("mean", "worst")]
+        for method in methods:
+            row += [number(figures[f"{kind}_ratio_{method}"], 3) for kind in ("mean", "worst")]
         rows.append(row)
     return header, rows
 
 
 def cpu() -> str:
-    """The processor in words."""
+    """Return the processor's name."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -258,9 +258,9 @@ def report(
     arguments: argparse.Namespace,
     results: Sequence[Result],
     points: dict[str, list[Point]],
-    others: Sequence[str],
+    methods: Sequence[str],
 ) -> dict[str, Any]:
-    """What --json writes."""
+    """Return the contents of --json."""
     packages = ("torch", "numpy", "constriction")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -276,7 +276,7 @@ def report(
             "quantizer": arguments.quantizer,
             **{key: getattr(arguments, key) for key in SETTINGS},
         },
-        "summary": summary(results, others),
+        "summary": summary(results, methods),
         "results": [
             {
                 **{k: v for k, v in asdict(r).items() if k not in ("point", "others")},
@@ -289,9 +289,9 @@ def report(
         "baseline": {
             name: [
                 {key: getattr(p, key) for key in ("levels", "lmbda", "bits", "relative_loss")}
-                for p in found
+                for p in of_layer
             ]
-            for name, found in points.items()
+            for name, of_layer in points.items()
         },
     }
 

@@ -15,7 +15,7 @@ from scripts.limit_points import Result
 COLUMNS = 4
 COLOURS = {"scalar": "tab:orange", "trellis4": "tab:blue", "trellis8": "tab:green"}
 OTHERS = {"paper": ("0.3", "--"), "reference": ("0.55", ":")}
-"""Colour and dashes of the methods that are compared with."""
+"""Colour and dashes of the other methods."""
 
 
 def draw(
@@ -45,20 +45,25 @@ def draw(
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for name, axis in zip(names, axes.flat, strict=False):
-        own = [r for r in results if r.layer == name]
+        of_layer = [r for r in results if r.layer == name]
         for other, line in lines[name].items():
             colour, dashes = OTHERS[other]
             axis.plot(*zip(*line, strict=True), dashes, color=colour, label=other, linewidth=1.5)
-        for quantizer in dict.fromkeys(r.quantizer for r in own):
-            points = [(r.point.bits, r.gap) for r in own if r.quantizer == quantizer]
+        for quantizer in dict.fromkeys(r.quantizer for r in of_layer):
+            points = [(r.point.bits, r.gap) for r in of_layer if r.quantizer == quantizer]
             colour = COLOURS[quantizer]
             axis.plot(*zip(*points, strict=True), "o-", color=colour, label=quantizer, markersize=4)
         axis.set_title(name.removeprefix("model.layers."), fontsize=10)
         axis.grid(alpha=0.3)
     bits = [r.point.bits for r in results]
     least, most = max(0.0, min(bits) - 0.5), max(bits) + 0.5
-    others = [point for found in lines.values() for line in found.values() for point in line]
-    shown = [gap for at, gap in others if least <= at <= most] + [r.gap for r in results]
+    shown = [
+        gap
+        for by_method in lines.values()
+        for line in by_method.values()
+        for at, gap in line
+        if least <= at <= most
+    ] + [r.gap for r in results]
     axes[0, 0].set_xlim(least, most)
     axes[0, 0].set_ylim(min(0.0, *shown), 1.05 * max(shown))
     figure.supxlabel("stored bits per weight", fontsize=11)

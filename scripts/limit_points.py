@@ -11,28 +11,28 @@ from tqdm import tqdm
 
 from cerwu_gpu.coding import side
 from cerwu_gpu.config import CompressionConfig, Quantizer, from_settings
-from cerwu_gpu.container.matrix import EncodedMatrix, encode_matrix
+from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.limit import Limit
 
 TOLERANCE = 0.01
-"""Asked bits and stored bits differ by this much at most."""
+"""Maximum difference of requested and stored bits."""
 EVALUATIONS = 8
-"""Quantizations per layer, quantizer and rate; where they do not suffice the table says so."""
+"""Maximum quantizations per layer, quantizer and rate."""
 FIRST_GAP = 0.25
-"""Bits above the limit where the search for lmbda begins."""
+"""Bits above the limit at the start of the search for lmbda."""
 LEVELS = (16, 32, 64, 128, 256, 512, 1024)
-"""|G| of the paper's method."""
+"""Numbers of levels |G| of the paper's method."""
 AROUND = 1.0
-"""The paper's method is run for slopes of the limit from this far below to this far above the
-asked bits, lmbda doubling."""
+"""Range in bits, below and above the requested ones, of the limit's slopes for which the paper's
+method is run, lmbda doubling."""
 SAMPLES = 8
-"""Points drawn along an edge of a hull."""
+"""Number of points drawn along an edge of a hull."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """W [m, n] and H [n, n] float32, their limit, and tr(W H W^T)."""
+    """Matrices W [m, n] and H [n, n] float32, their limit, and tr(W H W^T)."""
 
     name: str
     weight: Tensor
@@ -44,7 +44,7 @@ class Layer:
         return self.limit.bits(relative_loss * self.energy)
 
     def lmbda(self, limit_bits: float) -> float:
-        """Where an ideal quantizer's lmbda would be: the slope of the limit."""
+        """Return an ideal quantizer's lmbda: the slope of the limit."""
         return math.log(2) * self.limit.level(limit_bits)
 
 
@@ -62,7 +62,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """A point at the asked bits against the limit and against others at equal loss."""
+    """A point at the requested bits, the limit and the other methods' bits at equal loss."""
 
     layer: str
     quantizer: Quantizer
@@ -71,7 +71,7 @@ class Result:
     point: Point
     limit: float
     others: dict[str, float | None]
-    """Bits of each other method at this loss; None where it was not measured at such a loss."""
+    """Bits of each other method at this loss; None outside its measured range."""
 
     @property
     def gap(self) -> float:
@@ -90,7 +90,7 @@ class Hull:
 
     @staticmethod
     def of(pairs: Iterable[tuple[float, float]]) -> "Hull":
-        """From pairs (bits, relative loss > 0)."""
+        """Return the hull of pairs (bits, relative loss > 0)."""
         hull: list[tuple[float, float]] = []
         for point in sorted((bits, math.log(loss)) for bits, loss in pairs):
             if hull and point[1] >= hull[-1][1]:
@@ -101,7 +101,7 @@ class Hull:
         return Hull(tuple(hull))
 
     def bits(self, loss: float) -> float | None:
-        """Bits at a relative loss, linear in log loss; None beyond the ends of the hull."""
+        """Return the bits at a relative loss, linear in log loss; None beyond the hull's ends."""
         height = math.log(loss)
         for (bits, upper), (more, lower) in pairwise(self.points):
             if lower <= height <= upper:
@@ -110,7 +110,7 @@ class Hull:
 
 
 def gaps(hull: Hull, layer: Layer) -> list[tuple[float, float]]:
-    """(bits, bits above the limit) along a hull."""
+    """Return points (bits, bits above the limit) along a hull."""
     line = []
     for (bits, upper), (more, lower) in pairwise(hull.points):
         for share in (k / SAMPLES for k in range(SAMPLES + 1)):
@@ -130,21 +130,8 @@ def measure(layer: Layer, config: CompressionConfig) -> Point:
     coded = encode_matrix(stack.matrices[0], loss)
     words = 4 * len(coded.words)
     bits = 8 * (words + len(coded.side)) / layer.weight.numel()
-    return Point(
-        config.lmbda, bits, loss, words, side_bytes(coded), getattr(config.grid, "levels", None)
-    )
-
-
-def side_bytes(coded: EncodedMatrix) -> dict[str, int]:
-    """Bytes of every array in the side data; their sum is the size of the side data."""
-    arrays = side.unpack(coded.side, coded.part.rows, coded.part.columns)
-    sizes, before = {}, 0
-    some = {}
-    for name, array in arrays.items():
-        some[name] = array
-        size = len(side.pack(some, coded.part.rows, coded.part.columns))
-        sizes[name], before = size - before, size
-    return sizes
+    arrays = side.sizes(coded.side, coded.part.rows, coded.part.columns)
+    return Point(config.lmbda, bits, loss, words, arrays, getattr(config.grid, "levels", None))
 
 
 def approach(
@@ -154,13 +141,14 @@ def approach(
     first: float,
     slope: Callable[[float], float],
 ) -> Point:
-    """The point next to `asked` bits, by secants in log lmbda; within TOLERANCE if possible.
+    """Return the point nearest to `asked` bits, by secants in log lmbda, within TOLERANCE if
+    possible.
 
     Args:
-        evaluate: the point at lmbda; its bits fall with lmbda.
-        known: points evaluated so far; those evaluated here are added.
-        first: lmbda to begin with where nothing is known.
-        slope: about d(bits) / d(log2 lmbda) at lmbda, for steps from a single point.
+        evaluate: returns the point at lmbda; its bits fall with lmbda.
+        known: points evaluated so far, to which new ones are added.
+        first: initial lmbda without known points.
+        slope: approximate d(bits) / d(log2 lmbda) at lmbda, for steps from a single point.
     """
     for _ in range(EVALUATIONS):
         if any(abs(point.bits - asked) <= TOLERANCE for point in known):
@@ -172,14 +160,14 @@ def approach(
 def next_lmbda(
     asked: float, known: Sequence[Point], first: float, slope: Callable[[float], float]
 ) -> float:
-    """Where to look next: a secant from the nearest two points, kept between the neighbours."""
+    """Return the next lmbda: a secant from the nearest two points, kept between the neighbours."""
     if not known:
         return first
-    nearest, *others = sorted(known, key=lambda point: abs(point.bits - asked))
+    nearest, *further = sorted(known, key=lambda point: abs(point.bits - asked))
     steepness = slope(nearest.lmbda)
-    if others and others[0].lmbda != nearest.lmbda:
-        run = math.log2(others[0].lmbda / nearest.lmbda)
-        steepness = (others[0].bits - nearest.bits) / run
+    if further and further[0].lmbda != nearest.lmbda:
+        run = math.log2(further[0].lmbda / nearest.lmbda)
+        steepness = (further[0].bits - nearest.bits) / run
     octaves = (asked - nearest.bits) / min(steepness, -0.05)
     at = math.log2(nearest.lmbda) + max(-8.0, min(8.0, octaves))
     dearer = [math.log2(point.lmbda) for point in known if point.bits > asked]
@@ -192,7 +180,7 @@ def next_lmbda(
 
 
 def baseline(layer: Layer, bits: Sequence[float], settings: dict[str, Any]) -> list[Point]:
-    """The paper's method for all LEVELS, and for lmbda that fit rates around `bits`."""
+    """Run the paper's method for all LEVELS, and for lmbda that fit rates around `bits`."""
     lowest = layer.lmbda(max(bits) + AROUND)
     octaves = math.ceil(math.log2(layer.lmbda(max(min(bits) - AROUND, min(bits) / 4)) / lowest))
     ladder = [lowest * 2**k for k in range(octaves + 1)]
@@ -210,9 +198,9 @@ def solve(
     quantizers: Sequence[Quantizer],
     bits: Sequence[float],
     settings: dict[str, Any],
-    others: dict[str, Hull],
+    hulls: dict[str, Hull],
 ) -> list[Result]:
-    """The layer with every quantizer at every rate."""
+    """Quantize a layer with every quantizer at every rate; `hulls` are those of other methods."""
     results: list[Result] = []
     solved: dict[float, float] = {}
     bar = tqdm(total=len(quantizers) * len(bits), desc=layer.name, leave=False, disable=None)
@@ -238,7 +226,7 @@ def solve(
                     evaluations=len(known) - before,
                     point=point,
                     limit=layer.limit_bits(point.relative_loss),
-                    others={k: hull.bits(point.relative_loss) for k, hull in others.items()},
+                    others={k: hull.bits(point.relative_loss) for k, hull in hulls.items()},
                 )
             )
             bar.update()

@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 after one sentence about wrong input."""
+    """Run the script and return the exit code: 0, or 2 after one sentence about wrong input."""
     arguments = parse(argv)
     try:
         for path in draw(arguments):
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw(arguments: argparse.Namespace) -> list[Path]:
-    """Read, draw, and return the files that were written.
+    """Read the tables, draw the pictures, and print their paths.
 
     Raises:
         CerwuError: a table cannot be used, or matplotlib is missing.
@@ -75,7 +75,7 @@ def draw(arguments: argparse.Namespace) -> list[Path]:
 
 
 def read(tables: Sequence[Path], methods: Sequence[str] | None) -> dict[str, list[Row]]:
-    """Network -> its rows, of all tables together.
+    """Read the rows of all tables by network.
 
     Raises:
         CerwuError: a table is damaged or empty, two differ in what they measure one network by, or

@@ -1,4 +1,4 @@
-"""The pictures of scripts/plot.py: one function each, from rows of sweeps to a file."""
+"""What scripts/plot.py draws: one function a picture, from rows of sweeps to a file."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -33,23 +33,23 @@ COLOURS = {
     "nncodec": "tab:red",
     "nncodec dependent": "tab:pink",
 }
-"""By the beginning of a label; what follows a comma makes it paler and has a line style."""
+"""Colours by the beginning of a label; variants, after a comma, are paler, with other styles."""
 STYLES = ("-", "--", ":", "-.")
 PALER = 0.7
 COLUMNS = 2
 WORST = 4.0
-"""Perplexities beyond so many times the original's are off the picture."""
+"""Maximum perplexity in the pictures, as a multiple of the original's."""
 FEWEST_SHARE = 0.4
-"""Accuracies below this share of the original's are off the picture."""
+"""Minimum accuracy in the pictures, as a share of the original's."""
 ENLARGED = {"perplexity": (0.98, 1.3), "accuracy": (0.9, 1.01)}
 """Range of quality in the inset, in multiples of the original's."""
 INSET = {"perplexity": (0.5, 0.46, 0.47, 0.5), "accuracy": (0.5, 0.06, 0.47, 0.5)}
-"""Left, bottom, width and height where no line comes, in shares of the panel."""
+"""Left, bottom, width and height of the inset, in shares of the panel, clear of the lines."""
 MEGABYTE = 1e6
 
 
 def draw_rate(networks: Networks, path: Path) -> None:
-    """Quality against bits per weight, one panel a network, with its low bits enlarged."""
+    """Draw quality against bits per weight, one panel per network, with an inset at low bits."""
     styles = styles_of(networks)
     columns = min(COLUMNS, len(networks))
     figure, panels = _figure(math.ceil(len(networks) / columns), columns, 6.4, 4.6)
@@ -65,15 +65,15 @@ def draw_rate(networks: Networks, path: Path) -> None:
 
 
 def draw_minimum(networks: Networks, path: Path) -> None:
-    """The fewest bits at each target, one row of panels a network, one panel a target."""
+    """Draw the minimum bits, a row of panels per network and a panel per target."""
     targets = max(len(TARGETS[rows[0].measure]) for rows in networks.values())
     methods = max(len(by_label(rows)) for rows in networks.values())
     figure, panels = _figure(len(networks), targets, 4.2, 0.34 * methods + 1.1)
     for number, (name, rows) in enumerate(networks.items()):
-        own = panels[number * targets : (number + 1) * targets]
-        for axes in own:
+        row = panels[number * targets : (number + 1) * targets]
+        for axes in row:
             axes.set_visible(False)
-        for axes, target in zip(own, TARGETS[rows[0].measure], strict=False):
+        for axes, target in zip(row, TARGETS[rows[0].measure], strict=False):
             axes.set_visible(True)
             _bars(axes, rows, target)
             axes.set_title(f"{name}\n{target_words(target, rows[0].measure)}", fontsize=10)
@@ -82,7 +82,7 @@ def draw_minimum(networks: Networks, path: Path) -> None:
 
 
 def draw_time(networks: Networks, path: Path) -> None:
-    """Seconds to compress, in the first run and in later ones, against bytes of the network."""
+    """Draw seconds to compress, in the first run and in later ones, against the network's bytes."""
     styles = styles_of(networks)
     figure, panels = _figure(1, 2, 5.2, 4.4, share=True)
     names = [
@@ -118,7 +118,7 @@ def draw_time(networks: Networks, path: Path) -> None:
 
 
 def draw_language(networks: Networks, path: Path) -> None:
-    """Perplexity against bytes of the directory, and against bits per weight."""
+    """Draw perplexity against bytes of the directory, and against bits per weight."""
     styles = styles_of(networks)
     figure, panels = _figure(len(networks), 2, 6.0, 4.6)
     for number, (name, rows) in enumerate(networks.items()):
@@ -143,24 +143,24 @@ def megabytes(row: Row) -> float:
 
 
 def later_seconds(rows: Sequence[Row], label: str) -> float:
-    """Mean seconds to quantize, code and write one point of this kind."""
+    """Return the mean seconds to quantize, code and write one point of this kind."""
     stages = ("quantize", "code", "write")
     return mean(sum(row.seconds[stage] for stage in stages) for row in by_label(rows)[label])
 
 
 def first_seconds(rows: Sequence[Row], label: str) -> float:
-    """The same with the calibration and the sensitivities that this kind makes use of."""
-    own = by_label(rows)[label][0]
-    stages = [] if own.qp is not None else ["calibrate"]
-    if own.sensitivity in GRADIENT_BASED:
+    """Return `later_seconds` and those of this kind's calibration and sensitivities."""
+    point = by_label(rows)[label][0]
+    stages = [] if point.qp is not None else ["calibrate"]
+    if point.sensitivity in GRADIENT_BASED:
         stages.append("sensitivity")
-    # What was prepared once is in the row of whichever point came first.
+    # Work for all points is in the row of the point that came first.
     prepared = sum(max(row.seconds[stage] for row in rows) for stage in stages)
     return prepared + later_seconds(rows, label)
 
 
 def styles_of(networks: Networks) -> dict[str, tuple[Colour, str]]:
-    """Label -> colour and line style, in the order of COLOURS."""
+    """Return colour and line style by label, in the order of COLOURS."""
     labels = dict.fromkeys(row.label for rows in networks.values() for row in rows)
     order = list(COLOURS)
 
@@ -179,7 +179,7 @@ def styles_of(networks: Networks) -> dict[str, tuple[Colour, str]]:
 
 
 def paler(colour: str, share: float) -> Colour:
-    """A colour mixed with so much white."""
+    """Return a colour mixed with a share of white."""
     red, green, blue = (share + (1 - share) * part for part in to_rgb(colour))
     return red, green, blue
 
@@ -213,29 +213,30 @@ def _fronts(
     styles: Mapping[str, tuple[Colour, str]],
     cost: Callable[[Row], float],
 ) -> None:
-    """The front of every kind as a line, and its other points faintly."""
+    """Draw the front of every kind as a line, and its other points faintly."""
     field = "bits_per_weight" if cost is bits else "directory_bytes"
-    for label, own in by_label(rows).items():
+    for label, group in by_label(rows).items():
         colour, dashes = styles[label]
-        front = front_rows(own, field)
+        front = front_rows(group, field)
         line = [(cost(row), row.quality) for row in front]
         if line:
             axes.plot(
                 *zip(*line, strict=True), dashes, color=colour, marker="o", markersize=3.5, lw=1.6
             )
-        others = [(cost(row), row.quality) for row in own if row not in front]
-        if others:
-            axes.plot(*zip(*others, strict=True), "o", color=colour, markersize=2.5, alpha=0.3)
+        beaten = [(cost(row), row.quality) for row in group if row not in front]
+        if beaten:
+            axes.plot(*zip(*beaten, strict=True), "o", color=colour, markersize=2.5, alpha=0.3)
     axes.axhline(rows[0].original_quality, color="0.4", linewidth=1, linestyle=(0, (4, 3)))
 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """The range of quality that is worth a look."""
+    """Return the range of quality in a picture."""
     original = rows[0].original_quality
-    found = [row.quality for row in rows if math.isfinite(row.quality)]
+    qualities = [row.quality for row in rows if math.isfinite(row.quality)]
     if rows[0].measure == "perplexity":
-        return 0.97 * min(original, *found), min(WORST * original, 1.1 * max(found))
-    return max(FEWEST_SHARE * original, 0.95 * min(found)), 1.02 * max(original, *found)
+        return 0.97 * min(original, *qualities), min(WORST * original, 1.1 * max(qualities))
+    low = max(FEWEST_SHARE * original, 0.95 * min(qualities))
+    return low, 1.02 * max(original, *qualities)
 
 
 def _frame(axes: Axes, rows: Sequence[Row], cost: Callable[[Row], float]) -> None:
@@ -258,7 +259,7 @@ def _frame(axes: Axes, rows: Sequence[Row], cost: Callable[[Row], float]) -> Non
 
 
 def _scale(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
-    """Perplexity runs in logarithms, with plain numbers beside them."""
+    """Set the vertical axis, logarithmic with plain numbers for perplexities."""
     if rows[0].measure == "perplexity":
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
@@ -270,7 +271,7 @@ def _scale(axes: Axes, rows: Sequence[Row], low: float, high: float) -> None:
 
 
 def _inset(axes: Axes, rows: Sequence[Row], styles: Mapping[str, tuple[Colour, str]]) -> None:
-    """The part where the best kinds leave the original's quality."""
+    """Draw the part where the best kinds leave the original's quality."""
     measure, original = rows[0].measure, rows[0].original_quality
     low, high = (share * original for share in ENLARGED[measure])
     shown = [row for row in rows if low <= row.quality <= high]
@@ -292,9 +293,9 @@ def _inset(axes: Axes, rows: Sequence[Row], styles: Mapping[str, tuple[Colour, s
 
 
 def _key(axes: Axes, rows: Sequence[Row], styles: Mapping[str, tuple[Colour, str]]) -> None:
-    """Names in their line's colour beside the panel, the one with the fewest bits on top."""
+    """Write the names in their lines' colours beside the panel, by rising bits."""
     target = TARGETS[rows[0].measure][1]
-    bits_of = {each.label: each.bits for each in standings(rows) if each.target == target}
+    bits_of = {x.label: x.bits for x in standings(rows) if x.target == target}
     order = sorted(bits_of, key=lambda label: (bits_of[label] is None, bits_of[label] or 0.0))
     lines = [
         axes.plot([], [], styles[label][1], color=styles[label][0], marker="o", markersize=3.5)[0]
@@ -320,7 +321,7 @@ def _label_ends(
     ends: Sequence[tuple[str, float, float]],
     styles: Mapping[str, tuple[Colour, str]],
 ) -> None:
-    """Names in the right margin, as near to the height of their line's end as they find room."""
+    """Write the names into the right margin, as near to their lines' ends as there is room."""
     to_share = axes.transData.transform, axes.transAxes.inverted().transform
     heights = {label: float(to_share[1](to_share[0]((x, y)))[1]) for label, x, y in ends}
     order = sorted(ends, key=lambda end: heights[end[0]])
@@ -341,7 +342,7 @@ def _label_ends(
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Rising places moved apart so that neighbours differ by at least `gap`, and little moved."""
+    """Return ascending places, moved apart so that neighbours differ by at least `gap`."""
     groups: list[list[float]] = []
     for place in places:
         groups.append([place])
@@ -360,19 +361,18 @@ def _end(group: Sequence[float], gap: float) -> float:
 
 
 def _bars(axes: Axes, rows: Sequence[Row], target: float) -> None:
-    """One bar a kind, the best one on top."""
+    """Draw a bar per kind, the best one on top."""
     styles = styles_of({"": rows})
-    found = [each for each in standings(rows) if each.target == target]
-    found.sort(key=lambda each: (each.bits is None, each.bits or 0.0), reverse=True)
-    widest = max((each.bits or 0.0 for each in found), default=0.0) or 1.0
-    for place, each in enumerate(found):
-        axes.barh(place, each.bits or 0.0, color=styles[each.label][0], alpha=0.85, height=0.7)
-        words = "not reached" if each.bits is None else f"{'≤ ' * each.open}{each.bits:.2f}"
-        colour = "0.5" if each.bits is None else "black"
-        axes.text(
-            (each.bits or 0.0) + 0.015 * widest, place, words, va="center", fontsize=9, color=colour
-        )
-    axes.set_yticks(range(len(found)), [each.label for each in found])
+    ranking = [standing for standing in standings(rows) if standing.target == target]
+    ranking.sort(key=lambda standing: (standing.bits is None, standing.bits or 0.0), reverse=True)
+    widest = max((standing.bits or 0.0 for standing in ranking), default=0.0) or 1.0
+    for place, standing in enumerate(ranking):
+        width, reached = standing.bits or 0.0, standing.bits is not None
+        axes.barh(place, width, color=styles[standing.label][0], alpha=0.85, height=0.7)
+        words = f"{'≤ ' * standing.open}{width:.2f}" if reached else "not reached"
+        colour = "black" if reached else "0.5"
+        axes.text(width + 0.015 * widest, place, words, va="center", fontsize=9, color=colour)
+    axes.set_yticks(range(len(ranking)), [standing.label for standing in ranking])
     axes.set_xlim(0, 1.18 * widest)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.25)

@@ -16,11 +16,11 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 TIMEOUT = 600
-"""Seconds for one cell."""
+"""Maximum seconds for one cell."""
 
 
 def execute(notebook: NotebookNode, kernel: str = "python3") -> None:
-    """Run all cells in an empty folder; their outputs are in `notebook` then.
+    """Run all cells in an empty folder and store their outputs in `notebook`.
 
     Raises:
         CellExecutionError: a cell raised an exception.

@@ -1,4 +1,4 @@
-"""Install a wheel into a fresh virtual environment and try what a new user would.
+"""Install a wheel into a fresh virtual environment and try the first steps of a new user.
 
     python scripts/smoke.py dist/cerwu_gpu-*.whl [--alone]
 
@@ -51,14 +51,14 @@ ways = {
     "decompress": AutoModelForCausalLM.from_pretrained("plain"),
 }
 logits = {way: model(tokens).logits for way, model in ways.items()}
-for way, found in logits.items():
-    assert torch.equal(found, logits["load_compressed"]), way
+for way, output in logits.items():
+    assert torch.equal(output, logits["load_compressed"]), way
 """
 FEW = ("--samples", "4", "--sequence-length", "32", "--quiet")
 
 
 def environment(folder: Path, wheel: Path, *, alone: bool) -> Path:
-    """The folder of the programs of a fresh environment that has the wheel."""
+    """Create an environment with the wheel and return the folder of its programs."""
     venv.create(folder, with_pip=alone)
     programs = folder / ("Scripts" if os.name == "nt" else "bin")
     python = programs / "python"
@@ -67,31 +67,31 @@ def environment(folder: Path, wheel: Path, *, alone: bool) -> Path:
         return programs
     purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(run("create", python, "-c", purelib, cwd=folder).strip())
-    own = f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n"
-    (packages / "zz_dependencies.pth").write_text(own, encoding="utf-8")  # last on the path
+    paths = f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n"
+    (packages / "zz_dependencies.pth").write_text(paths, encoding="utf-8")  # last on the path
     pip = (sys.executable, "-m", "pip", f"--python={python}", "install", "--quiet")
     run("install", *pip, "--no-deps", "--no-index", wheel, cwd=folder)
     return programs
 
 
 def run(step: str, *command: str | Path, cwd: Path) -> str:
-    """Standard output of the step; what it wrote to stderr is shown."""
+    """Run a step, print its stderr, and return its standard output."""
     begin = perf_counter()
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     clean["HF_HUB_OFFLINE"] = "1"  # the steps need no network, so a look at the Hub is a defect
-    done = subprocess.run(
+    process = subprocess.run(
         list(map(str, command)), cwd=cwd, env=clean, capture_output=True, text=True
     )
     print(f"{perf_counter() - begin:6.1f} s  {step}", flush=True)
-    for line in done.stderr.splitlines():
+    for line in process.stderr.splitlines():
         print(f"          {line}")
-    if done.returncode != 0:
-        sys.exit(f"smoke: {step} ended with {done.returncode}\n{done.stdout}")
-    return done.stdout
+    if process.returncode != 0:
+        sys.exit(f"smoke: {step} ended with {process.returncode}\n{process.stdout}")
+    return process.stdout
 
 
 def tried(programs: Path, folder: Path) -> None:
-    """The steps of README and quickstart."""
+    """Run the steps of README and quickstart."""
     program, python = programs / "cerwu-gpu", programs / "python"
     version = run("--version", program, "--version", cwd=folder)
     assert version == run("python -m", python, "-m", "cerwu_gpu", "--version", cwd=folder), version
@@ -103,8 +103,8 @@ def tried(programs: Path, folder: Path) -> None:
     run("verify", program, "verify", "small", cwd=folder)
     run("decompress", program, "decompress", "small", "-o", "plain", cwd=folder)
     windows = ("--text", "my-text.txt", "--context-length", "64", "--quiet")
-    found = run("eval", program, "eval", "small", *windows, "--against", "my-model", cwd=folder)
-    assert "perplexity" in found, found
+    text = run("eval", program, "eval", "small", *windows, "--against", "my-model", cwd=folder)
+    assert "perplexity" in text, text
     run("load", python, "-c", LOADING, cwd=folder)
 
 

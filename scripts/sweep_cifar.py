@@ -35,7 +35,7 @@ BATCH = 250
 
 
 class Network(StrEnum):
-    """The networks, and where their weights lie."""
+    """A network and the place of its weights."""
 
     resnet20 = "resnet20"
     resnet56 = "resnet56"
@@ -46,7 +46,7 @@ class Network(StrEnum):
 
     @property
     def blocks(self) -> int:
-        """Residual blocks in each of the three stages."""
+        """Number of residual blocks in each of the three stages."""
         return {"resnet20": 3, "resnet56": 9}[self]
 
 
@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """6 n + 2 layers for images of 32 x 32 and 10 classes (He et al. 2015, section 4.2)."""
+    """Network of 6 n + 2 layers for images of 32 x 32 and 10 classes (He et al. 2015, 4.2)."""
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class ResNet(nn.Module):
 
 
 def load_network(folder: Path, network: Network) -> ResNet:
-    """The trained network in eval mode.
+    """Load the trained network in eval mode.
 
     Raises:
         ModelError: the file is missing or holds another network.
@@ -106,7 +106,7 @@ def load_network(folder: Path, network: Network) -> ResNet:
 
 
 def load_images(path: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Normalised images [count, 3, 32, 32] float32 and labels [count] int64.
+    """Load normalised images [count, 3, 32, 32] float32 and labels [count] int64.
 
     Raises:
         ModelError: the file is missing or holds something else.
@@ -123,9 +123,9 @@ def load_images(path: Path, count: int | None = None) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def accuracy(module: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of the images whose label has the largest logit."""
-    found = [module(batch).argmax(dim=1) for batch in torch.split(images, BATCH)]
-    return float((torch.cat(found) == labels).double().mean())
+    """Return the share of the images whose label has the largest logit."""
+    classes = [module(batch).argmax(dim=1) for batch in torch.split(images, BATCH)]
+    return float((torch.cat(classes) == labels).double().mean())
 
 
 AXES = Axes(
@@ -155,7 +155,7 @@ def main(
     ] = 2000,
     **axes: Any,
 ) -> None:
-    """Run the sweep, or what is missing of it, and print its tables."""
+    """Run the missing points of the sweep and print its tables."""
     base = CompressionConfig()
     points = grid_points(take_axes(axes), base)
     check_available(points)

@@ -48,6 +48,13 @@ ADDED: dict[str, tuple[str, ...]] = {
 }
 """Command -> options that make it quick, after its own: the last one counts."""
 
+ADDED_TO_IMAGES: dict[str, tuple[str, ...]] = {
+    "compress": ("--samples", "4", "--device", "cpu", "--quiet"),
+    "eval": ("--device", "cpu", "--quiet"),
+    "sweep": (*POINTS, "--samples", "4", "--device", "cpu", "--quiet"),
+}
+"""The same for commands with --images, beside which texts are refused."""
+
 STARTS_WITH = {"faq.md": "small", "report.md": "small"}
 """Page -> the compressed directory that its reader has already."""
 
@@ -173,7 +180,8 @@ def run(words: list[str], command: Callable[..., Any], monkeypatch: pytest.Monke
     """One line of a shell block."""
     program, *arguments = [NAMES.get(word, word) for word in words]
     if program == "cerwu-gpu":
-        outcome = command(*arguments, *ADDED.get(arguments[0], ()), *replaced(arguments))
+        added = ADDED_TO_IMAGES if "--images" in arguments else ADDED
+        outcome = command(*arguments, *added.get(arguments[0], ()), *replaced(arguments))
         assert outcome.code == 0, (words, outcome.err)
         assert outcome.out.strip()
         return

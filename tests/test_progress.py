@@ -12,7 +12,7 @@ from cerwu_gpu.progress import counted, tracked
 LOOP = """
 import time
 from cerwu_gpu.progress import counted, tracked
-with counted(3, what="blocks", unit="block", shown=True, every=0) as bar:
+with counted(3, what="blocks", unit="block", shown=True, interval=0) as bar:
     for _ in range(3):
         time.sleep(0.01)
         bar.update()
@@ -56,7 +56,7 @@ def test_a_terminal_gets_bars_that_draw_over_themselves() -> None:
 
 def test_nothing_is_shown_unless_it_is_wanted(capsys) -> None:
     assert list(tracked([1, 2], what="x", unit="y", shown=False)) == [1, 2]
-    with counted(2, what="x", unit="y", shown=False, every=0) as bar:
+    with counted(2, what="x", unit="y", shown=False, interval=0) as bar:
         bar.update(2)
     assert capsys.readouterr() == ("", "")
 

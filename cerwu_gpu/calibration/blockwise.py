@@ -1,7 +1,7 @@
 """Calibration block by block: one block at a time is on the device, with its Hessians.
 
-A backbone runs its blocks one after the other on hidden states. What it does before the first and
-after the last one is its adapter's to know (`Backbone`).
+A backbone runs its blocks one after the other on hidden states; its adapter supplies the
+computation before the first and after the last one (`Backbone`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from cerwu_gpu.progress import counted
 
 @dataclass(frozen=True)
 class Drift:
-    """How much the calibration inputs of a block depend on the blocks before it.
+    """Dependence of a block's calibration inputs on the replaced blocks before it.
 
     Attributes:
         sequential: each block is fed with the outputs of the replaced blocks before it, instead of
@@ -49,11 +49,7 @@ class OuterBlocks:
         return 0
 
     def of(self, stream: "Stream", captured: Capture) -> Iterator[Block]:
-        """Yield them as blocks, with the hidden states behind the last block in `stream`."""
-        return iter(())
-
-    def unrun(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield name and module of each, in the same order, where nothing is run."""
+        """Yield the matrices as blocks; `stream` holds the hidden states after the last block."""
         return iter(())
 
 
@@ -80,16 +76,20 @@ class Backbone:
 
     @property
     def home(self) -> torch.device:
-        """The device on which the module lies."""
+        """Device of the module."""
         return next(self.module.parameters()).device
 
     def weights(self, prefix: str, device: torch.device) -> BlockWeights:
         """Return the chosen weights whose names begin with `prefix`."""
-        chosen = [x for x in self.layouts if x.name.startswith(f"{prefix}.")]
-        return BlockWeights(self.module, chosen, device)
+        layouts = [x for x in self.layouts if x.name.startswith(f"{prefix}.")]
+        return BlockWeights(self.module, layouts, device)
+
+    def chosen(self) -> list[bool]:
+        """Return for each block whether it has a chosen weight."""
+        return [bool(self.weights(name, self.home).layouts) for name, _ in self.blocks]
 
     def capture(self, batches: Sequence[Tensor], device: torch.device) -> Capture:
-        """Return what the module hands to its blocks (capture.capture)."""
+        """Return the hidden states and arguments that the module passes to its blocks."""
         return capture(self.run, self.blocks, batches, device)
 
 
@@ -113,7 +113,7 @@ class CalibratedBlock:
 
     @property
     def inputs(self) -> dict[Label, str]:
-        """(parameter name, part) -> key of its input in `statistics`."""
+        """Key in `statistics` of each matrix's input."""
         self.statistics()
         return self._moments.keys
 
@@ -134,8 +134,7 @@ class CalibratedBlock:
         return self._statistics
 
     def propagate(self) -> None:
-        """Stream the inputs through the block without accumulating statistics, unless that was
-        done."""
+        """Stream the inputs through the block once, without accumulating statistics."""
         if not self._propagated:
             self._stream.observe(self._module, self._moments)
             self._propagated = True
@@ -143,7 +142,7 @@ class CalibratedBlock:
     def known(
         self, inputs: Mapping[Label, str], statistics: dict[str, InputStatistics]
     ) -> KnownBlock:
-        """Return the same block after `propagate`, with statistics of an earlier run."""
+        """Return this block after `propagate`, with statistics of an earlier run."""
         return KnownBlock(self.name, self._weights, inputs, statistics)
 
     def replace(self, name: str, part: int, weight: Tensor) -> None:
@@ -151,7 +150,7 @@ class CalibratedBlock:
         self._weights.store(name, part, weight)
 
     def finish(self) -> None:
-        """Take the stream past the block."""
+        """Advance the stream past the block."""
         if not self._propagated:
             self.statistics()
         self._stream.advance(self._module)
@@ -175,12 +174,12 @@ class CalibratedBlocks:
         drift: Drift | None = None,
         progress: bool = False,
     ) -> None:
-        """Prepare; nothing is run yet.
+        """Take the data; nothing is run yet.
 
         Args:
             backbone: with its original weights.
             tokens: int64 [samples, sequence], the calibration inputs.
-            device: where blocks are worked on; None: where the module is.
+            device: of the work; None: the module's.
             batch_size: samples that run through a block together.
             drift: which inputs a block sees; default: the original ones.
             progress: show a bar over the blocks on stderr.
@@ -205,7 +204,7 @@ class CalibratedBlocks:
         stream = Stream(backbone, self._batches, captured.hidden, self._device, self._drift)
         needed = self._needed()
         with counted(
-            len(self), what="blocks", unit="block", shown=self._progress, every=0
+            len(self), what="blocks", unit="block", shown=self._progress, interval=0
         ) as shown:
             for index, (name, module) in enumerate(backbone.blocks):
                 stream.calls = captured.calls[index]
@@ -224,24 +223,23 @@ class CalibratedBlocks:
                 shown.update()
 
     def _needed(self) -> int:
-        """Return how many blocks have to run: up to the last one with a chosen weight, or all."""
+        """Return the number of blocks to run: up to the last with a chosen weight, or all."""
         backbone = self._backbone
         if backbone.outer.needs_outputs:
             return len(backbone.blocks)
-        chosen = [bool(backbone.weights(name, self._device).layouts) for name, _ in backbone.blocks]
-        return max((index + 1 for index, some in enumerate(chosen) if some), default=0)
+        return max((i + 1 for i, chosen in enumerate(backbone.chosen()) if chosen), default=0)
 
 
 class Stream:
     """The calibration activations in front of a block.
 
     Attributes:
-        device: where they are.
-        batches: the tokens that they belong to.
+        device: of the activations.
+        batches: their tokens.
         hidden: per batch, the original activations [batch, sequence, width], or with
             Drift.sequential those behind the replaced blocks.
         drifted: those behind the replaced blocks, where both are carried.
-        calls: batch size -> how the model calls the block.
+        calls: batch size -> the arguments of the block.
     """
 
     def __init__(
@@ -261,10 +259,9 @@ class Stream:
         self._sequential = drift.sequential
 
     def observe(self, block: nn.Module, moments: InputMoments) -> None:
-        """Run the block with its original weights.
+        """Run the block with its original weights on all streams, watched by `moments`.
 
-        Its outputs are the next block's inputs, unless the replaced block is to give them. With
-        drift, both streams are run.
+        Its outputs become the next block's inputs, unless the replaced block computes those.
         """
         first = 0
         for index, hidden in enumerate(self.hidden):
@@ -282,7 +279,7 @@ class Stream:
                 self.hidden[index] = output
 
     def advance(self, block: nn.Module) -> None:
-        """Put the activations in front of the next block."""
+        """Run the replaced block on the streams that depend on it."""
         behind = self.hidden if self._sequential else self.drifted or []
         for index, hidden in enumerate(behind):
             behind[index] = self._run(block, hidden)

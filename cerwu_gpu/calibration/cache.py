@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,21 +16,22 @@ from cerwu_gpu.compression.blocks import Block, Blocks, BlockWeights, InputStati
 from cerwu_gpu.errors import CalibrationError, OutputError
 from cerwu_gpu.files import atomic, tensor_bytes
 from cerwu_gpu.layout import Label, WeightLayout
+from cerwu_gpu.progress import note
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 
 VERSION = 2
-"""Version of the files' meaning; part of every key."""
+"""Version of the files' contents; part of every key."""
 METADATA_KEY = "cerwu_hessians"
 
 
 def hessian_key(
     module: nn.Module, description: object, layouts: Sequence[WeightLayout], inputs: str
 ) -> str:
-    """Return the SHA-256 (hexadecimal) of all that the Hessians depend on.
+    """Return the SHA-256 (hexadecimal) of everything the Hessians depend on.
 
     Args:
         module: every parameter's and buffer's bytes are counted.
-        description: what else is known of the module (its configuration), ready for JSON.
+        description: further properties of the module (its configuration), ready for JSON.
         layouts: the weights to compress.
         inputs: a digest of the calibration inputs, or of how they are sampled.
     """
@@ -58,6 +59,8 @@ class HessianCache:
 
     def __init__(self, directory: Path | str, key: str) -> None:
         self.path = Path(directory).expanduser() / key
+        self._sensitivities = self.path / "sensitivities.safetensors"
+        self._noted = False
 
     def file(self, index: int) -> Path:
         """Return the path of block number `index`."""
@@ -71,6 +74,25 @@ class HessianCache:
         """Return whether all blocks are there."""
         return all(map(self.holds, range(blocks)))
 
+    def blocks(
+        self,
+        module: nn.Module,
+        layouts: Sequence[WeightLayout],
+        count: int,
+        calibrated: Callable[[], Blocks],
+        device: torch.device,
+        *,
+        progress: bool,
+    ) -> Blocks:
+        """Return `count` blocks from the files if all are there, else `calibrated` ones that are
+        written to them; with `progress` a line reports the former, once."""
+        if not self.complete(count):
+            return CachingBlocks(calibrated(), self, device)
+        if progress and not self._noted:
+            note(f"Hessians found in {self.path}: calibration is skipped.")
+            self._noted = True
+        return CachedBlocks(module, layouts, self, count, device)
+
     def write(
         self,
         index: int,
@@ -78,7 +100,7 @@ class HessianCache:
         inputs: Mapping[Label, str],
         statistics: Mapping[str, InputStatistics],
     ) -> None:
-        """Keep one block, under a temporary name until it is whole on disk.
+        """Write one block, under a temporary name until it is complete.
 
         Raises:
             OutputError: the directory cannot be written.
@@ -105,7 +127,7 @@ class HessianCache:
     def read(
         self, index: int, device: torch.device
     ) -> tuple[str, dict[Label, str], dict[str, InputStatistics]]:
-        """Return what `write` was given, the Hessians on `device`.
+        """Return name, inputs and statistics of a block, the Hessians on `device`.
 
         Raises:
             CalibrationError: the file is damaged.
@@ -120,7 +142,7 @@ class HessianCache:
         return block, inputs, statistics
 
     def write_sensitivities(self, sensitivities: Sensitivities) -> None:
-        """Keep sensitivities, whole or not at all.
+        """Write sensitivities, whole or not at all.
 
         Raises:
             OutputError: the directory cannot be written.
@@ -132,7 +154,7 @@ class HessianCache:
         self._write(self._sensitivities, tensors, contents)
 
     def read_sensitivities(self) -> Sensitivities | None:
-        """Return what `write_sensitivities` was given, on the CPU; None where it was not called.
+        """Return the sensitivities on the CPU; None where none were written.
 
         Raises:
             CalibrationError: the file is damaged.
@@ -151,10 +173,6 @@ class HessianCache:
                 },
             )
 
-    @property
-    def _sensitivities(self) -> Path:
-        return self.path / "sensitivities.safetensors"
-
     @contextmanager
     def _opened(self, path: Path, device: torch.device) -> Iterator[tuple[Any, Any]]:
         """Yield the open file and the description of its contents."""
@@ -167,24 +185,36 @@ class HessianCache:
             ) from error
 
 
+def cached_sensitivities(
+    cache: HessianCache | None, compute: Callable[[], Sensitivities]
+) -> Sensitivities:
+    """Return the sensitivities in a cache; where there are none, compute and write them."""
+    sensitivities = None if cache is None else cache.read_sensitivities()
+    if sensitivities is None:
+        sensitivities = compute()
+        if cache is not None:
+            cache.write_sensitivities(sensitivities)
+    return sensitivities
+
+
 @runtime_checkable
 class Calibrating(Protocol):
     """A block that runs the model for its statistics."""
 
     def propagate(self) -> None:
-        """Take the calibration inputs past the block without accumulating statistics."""
+        """Send the calibration inputs through the block without accumulating statistics."""
         ...
 
     def known(
         self, inputs: Mapping[Label, str], statistics: dict[str, InputStatistics]
     ) -> KnownBlock:
-        """Return the same block with statistics of an earlier run."""
+        """Return this block with statistics of an earlier run."""
         ...
 
 
 class CachingBlocks:
-    """Blocks whose statistics are written to the cache as they pass; those that an earlier run
-    wrote are read from it."""
+    """Calibrated blocks whose statistics are written to the cache, or read from it where an earlier
+    run has written them."""
 
     def __init__(self, blocks: Blocks, cache: HessianCache, device: torch.device) -> None:
         self._blocks = blocks
@@ -216,7 +246,7 @@ class CachedBlocks:
         count: int,
         device: torch.device,
     ) -> None:
-        """Take the first `count` blocks of the cache, and of their weights those in `layouts`."""
+        """Take the first `count` blocks of the cache, with their weights in `layouts` only."""
         self._module = module
         self._layouts = tuple(layouts)
         self._cache = cache

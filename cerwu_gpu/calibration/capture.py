@@ -1,4 +1,4 @@
-"""What the model hands to each of its blocks, recorded without running the blocks."""
+"""Hidden states and arguments that a model passes to its blocks, recorded without running them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,8 +33,8 @@ class Capture:
 
     Attributes:
         hidden: per batch, the first block's input [batch, sequence, width], on the device of work.
-        calls: calls[block][batch size] is how the model calls that block.
-        wrap: turns hidden states into what a block returns: a tensor, or a tuple that begins so.
+        calls: calls[block][batch size] are the arguments of that block.
+        wrap: turns hidden states into a block's output: a tensor, or a tuple that begins with it.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Capture:
 
 
 def first_output(output: Any) -> Tensor:
-    """Return the hidden states in what a block returns: a tensor, or a tuple that begins so."""
+    """Return the hidden states in a block's output: a tensor, or a tuple that begins with it."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
@@ -61,15 +61,15 @@ def capture(
         run: runs the model on a batch.
         blocks: names and modules, in order.
         batches: the calibration inputs.
-        device: where the captured hidden states go.
+        device: of the captured hidden states.
 
-    Each block's forward is replaced for the time by one that notes its arguments and hands its
-    input on. That is cheap whatever the model's size, and shows whether the blocks can be run
-    one by one: the model must pass the hidden states from block to block untouched, with
-    arguments that depend on nothing but the batch size.
+    Each block's forward is replaced meanwhile by one that records its arguments and returns its
+    input. That is cheap whatever the model's size, and checks that the blocks can be run one by
+    one: the model must pass the hidden states from block to block untouched, with arguments that
+    depend on nothing but the batch size.
 
     Raises:
-        CalibrationError: the model does otherwise; the message names the block.
+        CalibrationError: they cannot; the message names the block.
     """
     recorder = _Recorder([name for name, _ in blocks], Capture(calls=[{} for _ in blocks]))
     modules = [block for _, block in blocks]
@@ -86,7 +86,7 @@ def capture(
 def replaced(
     modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
 ) -> Iterator[None]:
-    """Give each module another forward; what was set on the instances before comes back."""
+    """Replace the forward of each module inside the context."""
     before = [module.__dict__.get("forward") for module in modules]
     for module, stand_in in zip(modules, forwards, strict=True):
         module.forward = stand_in
@@ -125,7 +125,7 @@ class _Recorder:
             self._inputs.append(hidden)
             self._note(index, hidden.shape[0], call)
             if not self._real_run:
-                # One real run tells whether a block returns a tensor or a tuple around it.
+                # One real run shows whether a block returns a tensor or a tuple around it.
                 self.captured.wrap = _wrapping(forward(*arguments, **keywords))
                 self._real_run = True
             return self.captured.wrap(hidden)
@@ -151,11 +151,11 @@ class _Recorder:
 
 
 def split(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor, Call]:
-    """Return the hidden states that a block is called with, and all else."""
+    """Return the hidden states among a block's arguments, and the other ones."""
     if arguments:
         return arguments[0], Call(arguments[1:], keywords)
-    others = {name: value for name, value in keywords.items() if name != "hidden_states"}
-    return keywords["hidden_states"], Call((), others)
+    rest = {name: value for name, value in keywords.items() if name != "hidden_states"}
+    return keywords["hidden_states"], Call((), rest)
 
 
 def _wrapping(output: Any) -> Callable[[Tensor], Any]:

@@ -1,4 +1,4 @@
-"""Second moments of inputs, and which weights share an input, seen while a module runs.
+"""Second moments of inputs, and the weights that share an input, watched while a module runs.
 
 `InputMoments` is for blocks that run one by one, `ModuleMoments` for a module that runs whole.
 """
@@ -18,12 +18,12 @@ from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.layout import Label, WeightLayout
 
 ROWS = 1 << 17
-"""Number of inputs of a weight that are used, about. Where all samples have more, each one gives as
-many positions as it takes, drawn at random: neighbouring patches are much alike."""
+"""Approximate number of inputs of a weight that are used. Where all samples have more, each gives
+an equal number of positions, drawn at random: neighbouring patches are much alike."""
 
 
 class _AllSeen(Exception):
-    """End of a run whose outputs nobody needs."""
+    """Early end of a run whose outputs nobody needs."""
 
 
 class InputMoments:
@@ -46,13 +46,13 @@ class InputMoments:
         self._samples = range(0)
         self._recording = self._ends_early = False
         self._recorded: dict[str, Tensor] = {}
-        self._due: dict[str, int] = {}  # how often each input is still to be seen
+        self._due: dict[str, int] = {}  # number of uses of each input that are still to come
         self._crosses: dict[str, Tensor] = {}
 
     @contextmanager
     def record(self, samples: range) -> Iterator[None]:
-        """Watch one run on the original model's inputs, kept for the `forward` that follows: that
-        one then also sums x x_hat^T, x of this run and x_hat of its own.
+        """Watch one run on the original model's inputs; the `forward` that follows then also sums
+        x x_hat^T, x of this run and x_hat of its own.
 
         The experts of a mixture are left out, since the two runs may route tokens differently.
         """
@@ -69,8 +69,7 @@ class InputMoments:
     def forward(self, samples: range) -> Iterator[None]:
         """Watch one run of the block over the calibration samples with these numbers.
 
-        After `record` the run ends when every input that was recorded has been seen again: nobody
-        needs what the block would give.
+        After `record` the run ends early, when all recorded inputs have been seen again.
         """
         self._samples = samples
         # Experts were not recorded: all of them may still be to come.
@@ -85,7 +84,7 @@ class InputMoments:
             self._seen.clear()
 
     def add(self, product: Product) -> None:
-        """Note that a matrix is applied to x [..., n].
+        """Add one application of a matrix to x [..., n].
 
         Raises:
             CalibrationError: x is not finite, or two matrices share their input only sometimes.
@@ -127,7 +126,7 @@ class InputMoments:
             self._crosses[key] = self._crosses[key] + cross if key in self._crosses else cross
 
     def statistics(self, device: torch.device) -> dict[str, InputStatistics]:
-        """Return H [n, n] float32 per input, key -> statistics; the sums are given up.
+        """Return key -> statistics of each input, H [n, n] float32; the sums are freed.
 
         A matrix that was never applied has an input of its own: tokens 0, H zero.
 
@@ -160,7 +159,7 @@ class InputMoments:
 
 
 def not_finite(what: str, x: Tensor, samples: range) -> str:
-    """Return the sentence for x [..., n], activations of these calibration samples."""
+    """Return the error message for x [..., n], activations of these calibration samples."""
     rows = x.detach().reshape(-1, x.shape[-1]).float()
     where = f"one of the calibration samples {samples[0]} to {samples[-1]}"
     if rows.shape[0] % len(samples) == 0:  # experts see some tokens only
@@ -176,40 +175,40 @@ def not_finite(what: str, x: Tensor, samples: range) -> str:
 
 @dataclass(frozen=True)
 class Trace:
-    """How a module uses its weights.
+    """The weights of a module that share their inputs.
 
     Attributes:
-        leader: parameter name -> the weight that is used first on the very same inputs, every
-            time; q, k and v of an attention have one leader. In the order of their first use.
+        leader: parameter name -> the first weight that is always used on the very same inputs; q, k
+            and v of an attention have one leader. In the order of first use.
     """
 
     leader: dict[str, str]
 
     @property
     def leaders(self) -> list[str]:
-        """One weight per distinct input, as called."""
+        """Leaders of all distinct inputs, in the order of first use."""
         return list(dict.fromkeys(self.leader.values()))
 
     @property
     def shared(self) -> set[str]:
-        """Leaders whose inputs other weights see, too."""
+        """Leaders whose inputs other weights share."""
         return {leader for name, leader in self.leader.items() if name != leader}
 
 
 @torch.no_grad()
 def trace(runner: Runner, batch: Batch) -> Trace:
-    """Run one batch; return which weights are applied to the same tensors in the same way."""
+    """Run one batch and return which weights are applied to the same tensors in the same way."""
     products: list[Product] = []  # keeps every input alive, so that no identity occurs twice
     runner.run(batch, products.append)
     uses: dict[str, list[object]] = {}
     for product in products:
         uses.setdefault(product.name, []).append(product.identity)
     first: dict[tuple[object, ...], str] = {}
-    return Trace({name: first.setdefault(tuple(own), name) for name, own in uses.items()})
+    return Trace({name: first.setdefault(tuple(inputs), name) for name, inputs in uses.items()})
 
 
 class ModuleMoments:
-    """Sums of x x^T of some distinct inputs of a whole module, [groups, n, n] float64 each."""
+    """Sums of x x^T of the leaders' inputs in a whole module, [groups, n, n] float64 each."""
 
     def __init__(
         self,
@@ -220,7 +219,7 @@ class ModuleMoments:
         expected: int,
         seed: int,
     ) -> None:
-        """`expected`: how many samples there will be, in all batches together."""
+        """Prepare for `expected` samples in all batches together."""
         self._layouts = {layout.name: layout for layout in layouts}
         self._trace = traced
         self._leaders = frozenset(leaders)
@@ -290,8 +289,7 @@ class ModuleMoments:
             )
 
     def _positions(self, count: int, device: torch.device) -> Tensor | None:
-        """Draw some of `count` positions, ascending, by the seed, the batch and the product's
-        number; None: all."""
+        """Return positions drawn from `count` by seed, batch and product, ascending; None: all."""
         if count <= self._most:
             return None
         generator = torch.Generator().manual_seed(
@@ -301,7 +299,7 @@ class ModuleMoments:
         return chosen.sort().values.to(device)
 
     def statistics(self) -> dict[str, InputStatistics]:
-        """Return key -> statistics of that input; the sums are given up.
+        """Return key -> statistics of that input; the sums are freed.
 
         A token is a sample: H = (2/p) sum of x x^T over all positions of p samples. The mean
         squared error of a layer is then that of a whole image, and layers compare.
@@ -324,11 +322,8 @@ def hessian_bytes(layout: WeightLayout) -> int:
 def layer_groups(
     layouts: Mapping[str, WeightLayout], traced: Trace, budget: int, *, single: bool
 ) -> list[list[str]]:
-    """Return the leaders in the order of their first use, cut so that the Hessians of a group take
-    at most `budget` bytes.
-
-    A Hessian that is larger than that is a group of its own; with `single` every one is.
-    """
+    """Return the leaders in the order of first use, in groups whose Hessians take at most `budget`
+    bytes; a larger Hessian is a group by itself, and with `single` each one is."""
     groups: list[list[str]] = []
     room = 0
     for leader in traced.leaders:

@@ -24,12 +24,12 @@ from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.layout import WeightLayout
 
 PATCH_ELEMENTS = 1 << 24
-"""Patches are unfolded for so many elements at a time, at least one image."""
+"""Number of elements of patches that are unfolded at a time; at least those of one image."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution walks over its input; `padding` is (left, right, top, bottom)."""
+    """Geometry of a convolution; `padding` is (left, right, top, bottom)."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -38,7 +38,8 @@ class Geometry:
     groups: int
 
     def patches(self, x: Tensor) -> Tensor:
-        """[samples, groups, in/groups * kh * kw, positions] of x [samples, in, height, width]."""
+        """Return patches [samples, groups, in/groups * kh * kw, positions] of x [samples, in,
+        height, width]."""
         padded = functional.pad(x, self.padding)
         unfolded = functional.unfold(
             padded, self.kernel, dilation=self.dilation, stride=self.stride
@@ -52,9 +53,8 @@ class Product:
 
     Attributes:
         name: of the parameter.
-        x: what the weight was applied to: [..., n], or [(samples,) in, height, width].
-        output: [..., m], or [(samples,) out, height, width]; None where the product is watched
-            before it is computed.
+        x: input, [..., n] or [(samples,) in, height, width].
+        output: [..., m] or [(samples,) out, height, width]; None before it is computed.
         geometry: of a convolution; None for a matrix product.
         part: number of the expert.
     """
@@ -67,19 +67,19 @@ class Product:
 
     @property
     def identity(self) -> tuple[int, int, Geometry | None]:
-        """Equal for two uses of one tensor with the same patches, while that tensor is alive."""
+        """Key of the tensor and its patches, valid while that tensor is alive."""
         return id(self.x), self.x._version, self.geometry
 
 
 Note = Callable[[Product], None]
-"""Called with every product of a watched weight."""
+"""Callback that receives every product of a watched weight."""
 
 
 class Products(TorchFunctionMode):
-    """While this is open, `note` is called with every product of the weights."""
+    """A mode that calls `note` with every product of the weights."""
 
     def __init__(self, weights: Mapping[str, Tensor], note: Note) -> None:
-        """`weights`: parameter name -> the very parameter that the module uses."""
+        """Watch `weights`: parameter name -> the very parameter that the module uses."""
         super().__init__()
         self._names = {id(weight): name for name, weight in weights.items()}
         self._note = note
@@ -99,7 +99,7 @@ class Products(TorchFunctionMode):
     def _use(
         self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[str, Tensor, Geometry | None] | None:
-        """Return (parameter name, input, geometry) where the weight is a watched one."""
+        """Return (parameter name, input, geometry) if the weight is watched."""
         given = dict(zip(_ARGUMENTS, args, strict=False)) | keywords
         name = self._names.get(id(given["weight"]))
         if name is None:
@@ -116,7 +116,7 @@ def _geometry(given: Mapping[str, Any]) -> Geometry:
     kernel = given["weight"].shape[2], given["weight"].shape[3]
     dilation = _pair(given.get("dilation", 1))
     padding = given.get("padding", 0)
-    if padding == "same":  # what is odd goes to the right and to the bottom
+    if padding == "same":  # the larger half goes to the right and to the bottom
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         (top, bottom), (left, right) = [(t // 2, t - t // 2) for t in total]
     else:
@@ -139,19 +139,18 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def positions(product: Product) -> int:
-    """Return how often the weight is applied to each sample: rows of an input, pixels of an
-    output."""
+    """Return the number of applications per sample: rows of an input, or pixels of an output."""
     if product.geometry is not None:
         assert product.output is not None, "convolutions are watched with their output"
         return product.output.shape[-1] * product.output.shape[-2]
     return product.x[0].numel() // product.x.shape[-1] if product.x.dim() > 1 else 1
 
 
-def input_rows(product: Product, kept: Tensor | None) -> Iterator[Tensor]:
+def input_rows(product: Product, sampled: Tensor | None) -> Iterator[Tensor]:
     """Yield the product's input as [groups, rows, n] float32, a few samples at a time.
 
     Args:
-        kept: int64 [k], the positions of each sample to take; None: all.
+        sampled: int64 [k], the positions of each sample to take; None: all.
     """
     x, geometry = product.x.detach(), product.geometry
     if geometry is None:
@@ -160,13 +159,13 @@ def input_rows(product: Product, kept: Tensor | None) -> Iterator[Tensor]:
     else:
         x = x if x.dim() == 4 else x[None]
         width = positions(product) * x.shape[1] * geometry.kernel[0] * geometry.kernel[1]
-    for some in torch.split(x.float(), max(1, PATCH_ELEMENTS // max(1, width))):
+    for chunk in torch.split(x.float(), max(1, PATCH_ELEMENTS // max(1, width))):
         if geometry is None:
-            rows = some if kept is None else some.index_select(1, kept)
+            rows = chunk if sampled is None else chunk.index_select(1, sampled)
             yield rows.flatten(0, 1)[None]
         else:
-            patches = geometry.patches(some)
-            patches = patches if kept is None else patches.index_select(3, kept)
+            patches = geometry.patches(chunk)
+            patches = patches if sampled is None else patches.index_select(3, sampled)
             yield patches.permute(1, 0, 3, 2).flatten(1, 2)
 
 
@@ -179,50 +178,35 @@ def output_rows(product: Product, gradient: Tensor) -> Tensor:
 
 @contextmanager
 def module_products(weights: BlockWeights, note: Note, *, before: bool = False) -> Iterator[None]:
-    """While this is open, `note` is called with the products of the modules that hold the weights.
-
-    Args:
-        before: with those of linear layers before they are computed, without their output.
-    """
+    """Call `note` with the products of the modules that hold the weights, inside the context; with
+    `before`, those of linear layers before they are computed, without their output."""
     experts = [layout for layout in weights.layouts if len(layout.shape) == 3]
     with ExitStack() as stack:
         for layout in weights.layouts:
             if layout not in experts:
-                module = weights.owner(layout.name)
+                module, hook = weights.owner(layout.name), _hook(layout.name, note)
+                register: Any = module.register_forward_hook
                 if before:
-                    handle = module.register_forward_pre_hook(
-                        _before(layout.name, note), with_kwargs=True
-                    )
-                else:
-                    handle = module.register_forward_hook(
-                        _after(layout.name, note), with_kwargs=True
-                    )
-                stack.callback(handle.remove)
+                    register = module.register_forward_pre_hook
+                stack.callback(register(hook, with_kwargs=True).remove)
         if experts:
             stack.enter_context(_ExpertProducts(weights, experts, note))
         yield
 
 
-def _before(name: str, note: Note) -> Any:
-    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        note(Product(name, _input(arguments, keywords), None))
+def _hook(name: str, note: Note) -> Any:
+    """Return a hook for before or after a linear layer's forward that notes its product."""
 
-    return hook
-
-
-def _after(name: str, note: Note) -> Any:
     def hook(
-        module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
+        module: nn.Module,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        output: Tensor | None = None,
     ) -> None:
-        note(Product(name, _input(arguments, keywords), output))
+        x = arguments[0] if arguments else next(iter(keywords.values()))
+        note(Product(name, x, output))
 
     return hook
-
-
-def _input(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-    """Return what a linear layer was called with."""
-    x: Tensor = arguments[0] if arguments else next(iter(keywords.values()))
-    return x
 
 
 _MATRIX_PRODUCTS = frozenset(
@@ -234,7 +218,7 @@ _MATRIX_PRODUCTS = frozenset(
 
 
 class _ExpertProducts(TorchFunctionMode):
-    """Notes each product with one expert's slice of a parameter [experts, ., .]."""
+    """A mode that notes each product with one expert's slice of a parameter [experts, ., .]."""
 
     def __init__(self, weights: BlockWeights, experts: Sequence[WeightLayout], note: Note) -> None:
         super().__init__()
@@ -257,7 +241,7 @@ class _ExpertProducts(TorchFunctionMode):
         return output
 
     def _recognise(self, x: Tensor, matrix: Tensor, output: Tensor) -> None:
-        """Note that `matrix` [m, n] was applied to x [..., n], if it is an expert's."""
+        """Note the application of `matrix` [m, n] to x [..., n] if it is an expert's."""
         expert = self._slices.get(matrix.data_ptr())
         if expert is None or matrix.dim() != 2 or matrix.numel() == 0:
             return

@@ -1,4 +1,4 @@
-"""Runs of a whole module on batches of inputs, and where modules are meanwhile."""
+"""Runs of a whole module on batches of inputs, and the device of modules meanwhile."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,23 +29,27 @@ def materialized(batches: Iterable[Batch]) -> list[Batch]:
 
 
 def samples(batch: Batch) -> int:
-    """Return how many samples a batch holds: the first axis of its first tensor.
+    """Return the number of samples of a batch: the first axis of its first tensor.
 
     Raises:
         CalibrationError: it has no tensor with a sample.
     """
-    if isinstance(batch, Tensor):
-        values: list[Any] = [batch]
-    else:
-        values = list(batch.values() if isinstance(batch, Mapping) else batch)
-    for value in values:
-        if isinstance(value, Tensor) and value.dim() > 0 and len(value) > 0:
-            return len(value)
+    for tensor in batch_tensors(batch):
+        if tensor.dim() > 0 and len(tensor) > 0:
+            return len(tensor)
     raise CalibrationError("a calibration batch holds no tensor with samples along its first axis.")
 
 
+def batch_tensors(batch: Batch) -> list[Tensor]:
+    """Return the tensors of a batch."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return [value for value in values if isinstance(value, Tensor)]
+
+
 def _ignore(_: Product) -> None:
-    """Watch no product."""
+    """Do nothing."""
 
 
 class Runner:
@@ -92,7 +96,7 @@ def _copied(value: Any) -> Any:
 
 @contextmanager
 def evaluating(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have the module in eval mode on `device` for a while; modes and places come back."""
+    """Keep the module in eval mode on `device` inside the context."""
     training = [child for child in module.modules() if child.training]
     tensors: Sequence[Tensor] = [*module.parameters(), *module.buffers()]
     home = tensors[0].device
@@ -108,7 +112,7 @@ def evaluating(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have the module on `device` for a while."""
+    """Keep the module on `device` inside the context."""
     home = next(module.parameters()).device
     module.to(device)
     try:

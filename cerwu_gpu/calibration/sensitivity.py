@@ -1,24 +1,24 @@
-r"""What an error of each output costs a model: mean squared gradients of its loss.
+r"""Sensitivities: mean squared gradients of a model's loss by each output.
 
 **Block by block** (`blockwise_sensitivities`): one backward pass in which each block is run again
-on its kept input, so that memory holds the graph of one block and one batch's hidden states between
-the blocks. What is behind the last block (a head, the loss) belongs to its adapter (`Tail`).
+on its stored input, so that memory holds the graph of one block and one batch's hidden states
+between the blocks. The adapter supplies the computation after the last block (`Tail`).
 
-**Whole modules** (`module_sensitivities`). With a loss of the user's, L is the sum of what it gives
-for the samples. Without one the output is taken for the logits of classes, and L for the negative
-log likelihood of a label drawn from the model's own distribution p, softened by TEMPERATURE. The
+**Whole modules** (`module_sensitivities`). With a loss of the user's, L is its sum over the
+samples. Without one the output is taken for the logits of classes, and L for the negative log
+likelihood of a label drawn from the model's own distribution p, softened by TEMPERATURE. The
 expectation over labels of the squared gradient is that of the logits' gradient S v, for
 S S^T = diag(p) - p p^T and any v with independent entries +-1:
 
     S = (I - p 1^T) diag(sqrt(p)),   E_v[(J^T S v)_i^2] = (J^T (diag(p) - p p^T) J)_ii.
 
 One v per sample takes one backward pass, whatever the number of classes, and unlike drawn labels
-it says something about samples of which the model is all but certain.
+gives an estimate for samples of which the model is almost certain.
 
 A convolution makes the same error at all positions of a sample, and where the network pools them
-the errors add up; as the gradients at different positions are alike, so are their products. So not
-the squares at single positions are counted but those of their sum: with x_p the inputs and g_ip the
-gradients at output i at the positions p of a sample,
+the errors add up, because gradients at different positions are alike. So the square of the sum over
+positions is counted, not the sum of squares: with x_p the inputs and g_ip the gradients at output i
+at the positions p of a sample,
 
     alpha_i = mean over samples |sum_p g_ip x_p|^2 / mean over samples sum_p |x_p|^2,
 
@@ -26,7 +26,7 @@ the squared gradient of the loss by the weights of row i over the trace of H/2. 
 per sample, or with independent gradients, it is the mean of g_i^2.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn, Protocol
 
@@ -49,31 +49,30 @@ from cerwu_gpu.layout import Label, WeightLayout
 from cerwu_gpu.progress import tracked
 
 Loss = Callable[[Any, Any], Tensor]
-"""(the module's output, the batch) -> one loss per sample [samples], in nats."""
+"""Loss of (the module's output, the batch): one per sample [samples], in nats."""
 
 TEMPERATURE = 4.0
-"""Temperature of the softmax. Networks are all but certain of images that they were trained on, and
-the curvature of the loss there says little about others: at 1, ResNet-20 needs more bits."""
+"""Temperature of the softmax. Networks are almost certain of their training images, where the
+curvature of the loss predicts little about other images: at 1, ResNet-20 needs more bits."""
 SENSITIVITY_SAMPLES = 1024
 """Number of samples used to estimate a whole module's sensitivities. They span orders of magnitude
 across outputs, so a small sample suffices."""
 GRADIENT_ELEMENTS = 1 << 24
-"""Elements of gradients by weights that are computed at a time, at least for one sample."""
+"""Number of elements of gradients by weights in memory at a time; at least those of one sample."""
 
 
 class SquaredGradients:
-    """Sums of squares per output [m] float64, and what they are divided by."""
+    """Weighted means of squared gradients per output, as sums [m] float64 and total weights."""
 
     def __init__(self) -> None:
         self._sums: dict[Label, Tensor] = {}
         self._weights: dict[Label, Tensor | int] = {}
 
     def watch_outputs(self, product: Product) -> None:
-        """Add the squares of the gradient at a product's output [..., m], over its rows, when it
-        is computed.
+        """Arrange to add the squared gradient at a product's output [..., m], summed over rows.
 
         Raises:
-            CalibrationError: then, where its square is not finite.
+            CalibrationError: in the backward pass, where it is not finite.
         """
         label = product.name, product.part
 
@@ -84,11 +83,10 @@ class SquaredGradients:
         _when_computed(product, note)
 
     def watch_weights(self, product: Product, groups: int) -> None:
-        """Add the squares of the gradient by the weight, over samples, when the gradient at the
-        product's output is computed; `groups` is how many matrices the parameter holds.
+        """Arrange to add the squared gradient by a weight of `groups` matrices, over samples.
 
         Raises:
-            CalibrationError: then, where something is not finite in float32.
+            CalibrationError: in the backward pass, where it is not finite in float32.
         """
 
         def note(gradient: Tensor) -> None:
@@ -99,7 +97,7 @@ class SquaredGradients:
         _when_computed(product, note)
 
     def add(self, label: Label, squares: Tensor, weight: Tensor | int) -> None:
-        """Add a sum of squares [m] float64 and what it is to be divided by.
+        """Add a sum of squares [m] float64 and its weight in the mean.
 
         Raises:
             CalibrationError: they are not finite.
@@ -120,23 +118,31 @@ class SquaredGradients:
             return torch.zeros(rows)
         return (self._sums[label] / weight).cpu().float()
 
+    def means(self, layouts: Iterable[WeightLayout]) -> dict[Label, Tensor]:
+        """Return the mean squares of all matrices."""
+        return {
+            (layout.name, part): self.mean((layout.name, part), layout.matrix_shape[0])
+            for layout in layouts
+            for part in range(layout.parts)
+        }
+
 
 def _when_computed(product: Product, note: Callable[[Tensor], None]) -> None:
-    """Have `note` called with the gradient at a product's output."""
+    """Call `note` with the gradient at a product's output in the backward pass."""
     assert product.output is not None
     if product.output.requires_grad:  # else no loss depends on it
         product.output.register_hook(note)  # type: ignore[no-untyped-call]
 
 
 class Tail(Protocol):
-    """What a model does outside of its blocks, for a backward pass over one batch."""
+    """A model without its blocks, in a backward pass over one batch."""
 
     def gradient(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Return the loss's gradient at the blocks' output `hidden` [batch, sequence, width]."""
         ...
 
     def note_inputs(self, gradient: Tensor) -> None:
-        """Take the gradient at the first block's input; `gradient` was called before."""
+        """Use the gradient at the first block's input, after `gradient`."""
         ...
 
 
@@ -161,10 +167,10 @@ def blockwise_sensitivities(
     Args:
         backbone: with its original weights.
         tokens: int64 [samples, sequence], the calibration inputs.
-        tail: makes what is outside of the blocks, for what was captured of a batch.
-        outer: a context in which all but the blocks are on the device.
+        tail: returns the model without its blocks, given the capture of a batch.
+        outer: a context in which the model without its blocks is on the device.
         to_inputs: carry the gradient to the first block's input for `tail`.
-        device: where blocks are worked on; None: where the model is.
+        device: of the work; None: the model's.
         batch_size: samples that run through a block together.
         progress: show a bar over the batches on stderr.
 
@@ -184,11 +190,7 @@ def blockwise_sensitivities(
     with torch.inference_mode(False), outer:
         for batch in tracked(batches, what="sensitivities", unit="batch", shown=progress):
             backward.add(batch)
-    return {
-        (layout.name, part): backward.squares.mean((layout.name, part), layout.matrix_shape[0])
-        for layout in backbone.layouts
-        for part in range(layout.parts)
-    }
+    return backward.squares.means(backbone.layouts)
 
 
 class _Backward:
@@ -205,8 +207,8 @@ class _Backward:
         self._tail = tail
         self._device = device
         self.squares = SquaredGradients()
-        chosen = [bool(backbone.weights(name, device).layouts) for name, _ in backbone.blocks]
-        # No gradient is asked for in front of the first chosen weight.
+        chosen = backbone.chosen()
+        # No gradient is needed in front of the first chosen weight.
         self._first = 0 if to_inputs or True not in chosen else chosen.index(True)
         self._to_inputs = to_inputs
         self._samples = 0
@@ -245,7 +247,7 @@ class _Backward:
     def _blame(
         self, name: str, block: nn.Module, call: Call, hidden: Tensor, output: Tensor
     ) -> NoReturn:
-        """Name the first input of a chosen weight that is not finite, or else the output.
+        """Raise an error that names the first input that is not finite, or else the output.
 
         Raises:
             CalibrationError: always.
@@ -268,7 +270,7 @@ def module_sensitivities(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[Label, Tensor]:
-    """Return alpha of every output of every chosen weight, see above.
+    """Return alpha of every output of every chosen weight (module docstring).
 
     One backward pass over the first SENSITIVITY_SAMPLES samples. Gradients are in the module's
     dtype, products in float32, squares are summed in float64. Several uses of a weight count as
@@ -278,7 +280,7 @@ def module_sensitivities(
         module: run in eval mode with its original weights; no gradient is left in it.
         layouts: the weights to compress (models.selection).
         batches: the inputs of the whole module (running.materialized).
-        loss: see above.
+        loss: one per sample; None: that of drawn labels.
         seed: draws the directions v.
 
     Returns:
@@ -308,15 +310,11 @@ def module_sensitivities(
                 total = _total(output, batch, loss, generator)
                 torch.autograd.grad(total, list(weights.values()), allow_unused=True)
             count += samples(batch)
-    return {
-        (layout.name, part): squares.mean((layout.name, part), layout.matrix_shape[0])
-        for layout in layouts
-        for part in range(layout.parts)
-    }
+    return squares.means(layouts)
 
 
 def _total(output: Any, batch: Batch, loss: Loss | None, generator: torch.Generator) -> Tensor:
-    """Return the scalar whose gradient at the outputs is wanted."""
+    """Return the scalar L of a batch."""
     if loss is not None:
         return losses(loss, output, batch).sum()
     logits = required_logits(output)
@@ -327,7 +325,7 @@ def _total(output: Any, batch: Batch, loss: Loss | None, generator: torch.Genera
 
 
 def losses(loss: Loss, output: Any, batch: Batch) -> Tensor:
-    """Return what a loss of the user's gives for a batch, [samples].
+    """Return a user's loss for a batch, [samples].
 
     Raises:
         CalibrationError: it is not one number per sample.
@@ -341,8 +339,8 @@ def losses(loss: Loss, output: Any, batch: Batch) -> Tensor:
 
 
 def required_logits(output: Any) -> Tensor:
-    """Return logits [samples, classes]: a tensor, or what an output object of transformers calls
-    so.
+    """Return an output that is a tensor of logits [samples, classes], or the logits of an output
+    object of transformers.
 
     Raises:
         CalibrationError: the output is something else.
@@ -359,7 +357,7 @@ def required_logits(output: Any) -> Tensor:
 
 @contextmanager
 def _requiring_grad(weights: Mapping[str, Tensor]) -> Any:
-    """Have the weights take part in autograd for a while."""
+    """Make the weights require gradients inside the context."""
     frozen = [weight for weight in weights.values() if not weight.requires_grad]
     for weight in frozen:
         weight.requires_grad_(True)

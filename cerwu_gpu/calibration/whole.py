@@ -1,7 +1,6 @@
-"""Calibration of a module that runs whole: nothing has to be known about how it calls its layers.
+"""Calibration of a module that runs whole, whatever the order in which it calls its layers.
 
-Layers are taken in groups, as many at a time as memory allows for their Hessians; a group costs one
-run over the batches.
+Layers are taken in groups whose Hessians fit into memory; a group costs one run over the batches.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +16,11 @@ from cerwu_gpu.layout import Label, WeightLayout
 from cerwu_gpu.progress import tracked
 
 HESSIAN_BYTES = 1 << 30
-"""Bytes of Hessians that are accumulated in one run over the batches, at least one Hessian."""
+"""Maximum bytes of Hessians per run over the batches; at least those of one Hessian."""
 
 
 class LayerGroup:
-    """Some layers whose statistics come from a run of the whole module (blocks.Block).
+    """Layers whose statistics come from one run of the whole module (blocks.Block).
 
     The module is run when statistics are first asked for.
     """
@@ -59,7 +58,6 @@ class LayerGroup:
     def known(
         self, inputs: Mapping[Label, str], statistics: dict[str, InputStatistics]
     ) -> KnownBlock:
-        """Return the same layers with statistics of an earlier run."""
         return KnownBlock(self.name, self._weights, inputs, statistics)
 
     def replace(self, name: str, part: int, weight: Tensor) -> None:
@@ -67,11 +65,10 @@ class LayerGroup:
 
 
 class CalibratedLayers:
-    """The layers in groups, as called (blocks.Blocks); layers that are never used come last.
+    """The layers in groups by first use (blocks.Blocks); layers that are never used come last.
 
-    Groups after the first are calibrated with the original weights as well, whatever was replaced
-    meanwhile; with `sequential` every distinct input is a group of its own and comes from the
-    layers that are replaced already.
+    All groups are calibrated with the original weights, whatever was replaced meanwhile; with
+    `sequential` each distinct input is a group and comes from the replaced layers before it.
     """
 
     def __init__(
@@ -92,8 +89,8 @@ class CalibratedLayers:
             module: run in eval mode; it is on `device` while it runs.
             layouts: the weights to compress (models.selection).
             batches: the inputs of the whole module (running.materialized).
-            device: where the module runs and matrices are worked on.
-            hessian_bytes: bytes that the Hessians of one group may take.
+            device: of the work.
+            hessian_bytes: maximum bytes of the Hessians of one group.
             sequential: take each layer's inputs from the replaced layers before it.
             seed: chooses the positions of large feature maps.
             progress: show a bar over the batches on stderr.
@@ -155,8 +152,8 @@ class CalibratedLayers:
         for name, part in inputs:
             layout = self._layouts[name]
             n = layout.matrix_shape[1]
-            none = InputStatistics(torch.zeros(n, n, device=self._device), 0)
-            statistics[layout.key(part)] = none
+            zero = torch.zeros(n, n, device=self._device)
+            statistics[layout.key(part)] = InputStatistics(zero, 0)
         return KnownBlock("unused", self._weights(self.unused), inputs, statistics)
 
     def _weights(self, names: Sequence[str]) -> BlockWeights:
@@ -177,7 +174,7 @@ class CalibratedLayers:
 
     @contextmanager
     def _original_weights(self) -> Iterator[None]:
-        """Have the original weights in the module for a while."""
+        """Put the original weights into the module inside the context."""
         replaced = {name: self._parameters[name].detach().clone() for name in self._originals}
         self._fill(self._originals)
         try:

@@ -1,6 +1,6 @@
-"""The command `cerwu-gpu`: what all commands share; the commands are beside it.
+"""The command `cerwu-gpu`.
 
-Heavy modules are imported inside the commands, so that `--help` and wrong usage answer at once.
+Heavy modules are imported inside the commands, so that `--help` and usage errors are immediate.
 """
 
 import sys
@@ -22,7 +22,7 @@ INTERRUPTED = 130
 
 
 class Commands(TyperGroup):
-    """Commands whose input errors become one sentence on stderr and an exit code."""
+    """Group of commands whose input errors become one sentence on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:  # the class of ctx moved between releases of typer
         try:
@@ -42,8 +42,8 @@ def _fail(sentence: str, code: int) -> None:
     raise typer.Exit(code)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"cerwu-gpu {__version__}")
         raise typer.Exit
 

@@ -1,4 +1,4 @@
-"""Options for the axes of a sweep, read off `Axes`: comma-separated lists."""
+"""Options for the axes of a sweep, derived from `Axes`: comma-separated lists."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ CHOICES: dict[str, tuple[str, str]] = {
     "drift": ("ignore", "correct"),
     "head": ("quantize", "keep"),
 }
-"""Words for False and True of axes of truth values."""
+"""Words for False and True on boolean axes."""
 
 
 def with_axes(
@@ -24,19 +24,19 @@ def with_axes(
     """Return a decorator that gives a command an option for each axis.
 
     Args:
-        before: parameter of the command in front of which the options are listed. Its keyword
-            parameters get the values as they were typed; `take_axes` parses them.
-        defaults: values of lists that are not given.
+        before: parameter of the command in front of which the options are listed. Values are passed
+            as typed, as keyword arguments; `take_axes` parses them.
+        defaults: values of omitted lists.
     """
     usual = defaults or Axes()
     return with_parameters([_parameter(axis, usual) for axis in fields(Axes)], before)
 
 
 def take_axes(values: dict[str, Any]) -> Axes:
-    """Return the axes of typed values, which are taken out of `values`.
+    """Parse the axes among typed values and remove them from `values`.
 
     Raises:
-        ConfigError: a value is none of its axis.
+        ConfigError: a value does not fit its axis.
     """
     given = {}
     for axis in fields(Axes):
@@ -67,7 +67,7 @@ def _name(axis: Field[Any]) -> str:
 
 
 def _words(axis: Field[Any]) -> Sequence[str]:
-    """Return the words that an axis takes; none where it takes numbers."""
+    """Return the words that an axis accepts; none for numbers."""
     kind = get_args(axis.type)[0]
     if kind is bool:
         return CHOICES[_name(axis)]
@@ -81,10 +81,10 @@ def _joined(axis: Field[Any], values: Sequence[Any]) -> str:
 
 
 def _parsed(axis: Field[Any], text: str) -> tuple[Any, ...]:
-    """Return the values of a list.
+    """Parse the values of a list.
 
     Raises:
-        ConfigError: one of them is none of the axis.
+        ConfigError: one of them does not fit the axis.
     """
     name, words, kind = _name(axis), _words(axis), get_args(axis.type)[0]
     values = [part.strip() for part in text.split(",")]

@@ -1,4 +1,4 @@
-"""cerwu-gpu compress: a model in, a compressed directory and a table out."""
+"""cerwu-gpu compress: compress a model and print its report."""
 
 import sys
 from contextlib import redirect_stdout
@@ -27,14 +27,7 @@ from cerwu_gpu.errors import ConfigError
 @options.with_settings(all_settings(), before="device")
 def compress(
     model: options.Model,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Output directory; must be new or empty unless --overwrite is given.",
-        ),
-    ],
+    output: options.Output,
     device: options.Device = None,
     overwrite: Annotated[
         bool,
@@ -84,10 +77,10 @@ def compress(
     from cerwu_gpu.api import compress as run  # after the settings: torch takes seconds
     from cerwu_gpu.compression.report_files import report_paths
 
-    with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
+    with redirect_stdout(sys.stderr):  # stdout is for the result, not for a library's messages
         if images is not None:
             config = _on_images(model, images, config)
-        done = run(
+        result = run(
             model,
             output,
             config=config,
@@ -100,19 +93,19 @@ def compress(
             trust_remote_code=trust_remote_code,
         )
     if json:
-        print_json(done.to_dict())
+        print_json(result.to_dict())
         return
     _, page = report_paths(output.expanduser().resolve(), report)
-    rows = [("output", str(output)), ("report", str(page)), *report_rows(done)]
+    rows = [("output", str(output)), ("report", str(page)), *report_rows(result)]
     typer.echo(listing(rows))
-    print_events(done.events)
+    print_events(result.events)
 
 
 def _on_images(model: str, images: str, config: CompressionConfig) -> CompressionConfig:
-    """Return the configuration with batches of images for calibration.
+    """Return the configuration with batches of images as calibration data.
 
     Raises:
-        ConfigError: a setting of calibration texts is given, too.
+        ConfigError: a setting of calibration texts is given as well.
     """
     from cerwu_gpu.hf.images import load_images
 

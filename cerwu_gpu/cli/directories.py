@@ -1,4 +1,4 @@
-"""cerwu-gpu info, verify and decompress: what a compressed directory holds."""
+"""cerwu-gpu info, verify and decompress: inspect, check and unpack compressed directories."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import number, print_json, size, table
 
 if TYPE_CHECKING:
@@ -69,14 +70,7 @@ def verify(directory: Directory) -> None:
 
 def decompress(
     directory: Directory,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Output directory; must be new or empty unless --overwrite is given.",
-        ),
-    ],
+    output: options.Output,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
         typer.Option(help="Data type of the weights; default: the original one."),

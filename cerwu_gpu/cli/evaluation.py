@@ -1,8 +1,8 @@
-"""cerwu-gpu eval: how good a model is, compressed or not, and how far from its original."""
+"""cerwu-gpu eval: measure a model's quality and its distance from its original."""
 
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,16 +17,7 @@ if TYPE_CHECKING:
 
 TEXT = "wikitext2"
 Results = dict[str, dict[str, float]]
-"""Task -> metric -> value."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was asked for: fields as `--json` names them, and the results of tasks."""
-
-    numbers: dict[str, Any] = field(default_factory=dict)
-    tasks: Results | None = None
-    original_tasks: Results | None = None
+"""Results by task and metric."""
 
 
 def evaluate(
@@ -95,11 +86,11 @@ def evaluate(
         )
     elif max_images is not None:
         raise ConfigError("max_images is of images: give images, too.")
-    wanted = [task.strip() for task in tasks.split(",")] if tasks is not None else []
-    text = text or (None if wanted or images is not None else TEXT)
+    names = [task.strip() for task in tasks.split(",")] if tasks is not None else []
+    text = text or (None if names or images is not None else TEXT)
     begin = perf_counter()
-    with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
-        if wanted:
+    with redirect_stdout(sys.stderr):  # stdout is for the result, not for a library's messages
+        if names:
             check_tasks_available()
         content = None if text is None else load_text(text, part="evaluation")
         pair = [
@@ -114,28 +105,25 @@ def evaluate(
             )
         if images is not None:
             numbers = _on_images(model, pair, images, max_images, batch_size)
-        results: list[Results | None] = [
-            task_results(
+        results: list[Results | None] = [None, None]
+        for place, loaded in enumerate(pair if names else ()):
+            results[place] = task_results(
                 loaded.model,
                 require_tokenizer(loaded.tokenizer or pair[0].tokenizer),
-                wanted,
+                names,
                 batch_size=batch_size,
                 examples=examples,
             )
-            if wanted
-            else None
-            for loaded in pair
-        ]
-    measured = Measured(numbers, *results)
+    scores, original_scores = results
     seconds = perf_counter() - begin
     if json:
         print_json(
             {
                 "model": model,
                 "original": against,
-                **measured.numbers,
-                "tasks": measured.tasks,
-                "original_tasks": measured.original_tasks,
+                **numbers,
+                "tasks": scores,
+                "original_tasks": original_scores,
                 "text": text,
                 "context_length": context_length,
                 "stride": stride or context_length,
@@ -146,8 +134,8 @@ def evaluate(
         return
     rows = [("model", model), *([("original", against)] if against is not None else [])]
     typer.echo(listing([*rows, *_in_words(numbers), ("seconds", f"{seconds:.1f}")]))
-    if measured.tasks is not None:
-        typer.echo(f"\n{_task_table(measured.tasks, measured.original_tasks)}")
+    if scores is not None:
+        typer.echo(f"\n{_task_table(scores, original_scores)}")
 
 
 def _on_text(
@@ -159,7 +147,7 @@ def _on_text(
     batch_size: int,
     progress: bool,
 ) -> dict[str, Any]:
-    """Perplexity of a model, or the fields of a Comparison of two."""
+    """Return the perplexity of a model, or the fields of a Comparison of two."""
     from cerwu_gpu.hf.evaluation import check_same_tokens, compare, perplexity
     from cerwu_gpu.hf.models import require_tokenizer
 

@@ -1,4 +1,4 @@
-"""Options that several commands share; those that are settings are read off the configuration."""
+"""Options that several commands share; those of settings are derived from the configuration."""
 
 import inspect
 import re
@@ -16,6 +16,12 @@ from cerwu_gpu.quantities import parse_share, parse_size
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub model id, model directory or .gguf file.")
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", help="Output directory; must be new or empty unless --overwrite is given."
+    ),
 ]
 MaxWindows = Annotated[
     int | None, typer.Option(help="Maximum number of windows; default: the whole text.")
@@ -42,10 +48,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress bars a
 
 
 def parse_grid(text: str) -> tuple[float, ...]:
-    """Return the numbers of `text`, or of the file it names, between commas or white space.
+    """Parse the numbers in `text`, or in the file it names, between commas or white space.
 
     Raises:
-        ConfigError: something in it is not a number, or there is none.
+        ConfigError: a part of it is not a number, or there is none.
     """
     try:
         content = Path(text).read_text(encoding="utf-8") if isfile(text) else text
@@ -61,7 +67,7 @@ PARSED: dict[str, tuple[str, Callable[[str], Any]]] = {
     "max_size": ("SIZE", parse_size),
     "max_perplexity_increase": ("SHARE", parse_share),
 }
-"""Settings that are typed as text -> how the text is called, and its parser."""
+"""Placeholders and parsers of settings that are typed as text."""
 
 
 def with_settings(
@@ -71,8 +77,8 @@ def with_settings(
 
     Args:
         names: of the settings, in order.
-        before: parameter of the command in front of which the options are listed. Its keyword
-            parameters get the values as they were typed; `given_settings` parses them.
+        before: parameter of the command in front of which the options are listed. Values are passed
+            as typed, as keyword arguments; `given_settings` parses them.
     """
     return with_parameters([_parameter(all_settings()[name]) for name in names], before)
 
@@ -94,7 +100,7 @@ def with_parameters(
             command(**values)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        # What is left open can be filled by a further decorator.
+        # Keyword parameters stay for a further decorator.
         run.__signature__ = signature.replace(parameters=[*parameters, *rest])  # type: ignore[attr-defined]
         run.__annotations__ = {x.name: x.annotation for x in parameters} | {"return": None}
         return run
@@ -139,7 +145,6 @@ def _without_none(kind: Any) -> Any:
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """Return the value of a setting."""
     if name not in PARSED:
         return tuple(value) if isinstance(value, list) else value
     return PARSED[name][1](value)
@@ -160,9 +165,9 @@ def refuse_beside_images(values: dict[str, tuple[Any, Any]]) -> None:
 
 
 def given_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that were given, parsed; None stands for those that were not.
+    """Parse typed settings; None stands for an omitted one.
 
     Raises:
-        ConfigError: a value is none of its setting.
+        ConfigError: a value does not fit its setting.
     """
     return {name: _parsed(name, value) for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""How results are printed: plain tables, sizes with their unit, strict JSON."""
+"""Print results: plain tables, sizes with their unit, strict JSON."""
 
 import json
 import logging
@@ -13,9 +13,9 @@ from cerwu_gpu.report import Report, finite
 
 
 def set_verbosity(*, quiet: bool) -> None:
-    """Messages and bars on stderr, or only errors. To be called before transformers is imported."""
+    """Show messages and bars on stderr, or only errors; call before transformers is imported."""
     if quiet:
-        # The libraries' bars; ours have an argument. transformers asks huggingface_hub.
+        # For libraries' bars; ours have an argument. transformers uses huggingface_hub's setting.
         os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         return
     logging.basicConfig(format="%(message)s")
@@ -23,7 +23,7 @@ def set_verbosity(*, quiet: bool) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest cell; the first one to the left, the others to the right."""
+    """Return a table as text: the first column aligned left, the other ones right."""
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = [
@@ -37,24 +37,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def listing(rows: Sequence[tuple[str, str]]) -> str:
-    """What, and its value, one pair a line."""
-    width = max(len(what) for what, _ in rows)
-    return "\n".join(f"{what.ljust(width)}  {value}" for what, value in rows)
+    """Return lines of a name and its value."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
 
 def size(count: int) -> str:
-    """Return bytes, exact and in a unit to read: "79,331,204 bytes (79.3 MB)"."""
+    """Return a number of bytes, exact and rounded: "79,331,204 bytes (79.3 MB)"."""
     exact = f"{count:,} bytes"
     return exact if count < 1000 else f"{exact} ({quantities.size(count)})"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Significant digits, or a dash where there is no value."""
+    """Return a number to `digits` significant digits; a dash for None."""
     return "-" if value is None else f"{value:.{digits}g}"
 
 
 def report_rows(report: Report) -> list[tuple[str, str]]:
-    """The figures of a compression, one (what, value) row each, without its events."""
+    """Return the figures of a compression as (name, value) rows, without its events."""
     weights = sum(rows * columns for rows, columns in (layer.shape for layer in report.layers))
     return [
         ("matrices quantized", f"{len(report.layers):,} ({weights:,} weights)"),
@@ -72,12 +72,12 @@ def report_rows(report: Report) -> list[tuple[str, str]]:
 
 
 def print_events(events: Sequence[str]) -> None:
-    """Every event on its own line: nothing falls back silently."""
+    """Print each event on a line."""
     typer.echo(f"\nevents: {len(events) or 'none'}")
     for event in events:
         typer.echo(f"  {event}")
 
 
 def print_json(value: object) -> None:
-    """One JSON document; numbers that JSON does not have (nan, inf) become null."""
+    """Print a value as JSON; nan and inf become null."""
     typer.echo(json.dumps(finite(value), indent=2, allow_nan=False))

@@ -1,4 +1,4 @@
-"""cerwu-gpu sweep: a grid of settings for one model, and what it takes to keep its quality."""
+"""cerwu-gpu sweep: compress a model with a grid of settings, and compare their qualities."""
 
 import sys
 from contextlib import redirect_stdout
@@ -18,7 +18,7 @@ from cerwu_gpu.sweep.points import Axes, check_available, grid_points
 from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
 
 TEXT = "wikitext2"
-"""Text that is evaluated by default."""
+"""Default evaluation text."""
 SETTINGS = (
     *("calibration", "samples", "sequence_length", "batch_size", "passes", "damping", "damping_by"),
     *("include", "exclude", "seed"),
@@ -96,7 +96,7 @@ def sweep(
             "the images": images,
         },
     )
-    with redirect_stdout(sys.stderr):  # whatever a library prints, stdout carries the result only
+    with redirect_stdout(sys.stderr):  # stdout is for the result, not for a library's messages
         base = replace(base, keep_head=all(axes.keep_heads))
         shared: dict[str, Any] = {
             "device": device,

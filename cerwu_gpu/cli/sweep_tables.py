@@ -1,4 +1,4 @@
-"""What a sweep found, in words: every point, the fewest bits for each quality, the time it took."""
+"""Tables of a sweep: all points, minimum bits at each quality, times."""
 
 from collections.abc import Sequence
 from statistics import mean
@@ -10,7 +10,7 @@ from cerwu_gpu.sweep.table import Row
 
 
 def points_table(rows: Sequence[Row]) -> str:
-    """Return every point of one subject; a star marks those on the front of their kind."""
+    """Return the table of all points of one subject; a star marks those on their kind's front."""
     fronts = {row.point for group in by_label(rows).values() for row in front_rows(group)}
     header = (
         "method",
@@ -42,7 +42,7 @@ def points_table(rows: Sequence[Row]) -> str:
 
 
 def minimum_table(rows: Sequence[Row]) -> str:
-    """Return the fewest bits per weight for each share of the original quality, best first."""
+    """Return the table of minimum bits per weight at each share of the original quality."""
     header = ("fewest bits at", "method", "interpolated", "best point", "its bytes")
     ordered = sorted(
         standings(rows),
@@ -62,8 +62,8 @@ def minimum_table(rows: Sequence[Row]) -> str:
 
 
 def times(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Return seconds of preparation, which is done once; of the first point, and of the later
-    points of its kind on average (None: there is none), in all and without their evaluation."""
+    """Return seconds of preparation, of the first point, and of the later points of its kind on
+    average (None: there is none), in total and without their evaluation."""
     first, *later = by_label(rows)[rows[0].label]
     return {
         "preparation": sum(row.preparation_seconds for row in rows),
@@ -75,7 +75,7 @@ def times(rows: Sequence[Row]) -> dict[str, float | None]:
 
 
 def time_words(rows: Sequence[Row]) -> str:
-    """Return the same in a sentence."""
+    """Return the times in a sentence."""
     seconds = times(rows)
 
     def compared(name: str, first: float | None, later: float | None) -> str:
@@ -92,7 +92,7 @@ def time_words(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return points, fronts (keys of points, by method), fewest bits and times, ready for JSON."""
+    """Return points, fronts (keys of points, by method), minimum bits and times for JSON."""
     return {
         "subject": rows[0].subject,
         "measure": rows[0].measure,

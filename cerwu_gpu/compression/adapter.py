@@ -1,4 +1,4 @@
-"""What a kind of model is to a run: the interface between models and `cerwu_gpu.compression`."""
+"""The interface between kinds of models and `cerwu_gpu.compression`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -16,20 +16,20 @@ from cerwu_gpu.quantize.sensitivity import Sensitivities
 
 
 class Adapter(ABC):
-    """A model with its calibration data, ready to be compressed as often as it takes.
+    """A model with its calibration data, ready to be compressed any number of times.
 
-    A new kind of model is one subclass. Whatever only some kinds need has a default.
+    A new kind of model is one subclass. Methods that only some kinds need have a default.
 
     Attributes:
         module: the model; a run changes its weights in place.
         layouts: of the weights to compress, by name, in the order of the model.
         events: what did not go as planned before the run.
-        left: name of every other parameter with two axes or more -> why it is left alone.
-        drifts: whether a corrected drift changes what is quantized: a sample of the rows then does
-            not show the whole effect of lmbda.
+        left: name of every other parameter with two axes or more -> reason to leave it alone.
+        drifts: whether a corrected drift changes the quantized targets: a sample of the rows then
+            does not show the whole effect of lmbda.
         full_passes: number of passes that the search for a target may take.
-        card: writes a model card into a complete directory, given what `loss` was for the original
-            and for the compressed model; None: there is none.
+        card: writes a model card into a complete directory, given `loss` of the original and of the
+            compressed model; None: there is none.
     """
 
     module: nn.Module
@@ -49,19 +49,19 @@ class Adapter(ABC):
 
     @abstractmethod
     def sensitivities(self, config: CompressionConfig) -> Sensitivities:
-        """Return the sensitivities, where the settings use them; of the original weights."""
+        """Return the sensitivities of the original weights."""
 
     @abstractmethod
     def blocks(self, config: CompressionConfig) -> Blocks:
         """Return the blocks with their Hessians, calibrated now or read from a cache."""
 
     def sample_blocks(self, config: CompressionConfig) -> Blocks:
-        """Return the same for a look at the model that quantizes nothing: original inputs do."""
+        """Return the blocks with Hessians of original inputs, for an estimate."""
         return self.blocks(config)
 
     @abstractmethod
     def identity(self) -> dict[str, str]:
-        """Return digests of the model, its weights still the original ones, and of its data."""
+        """Return digests of the model, with its original weights, and of its data."""
 
     @property
     def predictions(self) -> int:
@@ -70,8 +70,8 @@ class Adapter(ABC):
 
     @torch.no_grad()
     def keep_originals(self) -> None:
-        """Keep a copy of the weights and of the vectors that a distillation tunes, for `restore`;
-        only the first call does."""
+        """Copy the weights, and the vectors that a distillation tunes, for `restore`; each only
+        once."""
         vectors = [name for name, p in self.module.named_parameters() if p.dim() == 1]
         for name in (*self.layouts, *vectors):
             if name not in self._originals:
@@ -79,12 +79,12 @@ class Adapter(ABC):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back the weights as they were at `keep_originals`, where it was called."""
+        """Put back the weights that `keep_originals` copied, if any."""
         for name, original in self._originals.items():
             self.module.get_parameter(name).copy_(original)
 
     def finish(self, config: CompressionConfig) -> None:  # noqa: B027
-        """Adapt what is stored as floats to the quantized weights."""
+        """Adapt the tensors that are stored as floats to the quantized weights."""
 
     def student(self, config: CompressionConfig) -> Student:
         """Return what a distillation tunes, made of the original weights.
@@ -95,8 +95,9 @@ class Adapter(ABC):
         raise ConfigError(f"{type(self.module).__name__} cannot be distilled: drop distillation.")
 
     def loss(self) -> float | None:
-        """Return the mean loss [nats] of the module as it is on held-out data; None without any."""
+        """Return the held-out loss [nats] of the module with its current weights; None without
+        held-out data."""
         return None
 
     def write_files(self, folder: Path) -> None:  # noqa: B027
-        """Write what a directory holds beside weights: configuration, tokenizer, licences."""
+        """Write the directory's files besides weights: configuration, tokenizer, licences."""

@@ -38,8 +38,8 @@ class InputStatistics:
     Attributes:
         hessian: [n, n] float32, H = (2/p) X X^T over the p tokens seen; zeros when p is 0.
         tokens: p.
-        cross: [n, n] float32, (2/p) X X_hat^T of the original model's inputs X and those that
-            the compressed model has, X_hat; `hessian` is then that of X_hat. None: X is both.
+        cross: [n, n] float32, (2/p) X X_hat^T of the original model's inputs X and the compressed
+            model's X_hat; `hessian` is then that of X_hat. None: X is both.
     """
 
     hessian: Tensor
@@ -48,7 +48,7 @@ class InputStatistics:
 
 
 class Block(Protocol):
-    """Some matrices that are quantized together, with what their inputs are.
+    """Matrices that are quantized together, with the statistics of their inputs.
 
     Attributes:
         name: of the block, for messages.
@@ -58,11 +58,11 @@ class Block(Protocol):
 
     @property
     def inputs(self) -> Mapping[Label, str]:
-        """Matrix -> key of its input in `statistics`."""
+        """Key in `statistics` of each matrix's input."""
         ...
 
     def matrices(self) -> Sequence[Matrix]:
-        """Return the matrices to quantize; together they cover each chosen parameter whole."""
+        """Return the matrices to quantize, all of each chosen parameter."""
         ...
 
     def statistics(self) -> dict[str, InputStatistics]:
@@ -72,7 +72,7 @@ class Block(Protocol):
     def replace(self, name: str, part: int, weight: Tensor) -> None:
         """Put the quantized `weight` [m, n] into the model, in the parameter's layout and dtype.
 
-        Before `statistics` it means that nobody needs them: the inputs are propagated only.
+        Called before `statistics`, it propagates the inputs without accumulating any.
         """
         ...
 
@@ -95,8 +95,7 @@ class BlockWeights:
     def __init__(
         self, module: nn.Module, layouts: Sequence[WeightLayout], device: torch.device
     ) -> None:
-        """Take weights of `module`, whose parameters have the layouts' names, to work on `device`;
-        parameters are looked up when they are used."""
+        """Take the parameters of `module` that have the layouts' names, for work on `device`."""
         self.layouts = tuple(layouts)
         self._module = module
         self._device = device

@@ -1,4 +1,4 @@
-"""The rate and loss of a model at some lmbda, from a sample of its rows, in seconds."""
+"""Estimate a model's rate and loss at a given lmbda from a sample of its rows, in seconds."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,23 +22,22 @@ from cerwu_gpu.quantize.objective import quadratic_error
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 
 SAMPLED_BLOCKS = 8
-"""Number of blocks that an estimate looks at."""
+"""Number of blocks in an estimate's sample."""
 ROWS_PER_STACK = 256
-"""Number of rows of a stack that an estimate looks at."""
+"""Number of rows of a stack in an estimate's sample."""
 LMBDA_RANGE = (1e-14, 1e4)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Some rows of one stack.
+    """A sample of the rows of one stack.
 
     Attributes:
         name: of its first matrix, for errors.
         weight: [k, n] float32.
         hessian: [n, n], undamped.
         sensitivity: [k] float32.
-        weights: how many weights of the model it stands for.
-        matrices: how many matrices of the model it stands for.
+        weights, matrices: numbers of weights and matrices of the model that it represents.
     """
 
     name: str
@@ -51,10 +50,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The model at one lmbda, as far as a sample shows it.
+    """Rate and loss of the model at one lmbda, as a sample predicts them.
 
     Attributes:
-        bits: per weight, everything stored counted.
+        bits: per weight, including side information.
         loss: half the sum of sensitivity-weighted squared output errors, over the whole model.
     """
 
@@ -65,9 +64,9 @@ class Estimate:
 def sample_stacks(
     blocks: Blocks, config: CompressionConfig, sensitivities: Sensitivities
 ) -> list[Probe]:
-    """Return some rows of some stacks, spread over the model.
+    """Return samples of rows of stacks that are spread over the model.
 
-    All blocks are walked through, so that a cache behind them is complete afterwards.
+    All blocks are iterated over, so that a cache behind them is complete afterwards.
     """
     taken: dict[int, list[Probe]] = {}
     weights: dict[int, int] = {}
@@ -98,7 +97,7 @@ def _probe(
     config: CompressionConfig,
     sensitivities: Sensitivities,
 ) -> Probe:
-    """Return a probe of a stack that stands for it alone; it outlives the block."""
+    """Return a probe of one stack, in tensors of its own: it outlives the block."""
     hessian = used_hessian(statistics[stack[0].input])
     alphas = stack_sensitivities(stack, statistics, config, sensitivities)
     weight, alpha = torch.cat([matrix.weight for matrix in stack]), torch.cat(alphas)
@@ -114,10 +113,8 @@ def _probe(
 
 
 def estimate(probes: Iterable[Probe], config: CompressionConfig) -> Estimate:
-    """Return bits and loss of the model at its lmbda.
-
-    The bits of a matrix's words grow with its rows; those of what is stored beside them do not.
-    """
+    """Return bits and loss of the model at config.lmbda; the bits of a matrix's words grow with its
+    rows, those of its side information do not."""
     bits = loss = total = 0.0
     for probe in probes:
         try:
@@ -136,7 +133,7 @@ def estimate(probes: Iterable[Probe], config: CompressionConfig) -> Estimate:
 
 
 def first_lmbda(probes: Iterable[Probe]) -> float:
-    """Return where a search may begin: about two bits for the mean of the sampled weights.
+    """Return the start of a search: about two bits for the mean of the sampled weights.
 
     A rate R of independent weights costs theta = E 2^(-2R) each of their weighted output energy E,
     and theta = lmbda / ln 2 (quantize/limit.py); E is a geometric mean over the probes.

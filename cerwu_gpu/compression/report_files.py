@@ -1,4 +1,4 @@
-"""What every compression leaves beside its output: report.json, and report.html drawn from it."""
+"""The reports that every compression writes: report.json, and report.html drawn from it."""
 
 import json
 import os
@@ -22,13 +22,13 @@ from cerwu_gpu.report_page.page import is_page, page
 
 JSON_FILE, HTML_FILE = "report.json", "report.html"
 REPORT_KEYS = {"model", "output", "finished", "layers", "settings", "machine"}
-"""Keys by which a report.json of ours is known."""
+"""Keys by which our report.json is recognised."""
 PAGE_START = 4096
-"""Number of characters by which a report.html of ours is known."""
+"""Number of characters in which our report.html is recognised."""
 
 
 def report_paths(output: Path, folder: Path | None) -> tuple[Path, Path]:
-    """Return where report.json and report.html go: into `folder`, or beside the output by its name.
+    """Return the paths of report.json and report.html: in `folder`, or beside the output.
 
     Raises:
         OutputError: `folder` is a file.
@@ -43,7 +43,7 @@ def report_paths(output: Path, folder: Path | None) -> tuple[Path, Path]:
 
 
 def check_reports(paths: tuple[Path, Path]) -> None:
-    """Refuse places of report.json and report.html where something else is.
+    """Refuse paths of report.json and report.html that something else occupies.
 
     Raises:
         OutputError: there is a directory, or a file that is no report of ours.
@@ -91,9 +91,9 @@ def write_report(
 
     Args:
         model: hub name or path as it was given; None where only Python can repeat the run (a
-            model in memory, a text or batches that were handed over).
+            model, text or batches in memory).
         given: the output as it was given.
-        options: --card and its like, name -> whether it was given.
+        options: flags such as --card, name -> value.
 
     Raises:
         OutputError: the disk refuses, or something else is there by now; the compressed directory
@@ -122,7 +122,7 @@ def write_report(
 
 
 def _changed(config: CompressionConfig) -> dict[str, Any]:
-    """Return the settings that are not the default."""
+    """Return the settings that differ from the defaults."""
     default = settings(CompressionConfig())
     return {name: value for name, value in settings(config).items() if value != default[name]}
 
@@ -134,7 +134,7 @@ def _command(
     device: torch.device,
     options: dict[str, bool],
 ) -> str:
-    """Return the command line that does the same again."""
+    """Return the command line that repeats the run."""
     words = ["cerwu-gpu", "compress", model, "-o", str(output)]
     for name, value in _changed(config).items():
         option = f"--{name.replace('_', '-')}"
@@ -143,7 +143,7 @@ def _command(
         elif name == "grid":
             words.append(f"{option}={','.join(map(repr, value))}")  # it may begin with a minus
         elif isinstance(value, tuple):
-            words += [word for each in value for word in (option, each)]
+            words += [word for pattern in value for word in (option, pattern)]
         else:
             words += [option, str(value)]
     words += ["--device", str(device)]

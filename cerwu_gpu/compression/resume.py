@@ -1,4 +1,4 @@
-"""What the bytes of a compressed directory depend on, so that a run is continued only as it was."""
+"""Fingerprint of everything that the compressed bytes depend on, checked before a run resumes."""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ LIBRARIES = ("torch", "transformers", "constriction", "numpy")
 
 
 def settings_fingerprint(config: CompressionConfig, device: torch.device) -> Mapping[str, str]:
-    """Return what is known before anything is loaded: settings, code and the machine's kind."""
+    """Return the part that is known before anything is loaded: settings, code, kind of machine."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         **{name: str(value) for name, value in settings(config).items()},

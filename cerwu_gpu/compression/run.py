@@ -1,4 +1,4 @@
-"""Full passes over a model: every weight quantized, coded and stored, not yet published."""
+"""Full passes over a model: all weights quantized, coded and stored, not yet published."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -26,11 +26,11 @@ from cerwu_gpu.report import LayerReport, Report
 
 @dataclass(frozen=True)
 class Attempt:
-    """A whole directory under its hidden name.
+    """The result of one pass: a complete directory under its hidden name.
 
     Attributes:
-        lmbda: what it was made with.
-        layers: what was stored of each matrix.
+        lmbda: trade-off of the pass.
+        layers: report of each matrix.
         directory_bytes: of all its files.
         writer: holds it.
         distilled: gain of the distillation, where there was one.
@@ -49,12 +49,12 @@ class Attempt:
 
     @property
     def coded_bytes(self) -> int:
-        """Bytes of everything stored for them."""
+        """Number of bytes stored for them."""
         return sum(layer.words_bytes + layer.side_bytes for layer in self.layers)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of everything stored for a quantized weight."""
+        """Number of bits stored per quantized weight."""
         return 8 * self.coded_bytes / self.weights
 
     def events(self, layouts: Mapping[str, WeightLayout]) -> tuple[str, ...]:
@@ -67,12 +67,12 @@ class Attempt:
 
 
 class Run:
-    """Makes attempts for one output; leaving the context removes those that were not published.
+    """Passes for one output; leaving the context removes those that were not published.
 
     Attributes:
         adapter: the model and its data.
-        output: where the directory goes.
-        clock: gets the seconds of all stages.
+        output: path of the directory.
+        clock: collects the seconds of all stages.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class Run:
         work: Path | None = None,
         progress: bool = False,
     ) -> None:
-        """Prepare; nothing is written yet.
+        """Take the settings; nothing is written yet.
 
         Args:
             overwrite: replace a compressed directory at `output`.
-            verify: decode what was written and compare it with the weights in memory.
-            work: this run's own directory (container/work.py), where finished blocks are kept;
-                None: they are not.
+            verify: decode the written files and compare them with the weights in memory.
+            work: this run's directory (container/work.py) for finished blocks; None: they are not
+                stored.
             progress: show bars on stderr.
         """
         self.adapter = adapter
@@ -128,7 +128,7 @@ class Run:
             CerwuError: a subclass that says what is wrong.
         """
         adapter, layouts, clock = self.adapter, self.adapter.layouts, self.clock
-        self._stack.close()  # what an earlier attempt wrote
+        self._stack.close()  # removes an earlier attempt
         adapter.restore()
         if config.target is not None:
             adapter.keep_originals()
@@ -199,8 +199,7 @@ class Run:
 
 
 def plain_tensors(module: nn.Module, layouts: Mapping[str, WeightLayout]) -> dict[str, Tensor]:
-    """Return what is stored as it is: every other entry of the state dict, tied and shared ones
-    once.
+    """Return the uncompressed entries of the state dict, tied and shared ones once.
 
     Raises:
         ConfigError: an entry of the state dict is no tensor.
@@ -218,7 +217,7 @@ def plain_tensors(module: nn.Module, layouts: Mapping[str, WeightLayout]) -> dic
 
 
 def plain_bytes(module: nn.Module, layouts: Mapping[str, WeightLayout]) -> int:
-    """Return the bytes of what is stored as it is; with no layouts, of the whole module."""
+    """Return the bytes of the uncompressed tensors; without layouts, of the whole module."""
     tensors = plain_tensors(module, layouts).values()
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -229,10 +228,10 @@ def directory_bytes(path: Path) -> int:
 
 
 def check_stored(folder: Path, parameters: Mapping[str, Tensor], *, progress: bool = False) -> None:
-    """Check that plain tensors have their checksums, and compressed weights the bits in memory.
+    """Check the checksums of plain tensors, and compare decoded weights with those in memory.
 
     Raises:
-        CorruptionError: one has not.
+        CorruptionError: a tensor differs.
     """
     directory = open_directory(folder)
     for _ in directory.plain():

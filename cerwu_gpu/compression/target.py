@@ -1,8 +1,8 @@
-"""Reach a wanted rate, size or quality: a search on a sample, then a few full passes.
+"""Reach a requested rate, size or quality: a search on a sample, then a few full passes.
 
 Bits fall and losses grow with lmbda, smoothly: at high rate half a bit per factor 4. A sample of
-stacks, each reduced to some of its rows, gives both as functions of lmbda in seconds; what full
-passes then measure corrects the sample's bias.
+stacks, each reduced to a sample of its rows, gives both as functions of lmbda in seconds; the
+measurements of full passes then correct its bias.
 """
 
 import math
@@ -28,27 +28,27 @@ SMALL_MODEL, SMALL_PASSES = 4_000_000, 8
 the estimate is poor, but full passes are cheap."""
 BITS_TOLERANCE = 0.02
 SIZE_MARGIN, SIZE_LEAST = 0.995, 0.98
-"""Sizes aim at the first share of the limit; the second one must be used."""
+"""Share of a size limit that is aimed at, and the share that must be used."""
 QUALITY_MARGIN, QUALITY_LEAST = 0.85, 0.6
-"""The same for a growth of the loss."""
+"""Share of a loss increase that is aimed at, and the share that must be used."""
 PLAIN_HEADER, PART_HEADER = 180, 640
-"""Bytes of a file's header for a plain tensor and for a coded matrix, before a pass shows them."""
+"""Approximate bytes of a file's header per plain tensor and per coded matrix."""
 TOLERANCE = 0.001
 """Relative accuracy of the search on the sample."""
 
 
 @dataclass
 class Goal:
-    """What is measured, on the sample and on an attempt, and when an attempt will do.
+    """A measured quantity, its aim, and the condition for an attempt to be accepted.
 
     Attributes:
-        request: what was asked for, in words.
-        on_sample: what an estimate predicts, in units of `aim`.
-        on_attempt: the same quantity of a full pass.
-        falls: whether it falls with lmbda.
+        request: the request in words.
+        on_sample: prediction by an estimate, in units of `aim`.
+        on_attempt: measurement of a full pass.
+        falls: whether the quantity falls with lmbda.
         aim: returns the value to steer for, after the passes so far.
-        accepts: whether an attempt meets the request, given what was measured of it; the last pass
-            may stay further below it.
+        accepts: whether an attempt meets the request, given its measurement; the last pass may stay
+            further below it.
     """
 
     request: str
@@ -63,7 +63,7 @@ def to_target(run: Run, config: CompressionConfig) -> Attempt:
     """Return the attempt that meets config.target.
 
     Raises:
-        ConfigError: the quality is asked for, and the model has no loss.
+        ConfigError: a quality is requested, and the model has no loss.
         TargetError: the request cannot be met, or is not within the adapter's full passes
             (SMALL_PASSES).
     """
@@ -144,8 +144,8 @@ def _bits_goal(bits: float) -> Goal:
 
 
 def _size_goal(run: Run, limit: int) -> Goal:
-    """Steer the bits that are left for weights beside all that is not coded, whose bytes are
-    estimated before the first pass and known after it."""
+    """Return the goal of a size: bits for the weights in the room that all other bytes leave. Those
+    are estimated before the first pass and known after it."""
     weights = _weights(run)
     least, fixed = _fixed_bytes(run)
     if fixed > limit * SIZE_MARGIN:
@@ -181,7 +181,8 @@ def _size_goal(run: Run, limit: int) -> Goal:
 
 
 def _quality_goal(run: Run, increase: float) -> Goal:
-    """Steer the growth of the held-out loss, which the weighted loss of a sample predicts."""
+    """Return the goal of a perplexity: growth of the held-out loss, which the weighted loss of a
+    sample predicts."""
     before = run.adapter.loss()
     if before is None:
         raise ConfigError(
@@ -218,8 +219,8 @@ def _within(lmbda: float) -> float:
 
 
 def _fixed_bytes(run: Run) -> tuple[int, int]:
-    """Return what a directory takes besides coded weights: plain tensors and other files; and
-    the same with an estimate of the headers."""
+    """Return the bytes besides coded weights, which are plain tensors and other files, and those
+    with approximate headers."""
     module, layouts = run.adapter.module, run.adapter.layouts
     parts = sum(layout.parts for layout in layouts.values())
     with tempfile.TemporaryDirectory() as folder:
@@ -231,20 +232,20 @@ def _fixed_bytes(run: Run) -> tuple[int, int]:
 
 
 class Correction:
-    """An offset of predictions, which depends on lmbda, as full passes have shown it.
+    """The offset between predictions and full passes, as a function of lmbda.
 
-    After one pass it is a constant, or with `drift`, of which a sample knows nothing, in proportion
-    to lmbda, as errors of earlier layers are. After two it is the line in log lmbda through the
-    last ones, followed no further than their distance on either side.
+    After one pass it is constant, or with `drift`, which a sample does not show, proportional to
+    lmbda, as errors of earlier layers are. After two it is the line in log lmbda through the last
+    ones, extrapolated by at most their distance.
     """
 
     def __init__(self, *, relative: bool, drift: bool) -> None:
-        """`relative`: predictions are off by a factor, as losses are, instead of by a sum."""
+        """Start without passes; with `relative` the offset is a factor, as for losses."""
         self._relative, self._drift = relative, drift
         self._passes: list[tuple[float, float]] = []
 
     def learn(self, lmbda: float, predicted: float, measured: float) -> None:
-        """Take what a full pass at lmbda measured, and what had been predicted."""
+        """Add the measurement of a full pass at lmbda and its prediction."""
         place = math.log(lmbda)
         self._passes = [before for before in self._passes[-1:] if before[0] != place]
         offset = math.log(measured / predicted) if self._relative else measured - predicted
@@ -277,15 +278,15 @@ def solve(
     """Return lmbda with measure(lmbda) = goal.
 
     Args:
-        measure: positive; of a power of lmbda's kind, so that the search runs on logarithms. It
-            may be flat where lmbda is far too small or too large.
+        measure: positive, about a power of lmbda, so that the search runs on logarithms; it may be
+            flat where lmbda is far too small or too large.
         goal: positive.
         start: first lmbda to try.
-        step: in log lmbda, to the second one.
+        step: in log lmbda, to the second lmbda.
         falls: whether the measure falls with lmbda, as bits do, or grows, as losses do.
 
     Raises:
-        TargetError: the goal lies outside of what any lmbda gives.
+        TargetError: no lmbda in LMBDA_RANGE reaches the goal.
     """
     tried: dict[float, float] = {}
     least, most = (math.log(edge) for edge in LMBDA_RANGE)
@@ -299,7 +300,7 @@ def solve(
     low = high = math.log(start)
     if abs(gap(low)) < TOLERANCE:
         return start
-    # Walk until the goal lies between two tried values, then halve or interpolate.
+    # Step until the goal lies between two values, then bisect or interpolate.
     upwards = (gap(low) > 0) == falls
     while (gap(low) > 0) == (gap(high) > 0):
         if upwards:

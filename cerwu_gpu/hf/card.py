@@ -16,13 +16,13 @@ from cerwu_gpu.hf.text import SELF, SHORT_NAMES
 
 CARD_FILE = "README.md"
 CARRIED_OVER = ("license", "license_name", "license_link", "language")
-"""Fields that are as true of the compressed model as of its source."""
+"""Metadata fields that are copied from the original's card."""
 _LICENCE_FILES = ("LICENSE*", "LICENCE*")
 _LICENCES = {
     "apache-2.0": ("Apache License", "Version 2.0"),
     "mit": ("Permission is hereby granted, free of charge", "THE SOFTWARE IS PROVIDED"),
 }
-"""Hub's name of a licence -> phrases that its text has."""
+"""Phrases by which a licence's text is recognised, by the hub's name of the licence."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 _TEXT = """\
@@ -82,7 +82,7 @@ _RESIDENT = (
 
 @dataclass(frozen=True)
 class Loader:
-    """How a kind of model is loaded, for its card.
+    """Instructions for loading a kind of model, for its card.
 
     Attributes:
         title: the kind, without its article.
@@ -112,7 +112,7 @@ class Quality:
 
     Attributes:
         original, compressed: perplexity of either.
-        tokens: so many were predicted.
+        tokens: number of predicted tokens.
     """
 
     original: float
@@ -126,11 +126,11 @@ class Card:
 
     Attributes:
         base_model: hub name of the original, None where there is none.
-        source: what the original's own card or licence file says, by the names of the hub's
-            metadata; see CARRIED_OVER.
+        source: licence and language of the original, by the names of the hub's metadata; see
+            CARRIED_OVER.
         original_bytes: of the original's weights.
         text: public name of the calibration text; None: it has none.
-        loader: how its kind is loaded; None: a plain module.
+        loader: instructions for loading its kind; None: a plain module.
     """
 
     base_model: str | None
@@ -142,8 +142,8 @@ class Card:
     def write_judged(
         self, folder: Path, before: float | None, after: float | None, *, predictions: int
     ) -> None:
-        """Write README.md into `folder`, with the mean losses [nats] of the original and of the
-        compressed model over so many predictions, where they are known."""
+        """Write README.md into `folder`, with the perplexities of the original and the compressed
+        model where their mean losses [nats] over `predictions` tokens are known."""
         quality = None
         if before is not None and after is not None and predictions:
             quality = Quality(perplexity_of(before), perplexity_of(after), predictions)
@@ -209,14 +209,14 @@ def card_of(
     calibration: str | None = None,
     loader: Loader | None = None,
 ) -> Card:
-    """Return the card of what is made from `model`.
+    """Return the card of a compressed `model`.
 
     Args:
         model: as `compress` takes it.
         files: local directory of the original, None where there is none.
         original_bytes: of the original's weights.
-        calibration: name that the calibration text was asked for by; None: it was at hand.
-        loader: how the kind of model is loaded; None: a plain module.
+        calibration: name of the calibration text, as it was given; None: it was at hand.
+        loader: instructions for loading the kind of model; None: a plain module.
     """
     source = {} if files is None else _carried_over(files)
     name = _public_name(calibration)
@@ -224,7 +224,7 @@ def card_of(
 
 
 def _public_name(calibration: str | None) -> str | None:
-    """A dataset's name as the hub has it; files and given strings have none to their readers."""
+    """Return a dataset's name on the hub; None for files and given strings, which have none."""
     if calibration is None or Path(calibration).expanduser().exists():
         return None
     if calibration == SELF:
@@ -233,26 +233,26 @@ def _public_name(calibration: str | None) -> str | None:
 
 
 def _base_model(model: str | Path | nn.Module) -> str | None:
-    """The hub name that was given, or that the model in memory was loaded by; never a path."""
+    """Return the hub name of a model, given or in its configuration; None for a path."""
     name = str(model.config.name_or_path if isinstance(model, PreTrainedModel) else model)
     return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else None
 
 
 def _carried_over(files: Path) -> dict[str, Any]:
-    """What the original's card says, and else what its licence file is."""
+    """Return licence and language from the original's card, else the licence of its file."""
     card = files / CARD_FILE
     if card.is_file():
         try:
-            said = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+            fields = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
         except Exception:  # no metadata, or none that a parser beneath can read
-            said = {}
-        if "license" in said:
-            return {field: said[field] for field in CARRIED_OVER if field in said}
-    found = sorted(path for pattern in _LICENCE_FILES for path in files.glob(pattern))
-    if not found:
+            fields = {}
+        if "license" in fields:
+            return {name: fields[name] for name in CARRIED_OVER if name in fields}
+    licences = sorted(path for pattern in _LICENCE_FILES for path in files.glob(pattern))
+    if not licences:
         return {}
-    text = found[0].read_text(encoding="utf-8", errors="replace")
+    text = licences[0].read_text(encoding="utf-8", errors="replace")
     for licence, phrases in _LICENCES.items():
         if all(phrase in text for phrase in phrases):
             return {"license": licence}
-    return {"license": "other", "license_name": "see-file", "license_link": found[0].name}
+    return {"license": "other", "license_name": "see-file", "license_link": licences[0].name}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from cerwu_gpu.calibration.blockwise import Backbone, CalibratedBlocks, Drift
 from cerwu_gpu.calibration.cache import (
-    CachedBlocks,
-    CachingBlocks,
     HessianCache,
+    cached_sensitivities,
     hessian_key,
     tensors_digest,
 )
@@ -53,7 +52,6 @@ from cerwu_gpu.models.selection import (
     require_finite,
     select_in_blocks,
 )
-from cerwu_gpu.progress import note
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 
 SENSITIVITY_TOKENS = 4096
@@ -66,21 +64,7 @@ JUDGING_TOKENS = 8192
 JUDGING_SAMPLES = 16
 """Number of held-out samples that a distillation is judged by."""
 LOGITS = 2**25
-"""Number of logits that are in memory at a time, about; at least those of one sequence."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """What calibrates and judges a language model.
-
-    Attributes:
-        tokens: int64 [samples, sequence], what calibrates.
-        held_out: int64 [samples, sequence], disjoint from `tokens`; empty where nobody asks for
-            a loss or the text has no more.
-    """
-
-    tokens: Tensor
-    held_out: Tensor
+"""Approximate number of logits in memory at a time; at least those of one sequence."""
 
 
 class CausalLM(Adapter):
@@ -88,7 +72,7 @@ class CausalLM(Adapter):
 
     Attributes:
         loaded: the model and its tokenizer.
-        data: the calibration tokens.
+        data: the calibration tokens and held-out ones.
     """
 
     drifts = True
@@ -111,11 +95,10 @@ class CausalLM(Adapter):
         super().__init__()
         self.loaded = loaded
         self.module = loaded.model.train(False)
-        self.data = Data(torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0, dtype=torch.int64))
+        empty = torch.empty(0, 0, dtype=torch.int64)
+        self.data = CalibrationTokens(empty, empty)
         self.cache: HessianCache | None = None
-        self._kept: HessianCache | None = None
-        self._text_events: tuple[str, ...] = ()
-        self._noted = False
+        self._sensitivity_cache: HessianCache | None = None
         self._batch_size = Calibration().batch_size
         self._device = device
         self._progress = progress
@@ -123,11 +106,10 @@ class CausalLM(Adapter):
         self.select(config)
 
     def select(self, config: CompressionConfig) -> None:
-        """Choose the weights that these settings compress."""
         selection = select(self.module, config.include, config.exclude, head=not config.keep_head)
         self.layouts = {layout.name: layout for layout in selection.chosen}
         self.left = selection.left
-        self.events = (*selection.events(strict=config.strict), *self._text_events)
+        self.events = (*selection.events(strict=config.strict), *self.data.events)
 
     def calibrate(
         self,
@@ -137,40 +119,38 @@ class CausalLM(Adapter):
         work: Path | None = None,
         judged: bool = False,
     ) -> None:
-        """Tokenize the calibration text and find the place of its Hessians.
+        """Tokenize the calibration text and open the cache of its Hessians.
 
         Args:
             hessian_cache: directory for Hessians and sensitivities, for later runs too.
-            work: this run's own directory (container/work.py), for what a run that dies would have
-                to compute again.
-            judged: hold some text out, beside what calibrates, for `loss`.
+            work: this run's directory (container/work.py), which keeps sensitivities for a resumed
+                run.
+            judged: hold some text out for `loss`.
 
         Raises:
             CalibrationError: the text cannot be used, or the settings contradict each other.
             ModelError: a weight to compress is NaN or infinite.
         """
         require_finite(self.module, self.layouts)
-        # Where an increase is asked for, some of what calibrates is held out anyway.
+        # For a perplexity increase, some of the calibration samples are held out anyway.
         holding_out = isinstance(config.target, MaxPerplexityIncrease)
         if isinstance(config.calibration, Batches):
             tokens = batched_tokens(config.calibration.inputs)
-            data = CalibrationTokens(tokens, tokens[:0], ())
-            events: tuple[str, ...] = ()
+            data = CalibrationTokens(tokens, tokens[:0])
         else:
             apart = not holding_out and (judged or config.distillation is not None)
-            data, events = self._text_tokens(config.calibration, apart)
-        if judged and not holding_out and not len(data.unseen):
+            data = self._text_tokens(config.calibration, apart)
+        events = data.events
+        if judged and not holding_out and not len(data.held_out):
             missing = "no calibration text is left to judge by: the card has no perplexity."
             events = (*events, missing)
         if config.strict and events:
             raise CalibrationError(f"{events[0]} (strict)")
-        self._text_events = events
         self.events = (*self.events, *events)
-        self.take(
-            Data(*_split(data.tokens, "max_perplexity_increase"))
-            if holding_out
-            else Data(data.tokens, data.unseen)
-        )
+        tokens, held_out = data.tokens, data.held_out
+        if holding_out:
+            tokens, held_out = _split(tokens, "max_perplexity_increase")
+        self.take(CalibrationTokens(tokens, held_out, events))
         if hessian_cache is not None:
             self._check_cache(config)
             key = hessian_key(
@@ -180,12 +160,11 @@ class CausalLM(Adapter):
                 tensors_digest([self.data.tokens]),
             )
             self.cache = HessianCache(hessian_cache, key)
-        self._kept = self.cache or (HessianCache(work, "calibration") if work else None)
+        run_cache = HessianCache(work, "calibration") if work else None
+        self._sensitivity_cache = self.cache or run_cache
 
-    def _text_tokens(
-        self, calibration: Calibration, apart: bool
-    ) -> tuple[CalibrationTokens, tuple[str, ...]]:
-        """Return tokens of the calibration text, `apart` with others to judge by, and events."""
+    def _text_tokens(self, calibration: Calibration, judged: bool) -> CalibrationTokens:
+        """Return tokens of the calibration text, with held-out ones if `judged`."""
         self._batch_size = calibration.batch_size
         source = calibration.source
         data = calibration_tokens(
@@ -196,14 +175,14 @@ class CausalLM(Adapter):
             sequence_length=calibration.sequence_length,
             seed=calibration.seed,
             batch_size=calibration.batch_size,
-            unseen=-(-JUDGING_TOKENS // calibration.sequence_length) if apart else 0,
+            held_out=-(-JUDGING_TOKENS // calibration.sequence_length) if judged else 0,
             text=source.content if isinstance(source, Text) else None,
             progress=self._progress,
         )
-        return data, data.events
+        return data
 
-    def take(self, data: Data) -> None:
-        """Take calibration tokens.
+    def take(self, data: CalibrationTokens) -> None:
+        """Replace the calibration tokens.
 
         Raises:
             ModelError: the model has no embedding for them.
@@ -225,10 +204,10 @@ class CausalLM(Adapter):
                 "drift, or drop the Hessian cache and any target."
             )
 
-    # What the model is run on, and what predicts a token: masked language models differ here.
+    # Inputs and predictions: masked language models differ here.
 
     def inputs(self, tokens: Tensor) -> Tensor:
-        """Return what the model is run on for tokens, int64 [batch, sequence]."""
+        """Return the model's input ids for tokens, int64 [batch, sequence]."""
         return tokens
 
     def predicted(self, tokens: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,7 +215,7 @@ class CausalLM(Adapter):
         return logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
 
     def loss_scale(self, tokens: Tensor) -> float:
-        """Return the factor by which squared gradients are those of all tokens being predicted."""
+        """Return the factor of the loss that makes squared gradients those of all tokens."""
         return 1.0
 
     def _run(self, tokens: Tensor) -> object:
@@ -244,42 +223,26 @@ class CausalLM(Adapter):
         return self.module.base_model(input_ids=ids, **self.run_options)
 
     run_options: Mapping[str, Any] = {"use_cache": False}
-    """Arguments of every run beside the tokens."""
+    """Arguments of the model besides the tokens."""
 
     def ends(self, captured: Capture) -> Ends:
-        """Return everything of the model but its blocks."""
-        return Ends(
-            self.module,
-            self._blocks,
-            captured.wrap,
-            lambda tokens: self.inputs(tokens),
-            self.run_options,
-        )
+        """Return the model without its blocks."""
+        return Ends(self.module, self._blocks, captured.wrap, self.inputs, self.run_options)
 
     def backbone(self) -> tuple[Backbone, HeadBlocks]:
-        """Return what block-by-block calibration needs of the model, and its matrices outside of
-        the blocks."""
+        """Return the model for block-by-block calibration, and its matrices outside the blocks."""
         layouts = tuple(self.layouts.values())
         outer = HeadBlocks(self.module, self._blocks, layouts, self.ends)
-        backbone = Backbone(
-            self.module,
-            self._blocks,
-            layouts,
-            self._run,
-            outer,
-            lambda: eager_experts(self.module),
-        )
-        return backbone, outer
+        single = partial(eager_experts, self.module)
+        return Backbone(self.module, self._blocks, layouts, self._run, outer, single), outer
 
     def sensitivities(self, config: CompressionConfig) -> Sensitivities:
-        kept = self._kept.read_sensitivities() if self._kept is not None else None
-        if kept is None:
+        def compute() -> Sensitivities:
             tokens = self.data.tokens
             count = -(-SENSITIVITY_TOKENS // tokens.shape[1])
-            kept = self.backward(tokens[:count], self._batch_size)
-            if self._kept is not None:
-                self._kept.write_sensitivities(kept)
-        return _filled(kept)
+            return self.backward(tokens[:count], self._batch_size)
+
+        return _filled(cached_sensitivities(self._sensitivity_cache, compute))
 
     def backward(self, tokens: Tensor, batch_size: int) -> Sensitivities:
         """Return the sensitivities of all chosen weights on tokens, int64 [samples, sequence].
@@ -319,15 +282,14 @@ class CausalLM(Adapter):
     def sample_blocks(self, config: CompressionConfig) -> Blocks:
         assert self.cache is not None
         backbone, outer = self.backbone()
-        count = len(backbone.blocks) + len(outer)
-        if not self.cache.complete(count):
-            blocks = self._calibrated(config, sampling=True)
-            return CachingBlocks(blocks, self.cache, self._device)
-        if self._progress and not self._noted:
-            note(f"Hessians found in {self.cache.path}: calibration is skipped.")
-            self._noted = True
-        layouts = list(self.layouts.values())
-        return CachedBlocks(self.module, layouts, self.cache, count, self._device)
+        return self.cache.blocks(
+            self.module,
+            list(self.layouts.values()),
+            len(backbone.blocks) + len(outer),
+            lambda: self._calibrated(config, sampling=True),
+            self._device,
+            progress=self._progress,
+        )
 
     def _calibrated(self, config: CompressionConfig, sampling: bool = False) -> CalibratedBlocks:
         return CalibratedBlocks(
@@ -383,13 +345,12 @@ class CausalLM(Adapter):
 
     @property
     def predictions(self) -> int:
-        """Number of held-out tokens that are predicted."""
         samples, length = self.data.held_out.shape
         return samples * (length - 1)
 
 
 class _Tail:
-    """The ends of a model in the backward pass of one batch (calibration.sensitivity.Tail)."""
+    """A model without its blocks in the backward pass of one batch (sensitivity.Tail)."""
 
     def __init__(
         self, adapter: CausalLM, ends: Ends, head: HeadGradients | None, device: torch.device
@@ -437,8 +398,7 @@ def select(
     *,
     head: bool = False,
 ) -> Selection:
-    """Choose weights of a language model's blocks, and with `head` of its head and its input
-    embedding; tied, they are one parameter.
+    """Choose weights of a language model's blocks, and with `head` its head and input embedding.
 
     Raises:
         ConfigError: a pattern matches nothing, or no weight is left.
@@ -456,7 +416,7 @@ def select(
 
 @contextmanager
 def eager_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Have the experts of a mixture run one by one; fused ones never show one expert's input."""
+    """Run the experts of a mixture one by one; fused ones never show one expert's input."""
     before = getattr(model.config, "_experts_implementation", None)
     if before in (None, "eager"):
         yield
@@ -469,19 +429,14 @@ def eager_experts(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _filled(sensitivities: Sensitivities) -> Sensitivities:
-    """Return the same, with experts that no token reached counting like the average of the
-    others."""
+    """Return the sensitivities, with experts that no token reached at the mean of the reached."""
     gradients = sensitivities.squared_gradients
     filled: dict[Label, Tensor] = dict(gradients)
     for (name, part), gradient in gradients.items():
         if not bool(gradient.any()):
-            others = [
-                value.mean()
-                for (other, _), value in gradients.items()
-                if other == name and bool(value.any())
-            ]
-            if others:
-                filled[name, part] = torch.stack(others).mean().expand_as(gradient)
+            means = [x.mean() for (n, _), x in gradients.items() if n == name and bool(x.any())]
+            if means:
+                filled[name, part] = torch.stack(means).mean().expand_as(gradient)
     return Sensitivities(filled, sensitivities.hessian_additions)
 
 

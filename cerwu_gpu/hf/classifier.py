@@ -22,7 +22,7 @@ from cerwu_gpu.hf.companions import (
 from cerwu_gpu.models.module import ModuleAdapter
 
 COPIED_FILES = ("preprocessor_config.json", "processor_config.json", *LICENCE_PATTERNS)
-"""Files of an image classifier that go into the compressed directory as they came."""
+"""Files of an image classifier that are copied into the compressed directory."""
 
 
 class ImageClassifier(ModuleAdapter):
@@ -70,7 +70,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _check_unchanged(model: PreTrainedModel) -> None:
-    """Refuse what `load_compressed` could not build again.
+    """Refuse a model that `load_compressed` could not build from its configuration.
 
     Raises:
         ModelError: the model's layers were changed.

@@ -21,13 +21,12 @@ COPIED_FILES = (
     "merges.txt",
     "special_tokens_map.json",
 )
-"""Files of a language model that go into the compressed directory as they came."""
+"""Files of a language model that are copied into the compressed directory."""
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
 def write_config(model: PreTrainedModel, folder: Path) -> None:
-    """Write config.json with the quantization method; nothing in it says from which directory the
-    model came.
+    """Write config.json with the quantization method and without local paths.
 
     Raises:
         OutputError: the disk refuses it.
@@ -71,8 +70,7 @@ def save_text_files(
 def _without_paths(content: Any) -> Any:
     """Return a configuration without the places that it and its parts were loaded from."""
     if isinstance(content, dict):
-        kept = {key: value for key, value in content.items() if key != "_name_or_path"}
-        return {key: _without_paths(value) for key, value in kept.items()}
+        return {k: _without_paths(x) for k, x in content.items() if k != "_name_or_path"}
     return [_without_paths(x) for x in content] if isinstance(content, list) else content
 
 

@@ -20,9 +20,9 @@ from cerwu_gpu.hf.models import mask_token
 from cerwu_gpu.hf.text import SELF
 
 MASKED_PERCENT = 15
-"""Share of the calibration tokens that is masked, as where such models are trained."""
+"""Share of the calibration tokens that is masked, the usual one in training."""
 _STRIDES = (104_729, 7_919)
-"""Primes by which a token's place and id decide whether it is masked: the same every time."""
+"""Primes that hash a token's position and id to decide whether it is masked."""
 
 
 class MaskedLM(CausalLM):
@@ -46,7 +46,6 @@ class MaskedLM(CausalLM):
         return logits[masked.to(logits.device)], tokens[masked]
 
     def loss_scale(self, tokens: Tensor) -> float:
-        """Return the factor by which squared gradients are those of all tokens being predicted."""
         return math.sqrt(tokens.numel() / int(_is_masked(tokens).sum()))
 
     def _mask(self) -> int:
@@ -61,9 +60,8 @@ class MaskedLM(CausalLM):
 
 
 def _is_masked(tokens: Tensor) -> Tensor:
-    """Return which of int64 [batch, sequence] are masked, at least one in each sequence."""
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    drawn = (places * _STRIDES[0] + tokens * _STRIDES[1]) % 100
-    masked = drawn < MASKED_PERCENT
+    """Return which tokens, int64 [batch, sequence], are masked: one or more per sequence."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    masked = (positions * _STRIDES[0] + tokens * _STRIDES[1]) % 100 < MASKED_PERCENT
     masked[:, tokens.shape[1] // 2] |= ~masked.any(dim=1)
     return masked

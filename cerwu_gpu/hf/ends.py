@@ -1,4 +1,4 @@
-"""What a model does before its first block and after its last one, by the model's own code."""
+"""Forward passes through a model without its blocks: embedding, final norm, head."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,15 +17,15 @@ from cerwu_gpu.errors import CalibrationError
 
 @dataclass(frozen=True)
 class Passage:
-    """One run with the blocks left out, with its graph.
+    """One forward pass without the blocks, with its autograd graph.
 
     Attributes:
         rows: the looked-up rows of the input embedding [batch, sequence, d], a leaf.
         first: the first block's input [batch, sequence, width], computed from `rows`.
         last: the last block's output [batch, sequence, width], a leaf.
-        head_input, scores: what the head was applied to [batch, sequence, d], computed from
-            `last`, and what it gave [batch, sequence, vocabulary]; None where it has no module of
-            its own or was not applied once.
+        head_input, scores: the head's input [batch, sequence, d], computed from `last`, and its
+            output [batch, sequence, vocabulary]; None where it has no module of its own or was not
+            applied once.
         logits: [batch, sequence, vocabulary], computed from `scores`.
     """
 
@@ -38,7 +38,7 @@ class Passage:
 
 
 class Ends:
-    """Everything of a model but its blocks.
+    """All of a model but its blocks.
 
     While the model runs, its blocks are replaced by stand-ins: the first one takes what the model
     gives it, the last one hands out the hidden states that are given here.
@@ -52,11 +52,11 @@ class Ends:
         inputs: Callable[[Tensor], Tensor],
         options: Mapping[str, Any],
     ) -> None:
-        """Prepare.
+        """Take the model; nothing is run yet.
 
         Args:
             wrap: turns hidden states into what a block returns (capture.Capture).
-            inputs: returns what the model is run on for tokens, int64 [batch, sequence].
+            inputs: returns the model's input ids for tokens, int64 [batch, sequence].
             options: arguments of a run beside the tokens.
         """
         self._model = model
@@ -67,28 +67,27 @@ class Ends:
 
     @torch.no_grad()
     def head_input(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Return what the head is applied to [batch, sequence, d] after the blocks gave `hidden`.
-
-        No logits are computed.
+        """Return the head's input [batch, sequence, d] after the blocks gave `hidden`; no logits
+        are computed.
 
         Raises:
             CalibrationError: the model does not apply its head once.
         """
         head = output_embeddings(self._model)
         assert head is not None, "head.find_head finds it"
-        seen: list[Tensor] = []
+        inputs: list[Tensor] = []
 
         def forward(x: Tensor) -> Tensor:
-            seen.append(x)
+            inputs.append(x)
             return x.new_zeros((*x.shape[:-1], 1))
 
         with replaced([head], [forward]):
             self._run(tokens, hidden)
-        if len(seen) != 1:
+        if len(inputs) != 1:
             raise CalibrationError(
-                f"the model applied its head {len(seen)} times instead of once: leave it out."
+                f"the model applied its head {len(inputs)} times instead of once: leave it out."
             )
-        return seen[0]
+        return inputs[0]
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Return the logits [batch, sequence, vocabulary] after the blocks gave `hidden`."""
@@ -134,7 +133,7 @@ class Ends:
 
     @contextmanager
     def _head_noted(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Yield a list that is filled with the head's input and output at each of its runs."""
+        """Yield a list that receives (input, output) of every call of the head."""
         noted: list[tuple[Tensor, Tensor]] = []
         head = output_embeddings(self._model)
         if head is None:
@@ -156,7 +155,7 @@ def output_embeddings(model: PreTrainedModel) -> nn.Module | None:
 
 
 class _Lookup(TorchFunctionMode):
-    """A mode that makes a leaf of the rows that are looked up in one embedding.
+    """A mode that makes the rows looked up in one embedding a leaf of the graph.
 
     A hook on the module would see them scaled where the module also scales (Gemma 3).
     """
@@ -180,7 +179,7 @@ class _Lookup(TorchFunctionMode):
 def ends_placed(
     model: PreTrainedModel, blocks: Sequence[tuple[str, nn.Module]], device: torch.device
 ) -> Iterator[None]:
-    """Have all of the model but its blocks on `device` for a while."""
+    """Keep all of the model but its blocks on `device` inside the context."""
     with ExitStack() as stack:
         for module in _outside(model, {id(block) for _, block in blocks}):
             home = _home(module)
@@ -202,7 +201,7 @@ def _outside(module: nn.Module, blocks: set[int]) -> Iterator[nn.Module]:
 
 
 def _home(module: nn.Module) -> torch.device | None:
-    """Return where the module lies; None where it holds nothing."""
+    """Return the module's device; None where it holds no tensors."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return None

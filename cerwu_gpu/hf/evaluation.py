@@ -1,5 +1,5 @@
-"""How good a model is on a text, by sliding windows as in the transformers documentation: its
-perplexity, and how far it is from the model it was made of.
+"""Quality of a model on a text: its perplexity, and its distance from the model it was made of, by
+sliding windows as in the transformers documentation.
 
 A causal language model predicts a token from those before it; a masked one from those on both
 sides, with the token and others, one in MASKED_SHARE, masked. Its perplexity is then the
@@ -7,9 +7,10 @@ pseudo-perplexity of Salazar et al. (arXiv 1910.14659), who mask one token at a 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +25,13 @@ from cerwu_gpu.hf.text import tokenized
 from cerwu_gpu.progress import tracked
 
 POSITIONS = 128
-"""Tokens whose logits are compared at a time: their float64 copies are the largest tensors."""
-
-
+"""Number of tokens whose logits are compared at a time, which bounds float64 copies."""
 MASKED_SHARE = 8
-"""Number of tokens of which one is masked at a time: so many runs predict all tokens."""
+"""Number of forward passes that predict all tokens: in each, one token in this many is masked."""
 
 
 class Window(NamedTuple):
-    """Tokens begin ... end - 1 are read, the last `counted` of them are predicted."""
+    """A range of tokens, begin ... end - 1, of which the last `counted` are predicted."""
 
     begin: int
     end: int
@@ -41,17 +40,17 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A compressed model beside its original, over the same predicted tokens of a text."""
+    """Distance of a compressed model from its original, over the same predicted tokens."""
 
     perplexity: float
-    """exp of the mean negative log likelihood of the compressed model; inf where that overflows."""
+    """Exponential of the compressed model's mean negative log likelihood; inf on overflow."""
     original_perplexity: float
     kl_divergence: float
     """Mean of KL(original || compressed) per predicted token, in nats; 0 for equal models."""
     top1_agreement: float
-    """Share of the tokens at which both hold the same next token for the likeliest."""
+    """Share of the tokens at which both models have the same most likely next token."""
     tokens: int
-    """Predicted tokens."""
+    """Number of predicted tokens."""
 
 
 def perplexity(
@@ -65,7 +64,7 @@ def perplexity(
     batch_size: int = 4,
     progress: bool = False,
 ) -> float:
-    """exp(total negative log likelihood / counted tokens); infinite where that overflows.
+    """Return exp(total negative log likelihood / counted tokens); infinite on overflow.
 
     Arguments and errors are those of `negative_log_likelihood`.
     """
@@ -82,6 +81,7 @@ def perplexity(
     return perplexity_of(total / tokens)
 
 
+@torch.no_grad()
 def compare(
     model: PreTrainedModel,
     original: PreTrainedModel,
@@ -94,46 +94,42 @@ def compare(
     batch_size: int = 4,
     progress: bool = False,
 ) -> Comparison:
-    """What compression has changed, in one pass over the text with both models.
+    """Compare a compressed model with its original, in one pass over the text with both.
 
     KL(p || q) = sum over the vocabulary of p (log p - log q), p the original's distribution of the
-    next token and q the compressed model's. Log probabilities are float32, sums float64; no more
-    logits are in memory than those of one batch.
+    next token and q the compressed model's. Log probabilities are float32, sums float64; the logits
+    of one batch are in memory at a time.
 
     Arguments and errors are those of `negative_log_likelihood`, for both models.
 
     Raises:
         ModelError: the models have vocabularies of different size.
     """
-    ids, windows = _windows_of(
-        model, tokenizer, text, context_length, stride, max_windows, batch_size
+    batches = _batches(
+        (model, original), tokenizer, text, context_length, stride, max_windows, batch_size
     )
-    check_tokens(original, ids, min(context_length, len(ids)))
-    original.train(False)
     mask = mask_token(model, tokenizer)
     sums = torch.zeros(4, dtype=torch.float64)
-
-    def add(tokens: Tensor, counted: list[int]) -> None:
+    total = 0
+    for tokens, counted in tracked(batches, what="comparison", unit="batch", shown=progress):
         pair = (_logits(one, tokens, mask) for one in (original, model))
         for before, after, row, count in zip(*pair, tokens, counted, strict=True):
             sums.add_(_compared(before, after, row, count))
-
-    _over(windows, ids, batch_size, add, "comparison", progress)
-    count = sum(window.counted for window in windows)
-    compressed, own, divergence, agreed = (sums / count).tolist()
+            total += count
+    after_loss, before_loss, divergence, agreed = (sums / total).tolist()
     return Comparison(
-        perplexity=perplexity_of(compressed),
-        original_perplexity=perplexity_of(own),
+        perplexity=perplexity_of(after_loss),
+        original_perplexity=perplexity_of(before_loss),
         kl_divergence=divergence,
         top1_agreement=agreed,
-        tokens=count,
+        tokens=total,
     )
 
 
 def check_same_tokens(
     tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None, text: str
 ) -> None:
-    """Refuse to compare models token by token whose tokens are not the same.
+    """Refuse to compare models whose tokenizers differ.
 
     Raises:
         ModelError: the tokenizers cut the text into different tokens.
@@ -157,16 +153,16 @@ def negative_log_likelihood(
     batch_size: int = 4,
     progress: bool = False,
 ) -> tuple[float, int]:
-    """(total negative log likelihood in nats, number of predicted tokens) of a text.
+    """Return (total negative log likelihood in nats, number of predicted tokens) of a text.
 
     The text is tokenized whole. Each window of `context_length` tokens begins `stride` tokens
     after the one before, and counts the tokens that no earlier window has read; the first token
     of the text, and of each window where windows do not overlap, has no prediction.
 
     Args:
-        model: where and in which dtype it is; put into eval mode.
+        model: run on its device and in its dtype; put into eval mode.
         stride: at most `context_length`; None: `context_length`, no overlap.
-        max_windows: stop after so many windows; None: the whole text.
+        max_windows: maximum number of windows; None: the whole text.
         batch_size: windows per forward pass.
         progress: show a bar over the windows on stderr.
 
@@ -176,17 +172,13 @@ def negative_log_likelihood(
         ModelError: there is no tokenizer, or it does not belong to the model, or the context is
             longer than the model's.
     """
-    ids, windows = _windows_of(
-        model, tokenizer, text, context_length, stride, max_windows, batch_size
-    )
-    totals: list[float] = []
+    batches = _batches((model,), tokenizer, text, context_length, stride, max_windows, batch_size)
     mask = mask_token(model, tokenizer)
-
-    def add(tokens: Tensor, counted: list[int]) -> None:
-        totals.append(_batch_loss(model, tokens.to(model.device), counted, mask))
-
-    _over(windows, ids, batch_size, add, "perplexity", progress)
-    return sum(totals), sum(window.counted for window in windows)
+    losses = [
+        _batch_loss(model, tokens.to(model.device), counted, mask)
+        for tokens, counted in tracked(batches, what="perplexity", unit="batch", shown=progress)
+    ]
+    return sum(losses), sum(sum(counted) for _, counted in batches)
 
 
 @torch.no_grad()
@@ -204,7 +196,7 @@ def mean_loss(
 
 
 def sliding_windows(tokens: int, context_length: int, stride: int) -> Iterator[Window]:
-    """The windows over a text of so many tokens; those that predict nothing are left out."""
+    """Yield the windows over a text of `tokens` tokens, without those that predict nothing."""
     read = 0
     for begin in range(0, tokens, stride):
         end = min(begin + context_length, tokens)
@@ -217,16 +209,17 @@ def sliding_windows(tokens: int, context_length: int, stride: int) -> Iterator[W
             return
 
 
-def _windows_of(
-    model: PreTrainedModel,
+def _batches(
+    models: Sequence[PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase | None,
     text: str,
     context_length: int,
     stride: int | None,
     max_windows: int | None,
     batch_size: int,
-) -> tuple[Tensor, list[Window]]:
-    """The ids of the text, int64 [tokens], and its windows; the model is put into eval mode."""
+) -> list[tuple[Tensor, list[int]]]:
+    """Return tokens int64 [batch, sequence] of consecutive windows of one length, with the number
+    of last tokens to be predicted in each row; put the models into eval mode."""
     stride = context_length if stride is None else stride
     _check(context_length, stride, max_windows, batch_size)
     ids = tokenized(text, tokenizer)
@@ -235,26 +228,18 @@ def _windows_of(
             f"the evaluation text has {len(ids)} tokens and leaves nothing to predict: "
             "give a longer one."
         )
-    check_tokens(model, ids, min(context_length, len(ids)))
-    model.train(False)
-    return ids, list(sliding_windows(len(ids), context_length, stride))[:max_windows]
-
-
-@torch.no_grad()
-def _over(
-    windows: list[Window],
-    ids: Tensor,
-    batch_size: int,
-    add: Callable[[Tensor, list[int]], None],
-    what: str,
-    shown: bool,
-) -> None:
-    """Call `add` with the tokens int64 [batch, sequence] of each group of windows, and how many
-    of the last ones in each row count."""
-    groups = list(_batches(windows, batch_size))
-    for group in tracked(groups, what=what, unit="batch", shown=shown):
-        tokens = torch.stack([ids[window.begin : window.end] for window in group])
-        add(tokens, [window.counted for window in group])
+    for model in models:
+        check_tokens(model, ids, min(context_length, len(ids)))
+        model.train(False)
+    windows = list(sliding_windows(len(ids), context_length, stride))[:max_windows]
+    batches = []
+    for first in range(0, len(windows), batch_size):
+        # Only the last window of a text is shorter than the others.
+        for _, group in groupby(windows[first : first + batch_size], lambda w: w.end - w.begin):
+            pairs = [(ids[window.begin : window.end], window.counted) for window in group]
+            rows, counted = zip(*pairs, strict=True)
+            batches.append((torch.stack(rows), list(counted)))
+    return batches
 
 
 def _check(context_length: int, stride: int, max_windows: int | None, batch_size: int) -> None:
@@ -268,21 +253,10 @@ def _check(context_length: int, stride: int, max_windows: int | None, batch_size
         raise ConfigError(f"batch_size is {batch_size}: give at least 1.")
 
 
-def _batches(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Consecutive windows of one length; only the last window of a text is shorter."""
-    for first in range(0, len(windows), batch_size):
-        group = windows[first : first + batch_size]
-        full = [w for w in group if w.end - w.begin == group[0].end - group[0].begin]
-        yield full
-        if len(full) < len(group):
-            yield group[len(full) :]
-
-
 def _batch_loss(
     model: PreTrainedModel, tokens: Tensor, counted: list[int], mask: int | None
 ) -> float:
-    """Return the summed loss of the last `counted` tokens of each row of int64 [batch,
-    sequence]."""
+    """Return the loss summed over the last counted[i] tokens of row i, int64 [batch, sequence]."""
     logits = _logits(model, tokens, mask)
     total = 0.0
     for row, ids, count in zip(logits, tokens, counted, strict=True):
@@ -293,16 +267,16 @@ def _batch_loss(
 
 
 def _logits(model: PreTrainedModel, tokens: Tensor, mask: int | None) -> Tensor:
-    """Return logits [batch, sequence, vocabulary] in the model's dtype, where the model is; those
-    at a token predict the next one."""
+    """Return logits [batch, sequence, vocabulary] in the model's dtype, on its device; those at a
+    token predict the next one."""
     tokens = tokens.to(model.device)
     if mask is None:
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
         return logits
-    places = torch.arange(tokens.shape[1], device=tokens.device) % MASKED_SHARE
+    turns = torch.arange(tokens.shape[1], device=tokens.device) % MASKED_SHARE
     predictions: Tensor | None = None
-    for remainder in range(min(MASKED_SHARE, tokens.shape[1])):
-        masked = places == remainder
+    for turn in range(min(MASKED_SHARE, tokens.shape[1])):
+        masked = turns == turn
         output: Tensor = model(input_ids=tokens.masked_fill(masked, mask)).logits
         predictions = torch.empty_like(output) if predictions is None else predictions
         predictions[:, masked] = output[:, masked]
@@ -311,8 +285,8 @@ def _logits(model: PreTrainedModel, tokens: Tensor, mask: int | None) -> Tensor:
 
 
 def _compared(before: Tensor, after: Tensor, ids: Tensor, count: int) -> Tensor:
-    """Sums over the last `count` tokens of one row, [4] float64 on the CPU: the losses of the
-    compressed and the original model, KL(original || compressed), agreements.
+    """Return sums over the last `count` tokens of one row, [4] float64 on the CPU: the losses of
+    the compressed and the original model, KL(original || compressed), agreements.
 
     Args:
         before, after: logits [sequence, vocabulary] of the original and the compressed model.
@@ -329,18 +303,18 @@ def _compared(before: Tensor, after: Tensor, ids: Tensor, count: int) -> Tensor:
     for old, new, targets in zip(*chunks, strict=True):
         log_p = old.float().log_softmax(-1)
         log_q = new.float().to(log_p.device).log_softmax(-1)
-        wanted = targets.to(log_p.device)[:, None]
+        index = targets.to(log_p.device)[:, None]
         p = log_p.exp()
-        # What the original rules out (log p = -inf) counts 0, whatever the other makes of it.
+        # Tokens that the original rules out (log p = -inf) count 0 whatever q is.
         divergence = torch.where(p > 0, p * (log_p - log_q), 0.0)
         agreed = log_p.argmax(-1) == log_q.argmax(-1)
-        terms = (-log_q.gather(-1, wanted), -log_p.gather(-1, wanted), divergence, agreed)
+        terms = (-log_q.gather(-1, index), -log_p.gather(-1, index), divergence, agreed)
         sums += torch.stack([term.sum(dtype=torch.float64) for term in terms]).cpu()
     return sums
 
 
 def perplexity_of(mean: float) -> float:
-    """exp of a mean negative log likelihood in nats; infinite where that overflows."""
+    """Return exp of a mean negative log likelihood in nats; infinite on overflow."""
     try:
         return math.exp(mean)
     except OverflowError:
@@ -358,13 +332,13 @@ def task_results(
     batch_size: int = 4,
     examples: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Task -> metric -> value, as `lm_eval.simple_evaluate` names and computes them.
+    """Return task -> metric -> value, as `lm_eval.simple_evaluate` names and computes them.
 
     Args:
-        model: where it is; lm-eval leaves it there.
+        model: run on its device.
         tasks: names that lm-eval knows, or files of tasks (.yaml).
-        batch_size: requests in work at a time.
-        examples: only so many of each task; None: all.
+        batch_size: requests per forward pass.
+        examples: maximum number per task; None: all.
 
     Raises:
         ConfigError: lm-eval is not installed, a task is unknown, or it cannot be run (its data
@@ -376,7 +350,7 @@ def task_results(
 
     named = [str(Path(t).absolute()) if t.endswith(TASK_SUFFIXES) else t for t in tasks]
     try:
-        found = simple_evaluate(
+        output = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=named,
             task_manager=_task_manager(not all(t.endswith(TASK_SUFFIXES) for t in tasks)),
@@ -388,13 +362,13 @@ def task_results(
             f"lm-eval cannot run {', '.join(tasks)} ({reason(error)}): check the names "
             "(`lm-eval ls tasks`) and the network."
         ) from error
-    results: dict[str, dict[str, object]] = found["results"]
+    results: dict[str, dict[str, object]] = output["results"]
     return {task: _metrics(values) for task, values in results.items()}
 
 
 @cache
 def _task_manager(named: bool) -> Any:
-    """What lm-eval knows of tasks; with its own ones, `named`, it reads thousands of files."""
+    """Return lm-eval's registry; with its own tasks, `named`, it reads thousands of files."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=named)
@@ -408,14 +382,14 @@ def check_tasks_available() -> None:
     """
     try:
         import lm_eval  # noqa: F401
-    except ImportError:
+    except ImportError as error:
         raise ConfigError(
             "tasks need lm-eval, which is not installed: pip install 'cerwu_gpu[eval]'."
-        ) from None
+        ) from error
 
 
 def _metrics(values: dict[str, object]) -> dict[str, float]:
-    """The numbers of a task; "acc,none" is called "acc", other filters keep their name."""
+    """Return the numbers of a task; "acc,none" becomes "acc", other filters keep their name."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()

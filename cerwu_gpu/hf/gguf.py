@@ -1,4 +1,4 @@
-"""What transformers leaves undone when it reads a .gguf file."""
+"""Reading .gguf files through transformers, with what it leaves undone."""
 
 import importlib.util
 import os
@@ -26,14 +26,14 @@ STRING, ARRAY = 8, 9
 SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a metadata value by its type number, as the GGUF specification has them."""
 LONGEST_STRING = 1 << 26
-"""Bytes; nothing in a sound file comes near, and a damaged one must not claim all memory."""
+"""Maximum bytes of a string: a damaged file must not claim all memory."""
 
 
 def check_gguf(path: Path) -> None:
-    """Refuse what is no GGUF file, and say which packages are missing to read one.
+    """Refuse a file that is not GGUF, and any while packages that read it are missing.
 
     Raises:
-        ModelError: as said.
+        ModelError: it is not GGUF, or packages are missing.
     """
     if not path.is_file():
         raise ModelError(f"{path} does not exist: check the path.")
@@ -50,7 +50,7 @@ def check_gguf(path: Path) -> None:
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Let transformers parse a file once in here.
+    """Make transformers parse a file only once inside the context.
 
     It reads a file anew for the configuration, the weights and the tokenizer, seconds each time,
     and builds the table of tensor names anew for every tensor.
@@ -65,7 +65,7 @@ def read_once() -> Iterator[None]:
 
 
 def gguf_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model of a GGUF file with its weights decoded, float32 unless `dtype` says otherwise.
+    """Return the model of a GGUF file with its weights decoded to `dtype`, float32 by default.
 
     Raises:
         ModelError: transformers cannot read the file.
@@ -85,7 +85,7 @@ def gguf_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """The weights are plain tensors now; with these leftovers save_pretrained would refuse."""
+    """Remove the quantization settings, with which save_pretrained would refuse plain tensors."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "quantization_config"):
@@ -94,7 +94,7 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer inside a GGUF file, mended; None where the file holds none.
+    """Return the tokenizer inside a GGUF file, mended; None where the file holds none.
 
     Raises:
         ModelError: transformers cannot build it.
@@ -124,7 +124,7 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def text_fields(path: Path) -> dict[str, str]:
-    """The metadata of a GGUF file whose values are text; gguf's own reader takes seconds for it.
+    """Return the text values of a GGUF file's metadata; gguf's own reader takes seconds for it.
 
     Raises:
         ModelError: the file ends too early or is of a version without 64-bit lengths.
@@ -146,7 +146,7 @@ def text_fields(path: Path) -> dict[str, str]:
 
 
 def _value(file: BinaryIO, kind: int) -> bytes | None:
-    """The value at the file's position if it is a string; others are passed over."""
+    """Return the value at the file's position if it is a string; skip any other."""
     if kind == STRING:
         return _string(file)
     if kind != ARRAY:

@@ -1,6 +1,6 @@
 r"""The input embedding and the head as matrices [vocabulary, d] to be compressed.
 
-How they count, in the units of design.md 2.3 (cost per token of an error e in row v):
+Their costs, in the units of design.md 2.3 (per token, of an error e in row v):
 
 * Head: 1/2 alpha_v e H e^T like any linear layer, H of its input, the last hidden state after the
   final norm. alpha_v is the *expected* square of dL/dy_v, s_v^2 p_v (1 - p_v) on average, p the
@@ -63,7 +63,7 @@ class HeadWeights:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The distinct parameters, the head first."""
+        """Names of the distinct parameters, the head first."""
         return (self.head,) if self.tied else (self.head, self.embedding)
 
 
@@ -104,8 +104,8 @@ def head_layouts(model: PreTrainedModel) -> list[WeightLayout]:
 def head_modules(
     model: PreTrainedModel, layouts: Sequence[WeightLayout]
 ) -> list[tuple[str, nn.Module]]:
-    """Return the modules that own the head and the embedding, with their names, if `layouts` has
-    them: they are treated like further blocks after the last one."""
+    """Return the modules that own the head and the embedding, with their names, if `layouts` holds
+    their weights; they are treated like further blocks after the last one."""
     chosen = {layout.name for layout in layouts}
     embeddings = (model.get_input_embeddings(), output_embeddings(model))
     owned = {id(parameter) for module in embeddings if module for parameter in module.parameters()}
@@ -116,7 +116,11 @@ def head_modules(
 
 
 class HeadBlocks(OuterBlocks):
-    """The head and the input embedding, where they are to be compressed, as a block each."""
+    """The head and the input embedding, where they are to be compressed, as a block each.
+
+    Attributes:
+        head: their names; None where neither is to be compressed.
+    """
 
     def __init__(
         self,
@@ -130,17 +134,12 @@ class HeadBlocks(OuterBlocks):
         self._blocks = blocks
         self._layouts = {layout.name: layout for layout in layouts}
         self._modules = head_modules(model, layouts)
-        self._head = find_head(model) if self._modules else None
+        self.head = find_head(model) if self._modules else None
         owners = {name for name, _ in self._modules}
-        self.needs_outputs = self._head is not None and self._head.head.rpartition(".")[0] in owners
+        self.needs_outputs = self.head is not None and self.head.head.rpartition(".")[0] in owners
 
     def __len__(self) -> int:
         return len(self._modules)
-
-    @property
-    def head(self) -> HeadWeights | None:
-        """The names, where one of the two is to be compressed."""
-        return self._head
 
     def of(self, stream: Stream, captured: Capture) -> Iterator[Block]:
         ends = self._ends(captured)
@@ -160,8 +159,8 @@ class HeadBlocks(OuterBlocks):
         Raises:
             CalibrationError: an activation is not finite.
         """
-        assert self._head is not None
-        if layout.name != self._head.head:
+        assert self.head is not None
+        if layout.name != self.head.head:
             rows, columns = layout.shape
             hessian = torch.eye(columns, device=stream.device) * (2 / rows)
             count = sum(tokens.numel() for tokens in stream.batches)
@@ -183,8 +182,8 @@ class HeadBlocks(OuterBlocks):
 
 
 def lookup_frequencies(tokens: Tensor, vocabulary: int) -> Tensor:
-    """Return f [vocabulary] float64, sum 1: the tokens' shares of `tokens` (int64, any shape) after
-    one more occurrence of every token."""
+    """Return f [vocabulary] float64, sum 1: the shares of all tokens in `tokens` (int64, any shape)
+    with one occurrence of each added."""
     counts = torch.bincount(tokens.flatten().cpu(), minlength=vocabulary).double() + 1
     return counts / counts.sum()
 
@@ -197,7 +196,7 @@ def lookup_sensitivities(frequencies: Tensor, moment: Tensor) -> tuple[Tensor, T
         moment: G [d, d].
 
     Returns:
-        (a [vocabulary], what is added to the Hessian [d, d]).
+        (a [vocabulary], the addition to the Hessian [d, d]).
     """
     vocabulary, columns = len(frequencies), len(moment)
     gradient = moment.trace() / columns
@@ -219,7 +218,7 @@ def tied_sensitivities(
         hessian: H [d, d] of the head's input.
 
     Returns:
-        (a [vocabulary], what is added to the Hessian [d, d]).
+        (a [vocabulary], the addition to the Hessian [d, d]).
     """
     total = logits.sum()
     if float(total) <= 0:
@@ -235,8 +234,8 @@ def tied_sensitivities(
 
 
 class HeadGradients:
-    """Expected squares at the logits, and second moments of the head's inputs and of the gradients
-    at the looked-up rows, over batches of tokens."""
+    """Expected squared gradients at the logits, and second moments of the head's inputs and of the
+    gradients at the looked-up rows, over batches of tokens."""
 
     def __init__(self, head: HeadWeights) -> None:
         self.head = head
@@ -246,11 +245,11 @@ class HeadGradients:
         self._gradients: Tensor | float = 0.0
 
     def note(self, passage: Passage, predicting: Callable[[Tensor], Tensor], weight: float) -> None:
-        """Add a passage, before its graph is used up.
+        """Add a passage, before its graph is freed.
 
         Args:
-            predicting: from logits [batch, sequence, ...] those that predict a token.
-            weight: of the squares, where some tokens stand for all.
+            predicting: selects from logits [batch, sequence, ...] those that predict a token.
+            weight: of the squares, where a sample of the tokens stands for all.
 
         Raises:
             CalibrationError: the model has no head that is applied once.
@@ -267,10 +266,10 @@ class HeadGradients:
         self._gradients = self._gradients + _second_moment(gradient)
 
     def sensitivities(self, layout: WeightLayout, tokens: Tensor) -> Sensitivities:
-        """Return those of the head or the input embedding.
+        """Return the sensitivities of the head or the input embedding.
 
         Raises:
-            CalibrationError: something is not finite.
+            CalibrationError: a gradient is not finite.
         """
         logits, hessian, moment = (
             torch.as_tensor(total).cpu() / self._tokens

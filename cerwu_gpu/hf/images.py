@@ -18,12 +18,12 @@ SPLITS: dict[Part, tuple[str, ...]] = {
     "calibration": ("train",),
     "evaluation": ("test", "validation", "train"),
 }
-"""Splits of a dataset, the first one that it has."""
+"""Names of a dataset's splits, by preference."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images as a classifier takes them.
+    """Images in the form of a classifier's inputs.
 
     Attributes:
         batches: pixel values, float32 [samples, channels, height, width] each.
@@ -37,7 +37,7 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageComparison:
-    """A classifier on labelled images, beside its original where there is one."""
+    """Accuracy of a classifier on labelled images, and its distance from its original, if given."""
 
     accuracy: float
     """Share of the images whose label has the largest logit."""
@@ -45,7 +45,7 @@ class ImageComparison:
     kl_divergence: float | None = None
     """Mean of KL(original || compressed) per image, in nats."""
     top1_agreement: float | None = None
-    """Share of the images in which both have the largest logit at the same class."""
+    """Share of the images whose largest logit is at the same class in both models."""
     images: int
 
 
@@ -65,7 +65,7 @@ def load_images(
         name: directory of image files, with labels as names of folders if there are such, and
             above them splits (train, test) if there are such; or a hub dataset.
         model: hub name or directory that holds the image processor's settings.
-        part: what they are for, which chooses the split.
+        part: purpose of the images, which chooses the split.
         labels: the model's name of a class -> its number; None: the dataset's own numbers.
         count: number of images, drawn at random by `seed`; None: all.
         batch_size: images per batch.
@@ -75,10 +75,10 @@ def load_images(
         ModelError: the model has no image processor.
     """
     rows = _dataset(name, part)
-    column = _column(rows, name, "Image")
+    column = _column(rows, "Image")
     if column is None:
         raise CalibrationError(f"{name} holds no images: give a directory or dataset of images.")
-    label_column = _column(rows, name, "ClassLabel")
+    label_column = _column(rows, "ClassLabel")
     if count is not None and count < len(rows):
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         rows = rows.select(chosen[:count].sort().values.tolist())
@@ -88,11 +88,11 @@ def load_images(
         raise CalibrationError(f"{name} has images without a label: give labelled ones.")
     batches, targets = [], []
     for first in range(0, len(rows), batch_size):
-        some = rows[first : first + batch_size]
-        images = [image.convert("RGB") for image in some[column]]
+        batch = rows[first : first + batch_size]
+        images = [image.convert("RGB") for image in batch[column]]
         batches.append(process(images=images, return_tensors="pt")["pixel_values"])
         if label_column is not None and numbers is not None:
-            targets.append(torch.tensor([numbers[label] for label in some[label_column]]))
+            targets.append(torch.tensor([numbers[label] for label in batch[label_column]]))
     return Images(batches, targets if numbers is not None else None)
 
 
@@ -115,7 +115,7 @@ def _dataset(name: str, part: Part) -> Any:
     return splits[split]
 
 
-def _column(rows: Any, name: str, kind: str) -> str | None:
+def _column(rows: Any, kind: str) -> str | None:
     """Return the name of the first column of a kind of datasets' features."""
     return next((c for c, x in rows.features.items() if type(x).__name__ == kind), None)
 
@@ -155,7 +155,7 @@ def _numbering(feature: Any, labels: dict[str, int] | None) -> list[int]:
 def compare_on_images(
     model: PreTrainedModel, images: Images, original: PreTrainedModel | None = None
 ) -> ImageComparison:
-    """Return the accuracy of a classifier, and what compression has changed.
+    """Return the accuracy of a classifier, and its distance from its original.
 
     Raises:
         CalibrationError: the images have no labels.

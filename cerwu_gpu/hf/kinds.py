@@ -1,6 +1,6 @@
-"""The kinds of transformers models, one line each: how they are loaded and which adapter they have.
+"""Kinds of transformers models: their Auto classes and adapters.
 
-A new kind is an adapter, a line in KINDS, and tests.
+A new kind is an adapter, an entry in KINDS, and tests.
 """
 
 import json
@@ -40,7 +40,7 @@ class Kind:
     Attributes:
         name: with its article.
         mapping: transformers' mapping from configurations to classes.
-        names: the same by names, which imports none of them.
+        names: the same mapping by names, without importing the classes.
         auto: the Auto class that loads it.
         adapter: its adapter; one that takes text is a CausalLM.
         tag: the Hub's name of its task.
@@ -60,7 +60,7 @@ class Kind:
 
     @property
     def loader(self) -> Loader:
-        """How it is loaded, for its card."""
+        """Instructions for its card."""
         processor = "AutoTokenizer" if self.takes_text else "AutoImageProcessor"
         title = self.name.partition(" ")[2]
         return Loader(title, self.tag, self.auto.__name__, processor, self.takes_text)
@@ -135,8 +135,8 @@ def model_class(config: PretrainedConfig, architectures: object) -> type[PreTrai
 
 
 def load_kind(source: str | Path, *, trust_remote_code: bool = False) -> tuple[Kind, LoadedModel]:
-    """Load a model of the kind that its config.json names by its architecture, or else by its model
-    type; a causal language model where that is of no kind.
+    """Load a model of the kind of the architecture in its config.json, or else of its model type;
+    by default a causal language model.
 
     Raises:
         ModelError: as `load_model`.

@@ -1,4 +1,4 @@
-"""From a compressed directory to a working transformers model, or to a plain one on disk."""
+"""Load a compressed directory as a transformers model, or write it as a plain directory."""
 
 import json
 import shutil
@@ -59,7 +59,7 @@ def load_compressed(
     verify: bool = True,
     progress: bool = False,
 ) -> nn.Module:
-    """A ready transformers model whose weights are, bit for bit, those that compression had.
+    """Return a transformers model whose weights are, bit for bit, those that compression had.
 
     With resident="compressed" the weights of the transformer blocks stay compressed in memory, and
     a block is decoded when it runs: the logits are the same, bit for bit, but every forward pass
@@ -94,7 +94,9 @@ def load_compressed(
         return fill(into, directory, device=target, verify=verify, progress=progress)
     if resident == "compressed":
         return _compressed_in_memory(folder, directory, target, dtype, verify)
-    state = _state(directory, target, dtype, verify, progress)
+    state = {n: _cast(x.to(target), dtype) for n, x in directory.plain(verify=verify)}
+    weights = directory.weights(device=target, verify=verify, progress=progress)
+    state |= {name: _cast(tensor, dtype) for name, tensor in weights}
     return _built(folder, state, dtype, target)
 
 
@@ -134,7 +136,7 @@ def decompress(
 
 
 def _local(path: str | Path) -> Path:
-    """The directory itself, or the local snapshot of a hub name."""
+    """Return the directory itself, or the local snapshot of a hub name."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -149,21 +151,6 @@ def _local(path: str | Path) -> Path:
         ) from error
 
 
-def _state(
-    directory: CompressedDirectory,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    verify: bool,
-    progress: bool,
-) -> dict[str, Tensor]:
-    state = {}
-    for name, tensor in directory.plain(verify=verify):
-        state[name] = _cast(tensor.to(device), dtype)
-    for name, tensor in directory.weights(device=device, verify=verify, progress=progress):
-        state[name] = _cast(tensor, dtype)
-    return state
-
-
 def _compressed_in_memory(
     folder: Path,
     directory: CompressedDirectory,
@@ -171,7 +158,7 @@ def _compressed_in_memory(
     dtype: torch.dtype | None,
     verify: bool,
 ) -> PreTrainedModel:
-    """The model with its blocks compressed and all else dense."""
+    """Return the model with its blocks compressed and all else dense."""
     config, kind = _described(folder)
     with torch.device("meta"):
         prefixes = [prefix for prefix, _ in find_blocks(kind(config), is_conv1d)]
@@ -198,7 +185,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _built(
     folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
-    """The model of config.json with these weights, built without a second copy of them."""
+    """Return the model of config.json with these weights, built without a second copy of them."""
     config, kind = _described(folder)
     try:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(  # type: ignore[assignment]
@@ -214,9 +201,9 @@ def _built(
         raise ModelError(
             f"{folder}: transformers cannot build its model ({reason(error)})."
         ) from error
-    model, found = loaded
-    if found["missing_keys"]:
-        missing = min(found["missing_keys"])
+    model, keys = loaded
+    if keys["missing_keys"]:
+        missing = min(keys["missing_keys"])
         raise FormatError(f"{folder}: {missing} of its model is missing; get the directory again.")
     _check_loaded(model, state)
     if (folder / "generation_config.json").is_file():
@@ -231,7 +218,7 @@ def _built(
 
 
 def _described(folder: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
-    """What config.json describes: the configuration, and the class of the model.
+    """Return the configuration in config.json and the class of its model.
 
     Raises:
         FormatError: it is missing or malformed, or names another quantization method.
@@ -260,7 +247,7 @@ def _described(folder: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
 
 
 def _usual_dtype(state: dict[str, Tensor]) -> torch.dtype:
-    """The floating-point dtype that most weights have."""
+    """Return the floating-point dtype that most weights have."""
     sizes: dict[torch.dtype, int] = {torch.float32: 0}
     for tensor in state.values():
         if tensor.is_floating_point():
@@ -269,7 +256,7 @@ def _usual_dtype(state: dict[str, Tensor]) -> torch.dtype:
 
 
 def _check_loaded(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
-    """Every stored tensor has its place in the model, unchanged in shape and dtype."""
+    """Check that every stored tensor is in the model with its shape, and give it its dtype."""
     names = dict(model.state_dict(keep_vars=True))
     for name, tensor in state.items():
         if name not in names or names[name].shape != tensor.shape:
@@ -284,7 +271,7 @@ def open_model(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """A compressed directory, or anything that `load_model` takes, on `device`.
+    """Load a compressed directory, or anything that `load_model` takes, on `device`.
 
     Raises:
         FormatError: a compressed directory is damaged.
@@ -302,7 +289,7 @@ def open_model(
 
 
 def is_compressed(source: str | Path) -> bool:
-    """Whether the config.json of a directory, or of a hub name, says that cerwu_gpu wrote it."""
+    """Return whether the config.json of a directory or hub name has our quantization method."""
     path = Path(source).expanduser()
     try:
         file = (
@@ -311,5 +298,5 @@ def is_compressed(source: str | Path) -> bool:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
         method = config["quantization_config"]["quant_method"]
     except (OSError, ValueError, LookupError, TypeError):
-        return False  # what is wrong with it, load_model says better
+        return False  # load_model has a better message for it
     return bool(method == QUANT_METHOD)

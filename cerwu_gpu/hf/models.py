@@ -93,7 +93,7 @@ def load_model(
 
 
 def is_gguf(source: str | Path) -> bool:
-    """Return whether a source is meant as a .gguf file."""
+    """Return whether a source names a .gguf file."""
     path = Path(source).expanduser()
     return path.suffix == ".gguf" and not path.is_dir()
 
@@ -115,7 +115,7 @@ def local_directory(source: str | Path) -> Path:
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer, where one is needed.
+    """Return the tokenizer, which must be there.
 
     Raises:
         ModelError: it is None.
@@ -170,7 +170,7 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor, length: int) -> None:
 
 
 def _positions(model: PreTrainedModel) -> int | None:
-    """Return how many positions a model has; None where nothing limits them."""
+    """Return the number of positions of a model; None where it has no limit."""
     positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
@@ -181,7 +181,7 @@ def _positions(model: PreTrainedModel) -> int | None:
 
 
 def _download(name: str) -> Path:
-    """The local snapshot of a hub model; without a connection, the one that is cached."""
+    """Return the local snapshot of a hub model; without a connection, the cached one."""
     try:
         siblings = HfApi().model_info(name, timeout=20).siblings or ()
         weights = _first_kind(sibling.rfilename for sibling in siblings)
@@ -213,7 +213,7 @@ def _download(name: str) -> Path:
 
 
 def _first_kind(files: Iterable[str]) -> str | None:
-    """The first pattern of WEIGHT_FILES that some file in the hub repository's root matches."""
+    """Return the first pattern of WEIGHT_FILES that a file in a repository's root matches."""
     names = [Path(file) for file in files if "/" not in file]
     return next((p for p in WEIGHT_FILES if any(name.match(p) for name in names)), None)
 
@@ -222,7 +222,7 @@ def _load_directory(
     path: Path, trust_remote_code: bool, dtype: torch.dtype | None, auto: Any, what: str
 ) -> LoadedModel:
     _check_config(path)
-    if not any(found for pattern in WEIGHT_FILES for found in path.glob(pattern)):
+    if not any(file for pattern in WEIGHT_FILES for file in path.glob(pattern)):
         raise ModelError(f"{path} has no weights (model*.safetensors): it is no complete model.")
     try:
         loaded: Any = auto.from_pretrained(
@@ -282,8 +282,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def bytes_of_original(source: str | Path | nn.Module, module: nn.Module) -> int:
-    """Return the bytes of a .gguf file, else of the dense weights as they were loaded, tied ones
-    once."""
+    """Return the bytes of a .gguf file, else of the loaded dense weights, tied ones once."""
     if not isinstance(source, nn.Module) and Path(source).suffix == ".gguf":
         return Path(source).expanduser().stat().st_size
     return plain_bytes(module, {})

@@ -1,7 +1,7 @@
 """Compressed directories for transformers' own from_pretrained.
 
-cerwu_gpu.hf.registration imports this in the middle of transformers' own import, so that at the top
-it may import nothing of transformers that needs its modeling_utils.
+cerwu_gpu.hf.registration imports this module during transformers' own import, so its top level must
+import nothing of transformers that needs modeling_utils.
 """
 
 import re
@@ -36,11 +36,11 @@ class CerwuConfig(QuantizationConfigMixin):
 
     Attributes:
         quant_method: "cerwu".
-        format: version of docs/format.md; what counts is the one in the manifests.
+        format: version of docs/format.md, for information; readers use the manifests'.
     """
 
     dequantize = True
-    """To transformers: once loaded, the model is an ordinary dense one."""
+    """Marker for transformers that a loaded model is an ordinary dense one."""
 
     def __init__(self, format: int = FORMAT_VERSION, **_: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
@@ -49,16 +49,16 @@ class CerwuConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class CerwuQuantizer(HfQuantizer):
-    """Decodes the weights of a compressed directory while transformers loads the model.
+    """Quantizer that decodes a compressed directory while transformers loads its model.
 
-    Afterwards nothing of it is left: the model trains, casts, moves and saves as any dense one, and
-    what `save_pretrained` writes is dense, with a config.json that says so.
+    The loaded model trains, casts, moves and saves as any dense one; `save_pretrained` writes dense
+    weights and a config.json without our quantization method.
     """
 
     _weights: "DecodedWeights"
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to compress on the way.
+        """Refuse to compress while loading.
 
         Raises:
             ModelError: the directory is not compressed.
@@ -85,7 +85,7 @@ class CerwuQuantizer(HfQuantizer):
         self._weights = DecodedWeights(directory)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """NAME.words and NAME.side become NAME."""
+        """Return the conversion of NAME.words and NAME.side into NAME."""
         return [WeightConverter([r"\.words$", r"\.side$"], "", [Decode(self._weights)])]
 
     def _process_model_after_weight_loading(
@@ -106,7 +106,7 @@ class CerwuQuantizer(HfQuantizer):
 
 
 class Decode(ConversionOps):
-    """Gives transformers the decoded weight in the place of its words and side data."""
+    """Conversion that gives transformers a decoded weight for its words and side data."""
 
     def __init__(self, weights: "DecodedWeights") -> None:
         self._weights = weights
@@ -124,8 +124,8 @@ class Decode(ConversionOps):
 
 
 class DecodedWeights:
-    """The compressed weights of a directory in the order in which transformers asks for them,
-    decoded many at a time.
+    """The compressed weights of a directory, decoded many at a time in the order in which
+    transformers asks for them.
 
     Raises:
         CorruptionError: a checksum is wrong.
@@ -138,7 +138,7 @@ class DecodedWeights:
         self._stored = {stored.name: stored for stored in directory.all_stored(self._waiting)}
 
     def take(self, target: str, prefix: str, device: torch.device) -> Tensor:
-        """The weight that the model calls `target`, on `device`; each can be had once.
+        """Return the weight that the model calls `target`, on `device`; each can be taken once.
 
         Args:
             prefix: of the names in a model with a head; a model without one may be loaded from it.
@@ -147,15 +147,15 @@ class DecodedWeights:
             FormatError: there is no such weight.
         """
         names = (target, f"{prefix}.{target}", target.removeprefix(f"{prefix}."))
-        found = [name for name in names if name in self._ready or name in self._waiting]
-        if not found:
+        name = next((n for n in names if n in self._ready or n in self._waiting), None)
+        if name is None:
             raise FormatError(f"{target}: the directory holds no such compressed weight.")
-        if found[0] not in self._ready:
-            self._decode_from(self._waiting.index(found[0]), device)
-        return self._ready.pop(found[0]).to(device)
+        if name not in self._ready:
+            self._decode_from(self._waiting.index(name), device)
+        return self._ready.pop(name).to(device)
 
     def _decode_from(self, first: int, device: torch.device) -> None:
-        """Decode the weight of this number and those that will be asked for next."""
+        """Decode weight number `first` and those that will be asked for next."""
         enough = BATCH_WEIGHTS.get(device.type, BATCH_WEIGHTS["cpu"])
         batch: list[StoredWeight] = []
         while first < len(self._waiting) and sum(x.entry.weights for x in batch) < enough:
@@ -165,5 +165,5 @@ class DecodedWeights:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts block 2 before block 10."""
+    """Return a key that sorts block 2 before block 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

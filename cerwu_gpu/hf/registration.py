@@ -15,7 +15,7 @@ from types import ModuleType
 
 REGISTRY = "transformers.quantizers.auto"
 QUANTIZER = "cerwu_gpu.hf.quantizer"
-"""Registers itself when it is imported."""
+"""Module that registers the method when it is imported."""
 
 
 def register() -> None:
@@ -27,7 +27,7 @@ def register() -> None:
 
 
 class _RegistryFinder(MetaPathFinder):
-    """Finds transformers' registry as Python would, once, and loads it with `_RegistryLoader`."""
+    """Finder of transformers' registry that works once, with `_RegistryLoader` as the loader."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -42,7 +42,7 @@ class _RegistryFinder(MetaPathFinder):
 
 
 class _RegistryLoader(Loader):
-    """Does what the module's own loader does, and registers the method then."""
+    """Loader that runs the module's own loader and then registers the method."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader

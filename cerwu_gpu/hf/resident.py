@@ -1,4 +1,4 @@
-"""Running a model whose blocks stay compressed in memory.
+"""Run a model whose blocks stay compressed in memory.
 
 Every weight in a transformer block is held as the words of its streams; a block is decoded when it
 runs and taken out of the model when it has run. On a CPU the next block is decoded into its memory;
@@ -23,11 +23,11 @@ REMEDY = "load it dense (without resident), or write a dense copy with cerwu_gpu
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a compressed weight goes when its block runs: attribute `name` of `module`.
+    """The place of a compressed weight while its block runs: attribute `name` of `module`.
 
     Attributes:
         stored: the weight as it stays in memory.
-        resting: what the module holds otherwise: the shape, without data (device meta).
+        resting: parameter without data (device meta) that the module holds otherwise.
     """
 
     module: nn.Module
@@ -47,17 +47,17 @@ class Memory:
         self._free: list[Tensor] = []
 
     def take(self, stored: StoredWeight) -> Tensor:
-        """Return memory for a weight, of one that has run if its shape and dtype fit."""
-        wanted = torch.Size(stored.entry.shape), getattr(torch, stored.entry.dtype)
+        """Return memory for a weight, reused from one that has run if shape and dtype fit."""
+        layout = torch.Size(stored.entry.shape), getattr(torch, stored.entry.dtype)
         for place, tensor in enumerate(self._free):
-            # What was made in inference mode can be read and written in inference mode only.
+            # Tensors made in inference mode can be read and written in inference mode only.
             usable = torch.is_inference_mode_enabled() or not tensor.is_inference()
-            if usable and (tensor.shape, tensor.dtype) == wanted:
+            if usable and (tensor.shape, tensor.dtype) == layout:
                 return self._free.pop(place)
         return stored.empty()
 
     def keep(self, weights: Sequence[Tensor]) -> None:
-        """Take weights that nobody reads any more, in the place of those that were kept before."""
+        """Replace the reusable weights by these, which nobody reads any more."""
         self._free = list(weights)
 
 
@@ -124,7 +124,7 @@ class ResidentBlock:
 def stored_in_blocks(
     directory: CompressedDirectory, blocks: list[str], device: torch.device, verify: bool
 ) -> dict[str, StoredWeight]:
-    """The compressed weights whose names lie in `blocks` (prefixes), read into memory.
+    """Return the compressed weights whose names lie in `blocks` (prefixes), read into memory.
 
     Raises:
         CorruptionError: a checksum is wrong (with `verify`).
@@ -136,7 +136,7 @@ def stored_in_blocks(
 
 
 def _owned(stored: StoredWeight) -> StoredWeight:
-    """The same in memory of its own: on the CPU words that were read are a view of the file."""
+    """Return a copy in memory: on the CPU, words that were read are a view of the file."""
     matrices = tuple(
         replace(x, coded=replace(x.coded, words=x.coded.words.clone())) for x in stored.matrices
     )
@@ -144,7 +144,7 @@ def _owned(stored: StoredWeight) -> StoredWeight:
 
 
 def placeholder(stored: StoredWeight, dtype: torch.dtype | None) -> Tensor:
-    """A tensor of the weight's shape and dtype that takes the memory of one number, on the CPU."""
+    """Return a tensor of the weight's shape and dtype on the CPU that holds one number only."""
     kind = dtype or getattr(torch, stored.entry.dtype)
     return torch.zeros((), dtype=kind).expand(stored.entry.shape)
 
@@ -155,7 +155,7 @@ def keep_compressed(
     stored: Mapping[str, StoredWeight],
     dtype: torch.dtype | None,
 ) -> None:
-    """Hang the compressed weights into the blocks of `model`, in the place of its own.
+    """Put compressed weights into the blocks of `model`, in the place of the dense ones.
 
     The model can then be run (forward, generate) but not be saved, moved, cast or trained.
 
@@ -172,10 +172,10 @@ def keep_compressed(
     last: ResidentBlock | None = None
     memory = Memory()
     for prefix, block in blocks:
-        own = tuple(slot for name, slot in slots.items() if name.startswith(f"{prefix}."))
-        if not own:
+        inside = tuple(slot for name, slot in slots.items() if name.startswith(f"{prefix}."))
+        if not inside:
             continue
-        resident = ResidentBlock(own, dtype, memory)
+        resident = ResidentBlock(inside, dtype, memory)
         resident.empty()
         if last is not None:
             last.following = resident
@@ -186,17 +186,17 @@ def keep_compressed(
 
 
 def _slot(model: PreTrainedModel, name: str, stored: StoredWeight) -> Slot:
-    """The weight's place, with nothing in it yet, so that the model can be moved to its device."""
+    """Return the weight's place, emptied so that the model can be moved to its device."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    own = module.get_parameter(attribute)
-    resting = nn.Parameter(torch.empty_like(own, device="meta"), requires_grad=False)
+    dense = module.get_parameter(attribute)
+    resting = nn.Parameter(torch.empty_like(dense, device="meta"), requires_grad=False)
     module._parameters[attribute] = None
     return Slot(module, attribute, stored, resting)
 
 
 def _check_unshared(model: PreTrainedModel, stored: Mapping[str, StoredWeight]) -> None:
-    """A weight that two modules share would reach only one of them.
+    """Refuse weights that two modules share, since only one of them would get it.
 
     Raises:
         ModelError: there is one.
@@ -222,7 +222,7 @@ def _hook(block: nn.Module, resident: ResidentBlock, stream: torch.cuda.Stream |
 
 
 def _refuse_what_needs_weights(model: PreTrainedModel) -> None:
-    """Saving, moving and casting would silently leave out the weights of the blocks."""
+    """Refuse saving, moving and casting, which would silently leave out the blocks' weights."""
 
     def refuse(what: str) -> NoReturn:
         raise ModelError(f"a model with resident='compressed' cannot be {what}: {REMEDY}")

@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation, and its way into tokens."""
+"""Text for calibration and evaluation, and its tokens."""
 
 import re
 from collections.abc import Iterable
@@ -19,18 +19,22 @@ SELF = "self"
 Part = Literal["calibration", "evaluation"]
 SPLITS: dict[Part, str] = {"calibration": "train", "evaluation": "test"}
 EVALUATION_SHARE = 4
-"""One of Python's help topics in so many is kept for evaluation."""
+"""Number of Python's help topics of which one goes into the evaluation text."""
 
 
 class CalibrationTokens(NamedTuple):
-    """What a model is calibrated with."""
+    """Tokens that calibrate a model, and held-out ones that judge it.
+
+    Attributes:
+        tokens: int64 [samples, sequence].
+        held_out: int64 [samples, sequence] of the same text, disjoint from `tokens`; empty where
+            no loss is asked for or the text has no more.
+        events: what did not go as planned.
+    """
 
     tokens: Tensor
-    """int64 [samples, sequence_length]."""
-    unseen: Tensor
-    """int64 [some, sequence_length], of the same text and disjoint from `tokens`: to judge by."""
-    events: tuple[str, ...]
-    """What did not go as planned."""
+    held_out: Tensor
+    events: tuple[str, ...] = ()
 
 
 def calibration_tokens(
@@ -42,14 +46,14 @@ def calibration_tokens(
     sequence_length: int,
     seed: int,
     batch_size: int,
-    unseen: int = 0,
+    held_out: int = 0,
     text: str | None = None,
     progress: bool = False,
 ) -> CalibrationTokens:
-    """At most `samples` windows to calibrate with, and at most `unseen` others of the same text.
+    """Return at most `samples` windows to calibrate with, and at most `held_out` held-out ones.
 
-    They are windows of `text` where it is given, else of what `name` stands for (`load_text`);
-    for the name self they are sampled from the model as they are.
+    They are windows of `text` where it is given, else of the text named `name` (`load_text`); for
+    the name self they are sampled from the model.
 
     Raises:
         CalibrationError: the text is missing or too short.
@@ -66,10 +70,10 @@ def calibration_tokens(
             progress=progress,
         )
         tokens = draw(samples=samples, seed=seed)
-        others = draw(samples=unseen, seed=seed + 1) if unseen else tokens[:0]
-        return CalibrationTokens(tokens, others, ())
+        judging = draw(samples=held_out, seed=seed + 1) if held_out else tokens[:0]
+        return CalibrationTokens(tokens, judging)
     text = load_text(name) if text is None else text
-    return token_windows(text, tokenizer, samples, sequence_length, seed, unseen)
+    return token_windows(text, tokenizer, samples, sequence_length, seed, held_out)
 
 
 def batched_tokens(batches: Iterable[Any]) -> Tensor:
@@ -91,7 +95,7 @@ def batched_tokens(batches: Iterable[Any]) -> Tensor:
 
 
 def load_text(name: str, *, part: Part = "calibration") -> str:
-    """A local text file (UTF-8), or the texts of a hub dataset joined by blank lines.
+    """Return a local text file (UTF-8), or the texts of a hub dataset joined by blank lines.
 
     A dataset is written owner/name or owner/name:configuration; wikitext2 is short for
     Salesforce/wikitext:wikitext-2-raw-v1. Its train split is for calibration, its test split for
@@ -113,7 +117,7 @@ def load_text(name: str, *, part: Part = "calibration") -> str:
 
 
 def text_file(name: str) -> Path | None:
-    """Return the local file that a text's name stands for; None where it stands for none."""
+    """Return the local file of this name; None where there is none."""
     path = Path(name).expanduser()
     return path if path.is_file() else None
 
@@ -146,7 +150,7 @@ def _dataset_text(name: str, split: str) -> str:
 
 
 def tokenized(text: str, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """The ids of a text, int64 [tokens], with the special tokens that the tokenizer adds itself.
+    """Return the ids of a text, int64 [tokens], with the tokenizer's own special tokens.
 
     Raises:
         CalibrationError: the text is empty.
@@ -166,12 +170,11 @@ def token_windows(
     samples: int,
     sequence_length: int,
     seed: int,
-    unseen: int = 0,
+    held_out: int = 0,
 ) -> CalibrationTokens:
-    """Disjoint windows of a text at seeded random places, in the text's order.
+    """Return disjoint windows of a text at seeded random places, in the text's order.
 
-    `samples` of them calibrate, the next `unseen` ones do not; there is an event when the first
-    are fewer than asked.
+    `samples` of them calibrate, `held_out` others are held out; fewer than `samples` is an event.
 
     Raises:
         CalibrationError: the text is empty or shorter than one window.
@@ -193,12 +196,12 @@ def token_windows(
         )
         return CalibrationTokens(windows.clone(), windows[:0], (event,))
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    chosen, others = order[:samples], order[samples : samples + unseen]
-    return CalibrationTokens(windows[chosen.sort().values], windows[others.sort().values], ())
+    chosen, judging = order[:samples], order[samples : samples + held_out]
+    return CalibrationTokens(windows[chosen.sort().values], windows[judging.sort().values])
 
 
 def demo_text() -> tuple[str, str]:
-    """(calibration, evaluation): disjoint parts of Python's own help topics, about 5 : 1.
+    """Return (calibration, evaluation): disjoint parts of Python's own help topics, about 5 : 1.
 
     They differ a little between versions of Python and are the same on all machines with one
     version. No paragraph is in both, and none is there twice.
@@ -219,7 +222,7 @@ def demo_text() -> tuple[str, str]:
 
 
 def _plain(topic: str) -> str:
-    """The topic without tables, underlines of titles, emphasis and line breaks in paragraphs."""
+    """Return a topic without tables, underlined titles, emphasis and breaks in paragraphs."""
     topic = re.sub(r"^ *[+|].*[+|]$", "", topic, flags=re.MULTILINE)
     topic = re.sub(r"^([*=\-~^\"'])\1{3,}\n", "", topic, flags=re.MULTILINE)
     topic = re.sub(r"(\*{1,2})(?=\w)([^*\n]+)\1", r"\2", topic)
@@ -239,13 +242,13 @@ def sampled_tokens(
     seed: int,
     progress: bool = False,
 ) -> Tensor:
-    """Tokens drawn from the model's own distribution, int64 [samples, sequence_length], on the CPU.
+    """Return tokens drawn from the model's own distribution, int64 [samples, sequence_length].
 
-    Each sequence begins with `bos`, or else with the model's own beginning or end token; the end
-    token is not drawn. The same seed gives the same tokens; the global random state is kept.
+    They are on the CPU. Each sequence begins with `bos`, or else with the model's own beginning or
+    end token; the end token is not drawn. The global random state is kept.
 
     Raises:
-        CalibrationError: nothing says with which token to begin.
+        CalibrationError: there is no token to begin with.
     """
     start = _first_token(model, bos)
     settings = GenerationConfig(  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Batch norms that only rescale the layer in front of them become part of it."""
+"""Fold batch norms into the layers in front of them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -43,12 +43,8 @@ def fold_batch_norm(module: nn.Module, batch: Batch) -> list[str]:
             output = Runner(module, {}, device).run(batch)
         pairs = list(flow.pairs(output))
         for layer, norm in pairs:
-            fused = (
-                fuse_linear_bn_eval(layer, norm)
-                if isinstance(layer, nn.Linear)
-                else (fuse_conv_bn_eval(layer, norm))
-            )
-            _replace(module, layer, fused)
+            fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+            _replace(module, layer, fuse(layer, norm))
             _replace(module, norm, nn.Identity())
     for layer, _ in pairs:
         module.get_submodule(names[layer]).train(module.training)
@@ -56,15 +52,15 @@ def fold_batch_norm(module: nn.Module, batch: Batch) -> list[str]:
 
 
 def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Under every name that it has."""
-    found = [n for n, child in module.named_modules(remove_duplicate=False) if child is old]
-    for name in found:
-        owner, _, own = name.rpartition(".")
-        setattr(module.get_submodule(owner), own, new)
+    """Replace a submodule under all its names."""
+    names = [n for n, child in module.named_modules(remove_duplicate=False) if child is old]
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, new)
 
 
 class _Flow(TorchFunctionMode):
-    """Follows the outputs of layers to the functions that take them."""
+    """A mode that follows the outputs of layers to the functions that take them."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -107,7 +103,7 @@ class _Flow(TorchFunctionMode):
         return output
 
     def pairs(self, output: Any) -> Iterator[tuple[Any, Any]]:
-        """Layer and batch norm that can be folded, in the order of use."""
+        """Yield layers and batch norms that can be folded, in the order of use."""
         results = {id(tensor) for tensor in _tensors(output)}
         for key, (layer, made) in self._made.items():
             users = self._users.get(key, [])
@@ -120,17 +116,17 @@ class _Flow(TorchFunctionMode):
 
 
 def _owned(layer: nn.Module, children: list[nn.Module]) -> bool:
-    """Whether no other module has a parameter of `layer`."""
-    own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+    """Return whether no other module has a parameter of `layer`."""
+    ids = {id(parameter) for parameter in layer.parameters(recurse=False)}
     return not any(
-        own & {id(parameter) for parameter in child.parameters(recurse=False)}
+        ids & {id(parameter) for parameter in child.parameters(recurse=False)}
         for child in children
         if child is not layer
     )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dictionaries."""
+    """Yield all tensors in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):

@@ -1,4 +1,4 @@
-"""Any torch module: it runs whole, on batches of inputs, and gets its stored weights back."""
+"""Adapter of any torch module, which runs whole on batches of inputs."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cerwu_gpu.calibration.cache import (
-    CachedBlocks,
-    CachingBlocks,
     HessianCache,
+    cached_sensitivities,
     hessian_key,
     tensors_digest,
 )
@@ -33,7 +32,6 @@ from cerwu_gpu.errors import CalibrationError, ConfigError, FormatError
 from cerwu_gpu.files import dtype_name
 from cerwu_gpu.models.norms import FollowingNorms, following_norms, norms_follow
 from cerwu_gpu.models.selection import require_finite, require_values, select_in_module
-from cerwu_gpu.progress import note
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -48,7 +46,7 @@ class ModuleAdapter(Adapter):
     Batch norms follow the quantized weights (norms.py) unless config.drift says otherwise.
 
     Attributes:
-        batches: the inputs that calibrate.
+        batches: the calibration inputs.
     """
 
     full_passes = 6
@@ -67,13 +65,13 @@ class ModuleAdapter(Adapter):
         """Choose the weights; the module has its original ones.
 
         Args:
-            config: with batches of inputs that calibrate (running.Batch), which are kept and run
-                several times, and a loss, which the sensitivities are of and `loss` measures.
-            device: where the module runs; None: where it is.
+            config: with batches of calibration inputs (running.Batch), which are stored and run
+                several times, and a loss, for the sensitivities and `loss`.
+            device: of the work; None: the module's.
             hessian_cache: directory for Hessians and sensitivities, for later runs too.
-            work: this run's own directory (container/work.py), for what a run that dies would have
-                to compute again.
-            hessian_bytes: bytes that the Hessians of one run over the batches may take.
+            work: this run's directory (container/work.py), which keeps sensitivities for a resumed
+                run.
+            hessian_bytes: maximum bytes of Hessians per run over the batches.
             progress: show bars on stderr.
 
         Raises:
@@ -97,7 +95,6 @@ class ModuleAdapter(Adapter):
         self._hessian_bytes = hessian_bytes
         self._progress = progress
         self._norms: FollowingNorms | None = None
-        self._noted = False
         self.cache: HessianCache | None = None
         if hessian_cache is not None:
             if config.sequential:
@@ -108,17 +105,12 @@ class ModuleAdapter(Adapter):
             inputs = f"{config.seed} {_digest(self.batches)}"
             key = hessian_key(module, self._described(), list(self.layouts.values()), inputs)
             self.cache = HessianCache(hessian_cache, key)
-        self._kept = HessianCache(work, "calibration") if work else None
+        self._sensitivity_cache = HessianCache(work, "calibration") if work else None
         if self.cache is not None and loss is None:  # nothing identifies a loss from run to run
-            self._kept = self.cache
+            self._sensitivity_cache = self.cache
         self._sensitivities: Sensitivities | None = None
 
     def select(self, config: CompressionConfig) -> None:
-        """Choose the weights that these settings compress.
-
-        Raises:
-            ConfigError: `config.keep_head` is of language models.
-        """
         if config.keep_head:
             raise ConfigError(
                 "keep_head is for language models: exclude the last layer by its name."
@@ -133,10 +125,7 @@ class ModuleAdapter(Adapter):
         return repr(self.module)
 
     def sensitivities(self, config: CompressionConfig) -> Sensitivities:
-        if self._sensitivities is not None:
-            return self._sensitivities
-        kept = self._kept.read_sensitivities() if self._kept is not None else None
-        if kept is None:
+        def compute() -> Sensitivities:
             alphas = module_sensitivities(
                 self.module,
                 tuple(self.layouts.values()),
@@ -146,14 +135,17 @@ class ModuleAdapter(Adapter):
                 seed=config.seed,
                 progress=self._progress,
             )
-            kept = Sensitivities(alphas)
-            if self._kept is not None:
-                self._kept.write_sensitivities(kept)
-        self._sensitivities = kept
-        return kept
+            return Sensitivities(alphas)
+
+        if self._sensitivities is None:
+            self._sensitivities = cached_sensitivities(self._sensitivity_cache, compute)
+        return self._sensitivities
 
     def blocks(self, config: CompressionConfig) -> Blocks:
-        self._follow_norms(config)
+        if self._norms is None:
+            self._norms = following_norms(
+                self.module, self.batches, config, device=self._device, progress=self._progress
+            )
         layouts = list(self.layouts.values())
         layers = CalibratedLayers(
             self.module,
@@ -167,19 +159,14 @@ class ModuleAdapter(Adapter):
         )
         if self.cache is None:
             return layers
-        if not self.cache.complete(len(layers)):
-            return CachingBlocks(layers, self.cache, self._device)
-        if self._progress and not self._noted:
-            note(f"Hessians found in {self.cache.path}: calibration is skipped.")
-            self._noted = True
-        return CachedBlocks(self.module, layouts, self.cache, len(layers), self._device)
-
-    def _follow_norms(self, config: CompressionConfig) -> None:
-        """Have the norms seen what the original weights give them, where they are to follow."""
-        if self._norms is None:
-            self._norms = following_norms(
-                self.module, self.batches, config, device=self._device, progress=self._progress
-            )
+        return self.cache.blocks(
+            self.module,
+            layouts,
+            len(layers),
+            lambda: layers,
+            self._device,
+            progress=self._progress,
+        )
 
     def restore(self) -> None:
         super().restore()
@@ -230,10 +217,10 @@ class ModuleAdapter(Adapter):
 
 
 def _split(batches: list[Batch], loss: Loss | None) -> tuple[list[Batch], list[Batch]]:
-    """Return batches that calibrate and held-out ones.
+    """Return calibration batches and held-out ones.
 
     Raises:
-        ConfigError: there is no loss to judge by.
+        ConfigError: there is no loss.
         CalibrationError: there is only one batch.
     """
     if loss is None:
@@ -294,10 +281,10 @@ def fill(
     verify: bool = True,
     progress: bool = False,
 ) -> Module:
-    """Put every stored tensor into its place in `module`; nothing is changed before all fit.
+    """Copy all stored tensors into `module`, after checking that all of them fit.
 
     Args:
-        device: where weights are decoded; the module stays where it is.
+        device: of the decoding; the module stays on its own.
 
     Returns:
         The module.
@@ -328,5 +315,4 @@ def fill(
 
 
 def _described(tensor: Tensor) -> str:
-    dtype = dtype_name(tensor.dtype)
-    return f"{dtype} {list(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"

@@ -31,13 +31,12 @@ from cerwu_gpu.progress import tracked
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 GAIN_LIMIT = 16.0
-"""Largest change of a variance either way: quantization may leave next to nothing of a channel."""
+"""Largest factor of a variance either way: quantization may erase most of a channel."""
 
 
 @dataclass(frozen=True)
 class _Moments:
-    """Of each channel, over `count` values: mean [c] and (biased) variance [c], float64 on
-    the CPU."""
+    """Mean [c] and biased variance [c] of each channel over `count` values, float64 on the CPU."""
 
     count: int
     mean: Tensor
@@ -52,7 +51,7 @@ class _Moments:
 
     @staticmethod
     def joined(parts: Sequence["_Moments"]) -> "_Moments":
-        """Return the moments of the values of all parts together."""
+        """Return the moments over the values of all parts."""
         count = sum(part.count for part in parts)
         mean = torch.stack([part.mean * part.count for part in parts]).sum(0) / count
         squares = torch.stack([(p.variance + p.mean.square()) * p.count for p in parts]).sum(0)
@@ -61,7 +60,7 @@ class _Moments:
 
 @dataclass(frozen=True)
 class _Norm:
-    """A batch norm, its own statistics, and its input's moments in the original, batch by batch."""
+    """A batch norm, its stored statistics, and its input's moments in the original, by batch."""
 
     module: BatchNorm
     mean: Tensor
@@ -69,7 +68,7 @@ class _Norm:
     seen: list[_Moments]
 
     def set(self, was: _Moments, now: _Moments) -> None:
-        """Take the statistics for an input that had the moments `was` and has `now`."""
+        """Set the statistics for an input whose moments changed from `was` to `now`."""
         usable = (was.variance > 0) & (now.variance > 0)
         gain = torch.where(usable, now.variance / was.variance.where(usable, 1.0), 1.0)
         gain = gain.clamp(1 / GAIN_LIMIT, GAIN_LIMIT)
@@ -87,9 +86,9 @@ class _Norm:
 
 
 class FollowingNorms:
-    """The batch norms of a module, which keep their channels' means and variances.
+    """The batch norms of a module, corrected to keep their channels' means and variances.
 
-    Those count that have stored statistics and are used once in every run.
+    Only norms that have stored statistics and are used once in every run are corrected.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class FollowingNorms:
         device: torch.device | str = "cpu",
         progress: bool = False,
     ) -> None:
-        """Run the module, which has its original weights, to see what its norms get.
+        """Run the module with its original weights to measure its norms' inputs.
 
         Args:
             module: run in eval mode; it is on `device` while it runs.
@@ -128,12 +127,12 @@ class FollowingNorms:
         return len(self._norms)
 
     def put_back(self) -> None:
-        """Give all norms the statistics that they came with."""
+        """Restore the original statistics of all norms."""
         for norm in self._norms:
             norm.put_back()
 
     def follow(self) -> None:
-        """Give all norms the statistics that suit the weights that the module has now.
+        """Set the statistics of all norms for the module's current weights.
 
         Raises:
             CalibrationError: the module does not take the batches.
@@ -150,7 +149,7 @@ class FollowingNorms:
             norm.set(_Moments.joined(norm.seen), _Moments.joined(moments[norm.module]))
 
     def _run(self, norms: Sequence[_Norm], note: Callable[[_Norm, int, _Moments], None]) -> None:
-        """Run all batches; `note` gets norm, batch and moments before the norm is applied."""
+        """Run all batches; call `note` with norm, batch and moments before a norm is applied."""
         with evaluating(self._module, self._device), torch.no_grad():
             runner = Runner(self._module, {}, self._device)
             bar = tracked(
@@ -165,7 +164,7 @@ class FollowingNorms:
 def _watching(
     norms: Sequence[_Norm], index: int, note: Callable[[_Norm, int, _Moments], None]
 ) -> Iterator[None]:
-    """Have `note` called in front of each norm for a while."""
+    """Call `note` before each norm is applied, inside the context."""
 
     def before(norm: _Norm) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, inputs: note(norm, index, _Moments.of(inputs[0]))
@@ -179,7 +178,7 @@ def _watching(
 
 
 def norms_follow(config: CompressionConfig) -> bool:
-    """Return whether batch norms follow the weights; auto: where steps follow from lmbda."""
+    """Return whether batch norms follow the weights; auto: for grids that follow from lmbda."""
     return config.drift == "correct" or (config.drift == "auto" and not config.bounded)
 
 
@@ -191,11 +190,10 @@ def following_norms(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> FollowingNorms | None:
-    """Return the norms of a module with its original weights; None where they are not to
-    follow.
+    """Return the norms of a module with its original weights; None where they are not to follow.
 
     Raises:
-        ConfigError: it is asked for, and there is no norm.
+        ConfigError: the settings ask for it, and there is no norm.
         CalibrationError: the module does not take the batches.
     """
     if not norms_follow(config):

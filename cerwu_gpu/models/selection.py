@@ -1,4 +1,4 @@
-"""Which parameters of a model are compressed, found from its module tree, and chosen by name."""
+"""Choose the parameters of a model to compress, by its module tree and by name."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from cerwu_gpu.files import dtype_name
 from cerwu_gpu.layout import WeightLayout
 
 LEAST_WEIGHTS = 128
-"""Least size of a group's matrix: below, it takes more bytes coded than dense, with its tables."""
+"""Minimum size of a group's matrix: a smaller one takes more bytes coded, with its tables."""
 UNKNOWN_EXPERTS = "experts of unknown layout"
 
 IsTransposed = Callable[[nn.Module], bool]
-"""Whether a module is a linear layer whose weight is [inputs, outputs], as GPT-2's Conv1D."""
+"""Predicate of linear layers whose weight is [inputs, outputs], as GPT-2's Conv1D."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which parameters are compressed.
+    """The parameters to compress.
 
     Attributes:
         chosen: in the order of the model.
@@ -36,10 +36,10 @@ class Selection:
     unasked: tuple[str, ...] = ()
 
     def events(self, *, strict: bool) -> tuple[str, ...]:
-        """Return a sentence for everything that is left alone though nobody asked for it.
+        """Return a sentence for each parameter in `unasked`.
 
         Raises:
-            ModelError: there is such a thing, and `strict`.
+            ModelError: there is one, and `strict`.
         """
         events = tuple(f"{name}: left as it is, {self.left[name]}" for name in self.unasked)
         if events and strict:
@@ -48,7 +48,7 @@ class Selection:
 
 
 def no_transposed(module: nn.Module) -> bool:
-    """Return that the module is no transposed linear layer."""
+    """Return False: no linear layer is transposed."""
     return False
 
 
@@ -168,11 +168,11 @@ def _choose(
     exclude: Sequence[str],
     default: Callable[[str], str],
 ) -> tuple[tuple[WeightLayout, ...], dict[str, str]]:
-    """Return the chosen candidates, and the reasons for every other parameter with two axes or
-    more; `default` gives that of a parameter that is no candidate."""
+    """Return the chosen candidates, and the reason to leave each other parameter with two axes or
+    more; `default` returns that of a parameter that is no candidate."""
     parameters = dict(module.named_parameters())
-    others = [name for name in parameters if name not in candidates]
-    names = set(chosen_names(candidates, others, include, exclude))
+    rest = [name for name in parameters if name not in candidates]
+    names = set(chosen_names(candidates, rest, include, exclude))
     reasons = dict(left)
     for name, parameter in parameters.items():
         if parameter.dim() >= 2 and name not in names:
@@ -183,8 +183,7 @@ def _choose(
 def _block_weights(
     prefix: str, block: nn.Module, is_transposed: IsTransposed
 ) -> Iterator[tuple[WeightLayout, str | None]]:
-    """Yield linear weights and expert parameters of a block, with the reason to leave each, if
-    any."""
+    """Yield linear weights and expert parameters of a block, with a reason to leave it or None."""
     unique = {name for name, _ in block.named_parameters()}  # a shared parameter has one name only
     routers = {id(router) for module in block.modules() for router in _routers(module)}
     for path, module in block.named_modules():
@@ -224,15 +223,14 @@ def _routers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _expert_counts(module: nn.Module) -> set[int]:
-    """Return how many experts `module` itself holds, as parameters or as a list; empty if none."""
+    """Return the numbers of experts that `module` holds directly, as parameters or as a list."""
     if isinstance(module, nn.ModuleList) and all(map(holds_matrices, module)):
         return {len(module)}
     return {getattr(module, name).shape[0] for name in _expert_parameters(module)}
 
 
 def _module_weights(module: nn.Module) -> tuple[dict[str, WeightLayout], dict[str, str]]:
-    """Return the layout of every weight that is a matrix, by name; and name -> reason of those that
-    cannot be used."""
+    """Return the layouts of usable matrices by name, and name -> reason of the other ones."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     layouts: dict[str, set[WeightLayout]] = {}
     left: dict[str, str] = {}
@@ -276,7 +274,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 def chosen_names(
     candidates: Iterable[str],
-    others: Iterable[str],
+    rest: Iterable[str],
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> list[str]:
@@ -284,14 +282,14 @@ def chosen_names(
 
     Args:
         candidates: names of parameters that can be compressed.
-        others: names of all other parameters, which `exclude` may match as well.
+        rest: names of all other parameters, which `exclude` may match as well.
 
     Raises:
         ConfigError: a pattern matches nothing, or no name is left.
     """
     candidates = list(candidates)
     _check(include, candidates, "include", "weight that can be compressed")
-    _check(exclude, [*candidates, *others], "exclude", "parameter of the model")
+    _check(exclude, [*candidates, *rest], "exclude", "parameter of the model")
     chosen = [x for x in candidates if matches(x, include) and not matches(x, exclude)]
     if not chosen:
         raise ConfigError("include and exclude leave no weight to compress: loosen them.")
@@ -305,7 +303,7 @@ def _check(patterns: Sequence[str], names: Sequence[str], field: str, what: str)
 
 
 def require_values(module: nn.Module) -> None:
-    """Refuse modules whose parameters are not there yet.
+    """Refuse modules whose parameters have no values yet.
 
     Raises:
         ConfigError: a lazy module was not run, or a parameter is on the meta device.
@@ -316,7 +314,7 @@ def require_values(module: nn.Module) -> None:
 
 
 def require_finite(module: nn.Module, names: Iterable[str]) -> None:
-    """Refuse NaN and infinite weights before hours of work end at them.
+    """Refuse NaN and infinite weights before any work is done.
 
     Raises:
         ModelError: there is one; it is named.

@@ -1,4 +1,4 @@
-"""Pareto fronts of a sweep, and the fewest bits at a given share of the original quality."""
+"""Pareto fronts of a sweep, and the minimum bits at a given share of the original quality."""
 
 import math
 from bisect import bisect_left
@@ -12,11 +12,11 @@ TARGETS: dict[Quality, tuple[float, ...]] = {
     "accuracy": (0.99, 0.95),
     "perplexity": (1.01, 1.05, 2.0),
 }
-"""Multiples of the original quality at which the fewest bits are reported."""
+"""Multiples of the original quality at which minimum bits are reported."""
 
 
 def badness(quality: float, measure: Quality) -> float:
-    """Return the quality's logarithm, so that less is better; infinite where there is none."""
+    """Return the quality's logarithm, signed so that less is better; infinite if not finite."""
     if not (math.isfinite(quality) and quality > 0):
         return math.inf
     return math.log(quality) if measure == "perplexity" else -math.log(quality)
@@ -40,7 +40,7 @@ def pareto_front(costs: Sequence[float], qualities: Sequence[float], measure: Qu
 
 @dataclass(frozen=True, kw_only=True)
 class Minimum:
-    """The least cost at which a quality is reached.
+    """Minimum cost at which a quality is reached.
 
     Attributes:
         interpolated: linear in the logarithm of the quality between the two neighbouring points
@@ -55,11 +55,11 @@ class Minimum:
 
 
 def minimum_cost(
-    costs: Sequence[float], qualities: Sequence[float], measure: Quality, wanted: float
+    costs: Sequence[float], qualities: Sequence[float], measure: Quality, quality: float
 ) -> Minimum | None:
-    """Return the least cost at quality `wanted` along the front; None: not reached."""
+    """Return the minimum cost at a quality along the front; None: not reached."""
     front = pareto_front(costs, qualities, measure)
-    goal = badness(wanted, measure)
+    goal = badness(quality, measure)
     worth = [badness(qualities[index], measure) for index in front]  # strictly falling
     first = bisect_left(worth, -goal, key=lambda value: -value)
     if first == len(front):
@@ -74,7 +74,7 @@ def minimum_cost(
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """How few bits one kind of method needs for one share of the original quality.
+    """Minimum bits of one kind of method at one share of the original quality.
 
     Attributes:
         target: multiple of the original quality (TARGETS).
@@ -91,7 +91,7 @@ class Standing:
 
     @property
     def words(self) -> str:
-        """ "2.1250", "<= 2.1250" or "not reached"."""
+        """Text such as "2.1250", "<= 2.1250" or "not reached"."""
         if self.bits is None:
             return "not reached"
         return f"{'<= ' * self.open}{self.bits:.4f}"
@@ -119,8 +119,8 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
     for label, group in by_label(rows).items():
         costs, qualities = [row.bits_per_weight for row in group], [row.quality for row in group]
         for target in TARGETS[group[0].measure]:
-            wanted = target * group[0].original_quality
-            least = minimum_cost(costs, qualities, group[0].measure, wanted)
+            quality = target * group[0].original_quality
+            least = minimum_cost(costs, qualities, group[0].measure, quality)
             result.append(
                 Standing(
                     label=label,
@@ -134,7 +134,7 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
 
 
 def target_words(target: float, measure: Quality) -> str:
-    """Return "99 % of the accuracy", "1.05x the perplexity"."""
+    """Return a target in words: "99 % of the accuracy", "1.05x the perplexity"."""
     if measure == "accuracy":
         return f"{100 * target:g} % of the accuracy"
     return f"{target:g}x the perplexity"

@@ -1,4 +1,4 @@
-"""A model as the subject of a sweep: its adapter, and a measure of what is loaded from files."""
+"""A model as the subject of a sweep: its adapter and a measure of its quality."""
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +22,7 @@ from cerwu_gpu.sweep.points import Point
 from cerwu_gpu.sweep.subject import Outcome, Quality
 
 
-def kept_hessians(base: CompressionConfig) -> CompressionConfig:
+def shared_hessians(base: CompressionConfig) -> CompressionConfig:
     """Return the settings with Hessians of original inputs, which serve all points.
 
     Raises:
@@ -35,13 +35,13 @@ def kept_hessians(base: CompressionConfig) -> CompressionConfig:
 
 @dataclass(frozen=True)
 class Measure:
-    """How a model is judged.
+    """Measure of a model's quality.
 
     Attributes:
-        quality: what is measured.
-        evaluate: measures a model as it is.
-        load: loads a compressed directory as the model that is measured.
-        description: all that the result depends on, in words; part of a subject's identity.
+        quality: name of the measure.
+        evaluate: returns the quality of a model.
+        load: loads a compressed directory as a model for `evaluate`.
+        description: dependencies of the result, in words; part of a subject's identity.
     """
 
     quality: Quality
@@ -53,8 +53,8 @@ class Measure:
 class ModelSubject:
     """A model with its calibration data and a measure (Subject).
 
-    It is calibrated once: the Hessians and sensitivities of all its weights are in the adapter's
-    cache. The original weights are put back before each point.
+    It is calibrated once: Hessians and sensitivities of all weights are in the adapter's cache. The
+    original weights are restored before each point.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class ModelSubject:
         base: CompressionConfig,
         original_bytes: int | None = None,
     ) -> None:
-        """Nothing is run yet.
+        """Take the model; nothing is run yet.
 
         Args:
-            name: what tables and pictures call the model.
+            name: of the model in tables and pictures.
             adapter: with all weights that any point compresses, and a Hessian cache.
-            base: which weights, and what calibrates: the points' settings of these are ignored.
+            base: selection of weights and calibration; the points' settings of these are ignored.
             original_bytes: of the original; default: of the dense weights.
         """
         self.name = name
@@ -83,7 +83,6 @@ class ModelSubject:
         self._calibrated = False
 
     def identity(self) -> Mapping[str, str]:
-        """Return digests of weights and data, and the settings that all points share."""
         self._adapter.restore()
         return {
             **self._adapter.identity(),
@@ -92,16 +91,11 @@ class ModelSubject:
         }
 
     def original(self) -> float:
-        """Return the quality of the model as it came."""
         self._adapter.restore()
         return self._measure.evaluate(self._adapter.module)
 
     def run(self, point: Point, folder: Path) -> Outcome:
-        """Compress, load and evaluate; NNCodec points leave no files.
-
-        Raises:
-            CerwuError: a subclass that says what is wrong.
-        """
+        """Compress, load and evaluate (Subject.run); NNCodec points leave no files."""
         adapter, clock = self._adapter, Clock()
         adapter.restore()
         if point.qp is not None:
@@ -127,10 +121,8 @@ class ModelSubject:
         )
 
     def _prepare(self, config: CompressionConfig, clock: Clock) -> None:
-        """Have the Hessians, and where `config` uses them the sensitivities, in the cache.
-
-        They are those of all weights of the sweep, whatever a point leaves alone.
-        """
+        """Fill the cache with Hessians, and sensitivities if `config` uses them, for all weights of
+        the sweep."""
         self._adapter.select(self._base)
         if not self._calibrated:
             with clock.stage("calibrate"):
@@ -177,19 +169,19 @@ def module_subject(
     """Return a plain module as a subject, judged by an accuracy.
 
     Args:
-        name: what tables and pictures call it.
-        batches: inputs that calibrate (running.Batch).
-        evaluate: accuracy (a share of 1) of the module as it is.
-        base: which weights, and the seed; points' settings of these are ignored.
-        data: names what `evaluate` looks at; part of the identity.
+        name: of the module in tables and pictures.
+        batches: calibration inputs (running.Batch).
+        evaluate: returns the accuracy (a share of 1) of the module.
+        base: selection of weights, and the seed; the points' settings of these are ignored.
+        data: name of the data of `evaluate`; part of the identity.
         hessian_cache: directory for Hessians and sensitivities.
-        loss: what the sensitivities are of (calibration/sensitivity.py).
+        loss: for the sensitivities (calibration/sensitivity.py).
 
     Raises:
         CerwuError: there is nothing to compress, or no batch.
     """
     calibration = Batches(inputs=batches, loss=loss, seed=base.seed)
-    base = replace(kept_hessians(base), calibration=calibration)
+    base = replace(shared_hessians(base), calibration=calibration)
     adapter = ModuleAdapter(
         module.eval(),
         base,

@@ -1,4 +1,4 @@
-"""The grid of a sweep: every point is one configuration with a name for its kind."""
+"""The grid of a sweep: points with a configuration each."""
 
 import hashlib
 import json
@@ -25,11 +25,11 @@ from cerwu_gpu.errors import ConfigError
 System = Literal[
     "waterfilled", "cerwu", "cerwu-gamma0", "optq", "rtn", "nncodec", "nncodec-dependent"
 ]
-"""waterfilled: steps by column that follow from lmbda; cerwu to rtn: uniform grids, cerwu as the
-paper has it; nncodec: its own."""
+"""Kinds of methods. waterfilled: steps by column that follow from lmbda; cerwu to rtn: uniform
+grids, cerwu as in the paper; nncodec: its own quantizer and coder."""
 UNIFORM: tuple[System, ...] = ("cerwu", "cerwu-gamma0", "optq", "rtn")
 RATED: tuple[System, ...] = ("cerwu", "cerwu-gamma0")
-"""Uniform grids on which lmbda plays a part."""
+"""Methods on uniform grids that use lmbda."""
 USUAL_SCALE: dict[System, Scale] = {
     "cerwu": "per-tensor",
     "cerwu-gamma0": "per-tensor",
@@ -41,19 +41,19 @@ SHARED = (
     *("calibration", "samples", "sequence_length", "batch_size", "seed", "strict"),
     "limit_columns",
 )
-"""Settings of the calibration, part of a subject's identity, and of the report: the same for all
-points."""
+"""Settings that all points share: those of the calibration, which are part of a subject's identity,
+and of the report."""
 
 Setting = str | int | float | bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One setting of everything.
+    """One point of the grid.
 
     Attributes:
-        system: what kind of method it is.
-        config: how to compress; for nncodec only what it says about which weights.
+        system: kind of method.
+        config: how to compress; of nncodec only the selection of weights.
         qp: NNCodec's step; None for all others.
     """
 
@@ -68,7 +68,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The kind of method in words; points that differ in rate alone share it."""
+        """Kind of method in words; points that differ in rate alone share it."""
         config, grid = self.config, self.config.grid
         parts = [NAMES.get(self.system, self.system)]
         if self.system == "waterfilled" and isinstance(grid, Waterfilled):
@@ -88,25 +88,20 @@ class Point:
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits that stand for every setting of the point."""
+        """Digest of all settings of the point, 16 hexadecimal digits."""
         values = {name: v for name, v in settings(self.config).items() if name not in SHARED}
         text = json.dumps([self.system, values, self.qp], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Setting]:
-        """Return method, quantizer, levels, lmbda, rate_model, scale, sensitivity, correct_drift,
-        keep_head and qp; None where the method does not know such a thing."""
+        """Return the settings in a table's row by name; None where the method has no such one."""
         config, grid = self.config, self.config.grid
         uniform = grid if isinstance(grid, Uniform) else None
-        coded = self.qp is not None
-        rated = not coded and self.system not in ("optq", "rtn")
+        rated = self.qp is None and self.system not in ("optq", "rtn")
+        quantizer = grid.quantizer if isinstance(grid, Waterfilled) else "scalar"
         return {
             "method": self.system,
-            "quantizer": None
-            if coded
-            else grid.quantizer
-            if isinstance(grid, Waterfilled)
-            else "scalar",
+            "quantizer": quantizer if self.qp is None else None,
             "levels": None if uniform is None else uniform.levels,
             "lmbda": config.lmbda if rated else None,
             "rate_model": config.rate_model if rated else None,
@@ -120,7 +115,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """The values of a grid; an axis counts for the systems that know it.
+    """The values of a grid; an axis applies to the systems that have it.
 
     Raises:
         ConfigError: an axis that a system needs is empty, or a system is unknown.
@@ -186,13 +181,13 @@ class Axes:
 
 
 def grid_points(axes: Axes, base: CompressionConfig) -> list[Point]:
-    """All points of the grid, each once, in the order of the systems.
+    """Return all distinct points of the grid, in the order of the systems.
 
     Args:
         base: settings that are no axis (damping, passes, include, calibration and so on).
 
     Raises:
-        ConfigError: a value is outside its range, or `base` asks for a rate, size or quality.
+        ConfigError: a value is outside its range, or `base` has a target.
     """
     if base.target is not None:
         raise ConfigError("a sweep sets lmbda itself: drop bits, max_size or the like.")
@@ -236,7 +231,7 @@ def check_available(points: list[Point]) -> None:
     """Refuse points whose package is not installed, before any work is done.
 
     Raises:
-        ConfigError: nncodec is asked for and missing.
+        ConfigError: nncodec is needed and missing.
     """
     if any(point.qp is not None for point in points) and find_spec("nncodec") is None:
         raise ConfigError(

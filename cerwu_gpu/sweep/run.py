@@ -1,4 +1,4 @@
-"""Run the points of a sweep that are not in its table yet."""
+"""Run the points that a sweep's table lacks."""
 
 import hashlib
 import json
@@ -20,9 +20,9 @@ from cerwu_gpu.sweep.table import Row, SweepTable, row_of, write_parquet
 
 TABLE, PARQUET, IDENTITY = "sweep.jsonl", "sweep.parquet", "sweep.json"
 DIRECTORIES, HESSIANS = "points", "hessians"
-"""What a sweep's folder holds; subjects keep their Hessians in the last one."""
+"""Subdirectories of a sweep's folder: compressed points, and the subject's Hessian cache."""
 UNFINISHED = re.compile(r"[0-9a-f]{16}\.partial|\.[0-9a-f]{16}\.partial\.\w{8}\.partial")
-"""Name of an unfinished point's directory, by its Point.key, or of one that is written for it."""
+"""Names of an unfinished point's directories."""
 
 
 def run_sweep(
@@ -33,20 +33,19 @@ def run_sweep(
     keep: bool = False,
     progress: bool = False,
 ) -> list[Row]:
-    """Run every point that the table in `folder` lacks; all rows of `points`, in their order.
+    """Run every point that the table in `folder` lacks, and return all rows in the points' order.
 
-    Killed at any moment and started again it goes on with the point that was in work. Further
-    points may be asked for later: they join the table.
+    A sweep that was killed resumes with the unfinished point. Later runs may add points.
 
     Args:
-        folder: gets sweep.jsonl, sweep.parquet (where pyarrow is installed), sweep.json (what the
-            table belongs to), a lock and, while a point is run, points/KEY.partial.
-        keep: keep the coded directories as points/KEY; a later run without it keeps them, too.
+        folder: for sweep.jsonl, sweep.parquet (where pyarrow is installed), sweep.json (identity of
+            the table), a lock and, while a point is run, points/KEY.partial.
+        keep: keep the coded directories as points/KEY; a later run without it leaves them.
         progress: show a bar over the points on stderr.
 
     Raises:
-        OutputError: `folder` holds the sweep of something else, cannot be written, or another
-            process is at work in it.
+        OutputError: `folder` holds the sweep of another subject, cannot be written, or is locked by
+            another process.
         CerwuError: a point cannot be run; those before it are in the table.
     """
     check_folder(folder)
@@ -57,26 +56,30 @@ def run_sweep(
 def _run(
     subject: Subject, points: Sequence[Point], folder: Path, *, keep: bool, progress: bool
 ) -> list[Row]:
-    """`run_sweep` in a folder that is locked."""
+    """Run the sweep in a locked folder."""
     identity = {"cerwu_gpu": __version__, **subject.identity()}
     fingerprint = _fingerprint(identity)
     table = _opened(folder, identity, fingerprint)
-    done = {row.point: row for row in table.rows}
+    rows = {row.point: row for row in table.rows}
     _clear(folder / DIRECTORIES)
-    missing = [point for point in points if point.key not in done]
+    missing = [point for point in points if point.key not in rows]
     original = table.rows[0].original_quality if table.rows else None
-    done_before = len(points) - len(missing)
     with counted(
-        len(points), what="points", unit="point", shown=progress, every=0, initial=done_before
+        len(points),
+        what="points",
+        unit="point",
+        shown=progress,
+        interval=0,
+        initial=len(points) - len(missing),
     ) as bar:
         for point in missing:
             bar.set_description(point.label)
             original = subject.original() if original is None else original
             target = folder / DIRECTORIES / f"{point.key}{PARTIAL}"
             outcome = subject.run(point, target)
-            kept = target.with_suffix("")
-            if keep and not kept.exists():
-                target.rename(kept)
+            permanent = target.with_suffix("")
+            if keep and not permanent.exists():
+                target.rename(permanent)
             else:
                 shutil.rmtree(target, ignore_errors=True)
             row = row_of(
@@ -88,22 +91,22 @@ def _run(
                 original=original,
             )
             table.append(row)
-            done[point.key] = row
+            rows[point.key] = row
             bar.update()
     write_parquet(table.rows, folder / PARQUET)
-    return [done[point.key] for point in points]
+    return [rows[point.key] for point in points]
 
 
 def check_folder(folder: Path, read: Mapping[str, str | Path | None] | None = None) -> None:
-    """Refuse what cannot be a sweep's folder, before a model is loaded.
+    """Refuse a path that cannot be a sweep's folder, before a model is loaded.
 
     Args:
-        folder: where the sweep is to lie.
-        read: what the sweep reads, as for `check_apart`.
+        folder: of the sweep.
+        read: paths that the sweep reads, as for `check_apart`.
 
     Raises:
         OutputError: it is a file, or a directory that holds anything but a sweep; it is, holds or
-            lies in something that is read.
+            lies in a path of `read`.
     """
     check_apart({"the output": folder}, read or {})
     if folder.exists() and not folder.is_dir():
@@ -114,7 +117,7 @@ def check_folder(folder: Path, read: Mapping[str, str | Path | None] | None = No
 
 
 def _is_sweep(folder: Path) -> bool:
-    """Return whether there is a sweep.json of ours: one that states a version of cerwu_gpu."""
+    """Return whether there is a sweep.json with a version of cerwu_gpu."""
     try:
         content = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -127,7 +130,7 @@ def _fingerprint(identity: Mapping[str, str]) -> str:
 
 
 def _opened(folder: Path, identity: Mapping[str, str], fingerprint: str) -> SweepTable:
-    """The table in `folder`, which belongs to this subject or is new.
+    """Open the table in `folder`, which belongs to this subject or is new.
 
     Raises:
         OutputError: it belongs to another one, or `folder` cannot be written.
@@ -147,7 +150,7 @@ def _opened(folder: Path, identity: Mapping[str, str], fingerprint: str) -> Swee
 
 
 def _difference(path: Path, identity: Mapping[str, str]) -> str:
-    """In what the sweep that is there differs, in words."""
+    """Return the names in which the identity of the present sweep differs, in words."""
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
         names = [name for name in identity if there.get(name) != identity[name]]
@@ -157,7 +160,7 @@ def _difference(path: Path, identity: Mapping[str, str]) -> str:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a run that died left in `folder`; nothing else there is ours to remove."""
+    """Remove the unfinished directories of a killed run from `folder`, and nothing else."""
     for path in folder.iterdir():
         if UNFINISHED.fullmatch(path.name) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

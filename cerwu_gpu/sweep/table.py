@@ -1,7 +1,7 @@
-"""The results of a sweep: JSON Lines that hold all finished points, whatever happens to the run.
+"""The table of a sweep: JSON Lines that survive a killed run.
 
-One JSON object per point; it is appended, flushed and synced to the disk before the next point
-begins. A line without its line break was torn by a dying run.
+One JSON object per finished point, appended, flushed and synced to the disk before the next point
+begins. A line without its line break is incomplete.
 """
 
 import json
@@ -22,12 +22,12 @@ from cerwu_gpu.sweep.subject import JUDGEMENT, PREPARATION, Outcome, Quality
 START = b'{"subject": '
 """Beginning of every line."""
 QUALITIES = ("quality", "original_quality")
-"""Fields that may be infinite or no number, for which JSON has null."""
+"""Fields that may be infinite or not a number, which JSON writes as null."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One finished point; the settings are None where the method does not know them."""
+    """One finished point; a setting is None where the method has no such one."""
 
     subject: str
     fingerprint: str
@@ -50,9 +50,9 @@ class Row:
     quality: float
     original_quality: float
     events: str
-    """Sentences one after the other."""
+    """Deviations from the plan, sentences one after the other."""
     seconds: Mapping[Stage, float] = field(compare=False)
-    """Those of all STAGES; two runs with the same results are equal without them."""
+    """Seconds of all STAGES; rows are compared without them."""
 
     @property
     def total_seconds(self) -> float:
@@ -60,12 +60,12 @@ class Row:
 
     @property
     def preparation_seconds(self) -> float:
-        """Seconds for what all later points share."""
+        """Seconds of the stages that all points share."""
         return sum(self.seconds[stage] for stage in PREPARATION)
 
     @property
     def compression_seconds(self) -> float:
-        """Seconds without those that judge the result."""
+        """Seconds without those of the evaluation."""
         return self.total_seconds - sum(self.seconds[stage] for stage in JUDGEMENT)
 
     def record(self) -> dict[str, Any]:
@@ -105,11 +105,11 @@ class SweepTable:
     """The table of one subject, open for more rows.
 
     Attributes:
-        rows: the finished points, in the order in which they were finished.
+        rows: finished points, in the order of their completion.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open `path`, or prepare to make it; a torn last line is removed.
+        """Open `path`, or prepare to create it; an incomplete last line is removed.
 
         Raises:
             OutputError: it is no table of a sweep.
@@ -123,7 +123,7 @@ class SweepTable:
                 os.fsync(file.fileno())
 
     def append(self, row: Row) -> None:
-        """Add a row; when this returns it is on the disk.
+        """Add a row and sync it to the disk.
 
         Raises:
             OutputError: the disk refuses it.
@@ -138,12 +138,12 @@ class SweepTable:
             raise OutputError(
                 f"{self.path} cannot be written ({error.strerror}): free some space and start "
                 "again; finished points are kept."
-            ) from None
+            ) from error
         self.rows.append(row)
 
 
 def read_table(path: Path) -> list[Row]:
-    """Return the rows of a table; a torn last line is passed over.
+    """Return the rows of a table without an incomplete last line.
 
     Raises:
         OutputError: the file is no table of a sweep, or one of its lines is damaged.
@@ -161,7 +161,7 @@ def read_table(path: Path) -> list[Row]:
 
 
 def write_parquet(rows: Sequence[Row], path: Path) -> bool:
-    """Write the same table as Parquet and return True, or False where pyarrow is not installed."""
+    """Write the table as Parquet; return False where pyarrow is not installed or it is empty."""
     if find_spec("pyarrow") is None or not rows:
         return False
     import pyarrow
@@ -177,10 +177,10 @@ def _whole_lines(content: bytes) -> bytes:
 
 
 def _parsed(line: bytes) -> Row:
-    """Return the row of a line.
+    """Parse the row of a line.
 
     Raises:
-        KeyError, TypeError, ValueError: it is none.
+        KeyError, TypeError, ValueError: it is no row.
     """
     record = json.loads(line)
     unmeasured = {name: math.nan for name in QUALITIES if record[name] is None}

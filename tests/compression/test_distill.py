@@ -17,8 +17,9 @@ from cerwu_gpu.calibration.students import floats_of
 from cerwu_gpu.compression.distill import Distilled, Student, distil
 from cerwu_gpu.config import Distillation, from_settings, settings
 from cerwu_gpu.container.reader import open_directory
-from cerwu_gpu.hf.causal_lm import CausalLM, Data
+from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.models import LoadedModel
+from cerwu_gpu.hf.text import CalibrationTokens
 from tests.configs import compress_flat, configured
 from tests.conftest import TEXT
 from tests.hf import toys as language
@@ -75,7 +76,7 @@ def test_gradients_are_those_of_plain_autograd(toy_tokenizer: Any) -> None:
     loaded = LoadedModel(model, toy_tokenizer, None)
     adapter = CausalLM(loaded, config, device=torch.device("cpu"))
     tokens = language.toy_tokens(6, 16)
-    adapter.take(Data(tokens[:4], tokens[4:]))
+    adapter.take(CalibrationTokens(tokens[:4], tokens[4:]))
     student = adapter.student(config)
     with torch.no_grad():
         for name in adapter.layouts:  # the head and the embedding among them

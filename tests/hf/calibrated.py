@@ -12,8 +12,9 @@ from cerwu_gpu.calibration import blockwise
 from cerwu_gpu.calibration.blockwise import Drift
 from cerwu_gpu.calibration.cache import CachedBlocks, CachingBlocks, HessianCache
 from cerwu_gpu.compression.blocks import Blocks
-from cerwu_gpu.hf.causal_lm import CausalLM, Data, select
+from cerwu_gpu.hf.causal_lm import CausalLM, select
 from cerwu_gpu.hf.models import LoadedModel, is_conv1d
+from cerwu_gpu.hf.text import CalibrationTokens
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.models import selection
 from cerwu_gpu.quantize.sensitivity import Sensitivities
@@ -48,7 +49,7 @@ def adapter_of(
     """The adapter of a model, with these weights and tokens."""
     adapter = Chosen(layouts, model, device)
     if tokens is not None:
-        adapter.take(Data(tokens, tokens[:0]))
+        adapter.take(CalibrationTokens(tokens, tokens[:0]))
     return adapter
 
 

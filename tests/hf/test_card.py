@@ -85,7 +85,7 @@ def test_the_perplexities_are_those_of_text_that_did_not_calibrate(
     assert report.bits_per_weight == plain.bits_per_weight  # a card changes no weight
     loaded = load_model(toy_directory)
     text = toy_text.read_text(encoding="utf-8")
-    held_out = token_windows(text, loaded.tokenizer, seed=0, unseen=512, **sizes).unseen
+    held_out = token_windows(text, loaded.tokenizer, seed=0, held_out=512, **sizes).held_out
     expected = [
         perplexity_of(mean_loss(model, held_out))
         for model in (loaded.model, cerwu_gpu.load_compressed(output))

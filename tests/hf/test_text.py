@@ -45,14 +45,14 @@ def test_fewer_windows_than_asked_are_used_and_said(toy_tokenizer):
 
 def test_unseen_windows_change_nothing_and_overlap_nothing(toy_tokenizer):
     alone = token_windows(WORDS, toy_tokenizer, 7, 20, seed=3)
-    chosen = token_windows(WORDS, toy_tokenizer, 7, 20, seed=3, unseen=5)
+    chosen = token_windows(WORDS, toy_tokenizer, 7, 20, seed=3, held_out=5)
     assert torch.equal(chosen.tokens, alone.tokens)
-    assert chosen.unseen.shape == (5, 20)
+    assert chosen.held_out.shape == (5, 20)
     ids = ids_of(toy_tokenizer)
-    windows = [*chosen.tokens, *chosen.unseen]
+    windows = [*chosen.tokens, *chosen.held_out]
     places = [int((ids.unfold(0, 20, 1) == window).all(dim=1).nonzero()[0]) for window in windows]
     assert all(abs(a - b) >= 20 for a, b in combinations(places, 2))
-    assert len(token_windows(WORDS, toy_tokenizer, len(ids) // 20 - 1, 20, 3, 5).unseen) == 1
+    assert len(token_windows(WORDS, toy_tokenizer, len(ids) // 20 - 1, 20, 3, 5).held_out) == 1
 
 
 def test_exactly_enough_windows_need_no_event(toy_tokenizer):
@@ -156,10 +156,10 @@ def test_text_sampled_from_the_model_begins_with_bos_and_depends_on_the_seed(toy
     assert len({tuple(row) for row in tokens.tolist()}) == 5
     assert torch.equal(sample(model, toy_tokenizer)[0], tokens)
     assert not torch.equal(sample(model, toy_tokenizer, seed=4)[0], tokens)
-    judged = sample(model, toy_tokenizer, unseen=3)
+    judged = sample(model, toy_tokenizer, held_out=3)
     assert torch.equal(judged.tokens, tokens)
-    assert judged.unseen.shape == (3, 12)
-    assert not {tuple(row) for row in judged.unseen.tolist()} & {
+    assert judged.held_out.shape == (3, 12)
+    assert not {tuple(row) for row in judged.held_out.tolist()} & {
         tuple(row) for row in tokens.tolist()
     }
 

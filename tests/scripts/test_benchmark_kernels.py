@@ -117,5 +117,5 @@ def test_the_page_tells_times_rates_and_ratios():
 
 
 def test_the_page_in_the_repository_is_the_one_of_its_results():
-    results = writer.kept("benchmark_kernels.json"), writer.kept("cpu.json")
+    results = writer.stored("benchmark_kernels.json"), writer.stored("cpu.json")
     assert benchmark.PAGE.read_text(encoding="utf-8") == writer.page(*results)
