@@ -75,7 +75,7 @@ def compress(
         Sizes and losses of everything stored, and the events of the run.
 
     Raises:
-        CerwuError: a subclass that says what is wrong; nothing is left at `output` then.
+        CerwuError: a subclass that names the error; nothing is left at `output` then.
         OutputError: the disk refuses a write, or an unfinished run for `output` had other settings;
             finished work is kept beside it (docs/resume.md).
         KeyboardInterrupt: with a message that names the directory of the finished work.
@@ -263,7 +263,7 @@ def text_subject(
         progress: show bars over calibration on stderr.
 
     Raises:
-        CerwuError: a subclass that says what is wrong.
+        CerwuError: a subclass that names the error.
     """
     base = shared_hessians(base)
     target = find_device(device)
@@ -319,7 +319,7 @@ def image_subject(
         progress: show bars over calibration on stderr.
 
     Raises:
-        CerwuError: a subclass that says what is wrong.
+        CerwuError: a subclass that names the error.
     """
     base, target = shared_hessians(base), find_device(device)
     kind, loaded = load_kind(model, trust_remote_code=trust_remote_code)

@@ -125,7 +125,7 @@ class Run:
         """Quantize the whole model from its original weights, which are restored first.
 
         Raises:
-            CerwuError: a subclass that says what is wrong.
+            CerwuError: a subclass that names the error.
         """
         adapter, layouts, clock = self.adapter, self.adapter.layouts, self.clock
         self._stack.close()  # removes an earlier attempt

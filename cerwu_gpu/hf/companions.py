@@ -1,4 +1,4 @@
-"""Files of a compressed directory beside its weights: configuration, tokenizer, licences."""
+"""Files of a compressed directory besides weights: configuration, tokenizer, licences."""
 
 import json
 import shutil

@@ -57,7 +57,7 @@ class Ends:
         Args:
             wrap: turns hidden states into what a block returns (capture.Capture).
             inputs: returns the model's input ids for tokens, int64 [batch, sequence].
-            options: arguments of a run beside the tokens.
+            options: arguments of a run besides the tokens.
         """
         self._model = model
         self._blocks = [block for _, block in blocks]

@@ -69,7 +69,7 @@ def load_compressed(
     Args:
         path: compressed directory, or the hub name of one.
         into: a module to be filled in place and returned instead, which a plain torch module needs,
-            since its directory does not say how to build it; it stays on its device, in its mode.
+            since its directory does not describe its class; it stays on its device, in its mode.
         device: where the model goes; default: the CPU. With `into`: where weights are decoded.
         dtype: cast all floating-point weights; default: as they were compressed.
         resident: "dense", or "compressed" for the least memory.
@@ -77,7 +77,7 @@ def load_compressed(
         progress: show a bar on stderr.
 
     Raises:
-        FormatError: the directory is not what docs/format.md says (CorruptionError: bytes have
+        FormatError: the directory does not conform to docs/format.md (CorruptionError: bytes have
             changed; VersionError: made by a newer cerwu_gpu).
         ConfigError: there is no such device here, or no such `resident`.
         ModelError: the hub name cannot be resolved, or transformers cannot build the model; with

@@ -79,7 +79,7 @@ class ResidentBlock:
         self.following: ResidentBlock | None = None
 
     def decode_ahead(self, stream: torch.cuda.Stream) -> None:
-        """Decode on `stream`, beside what the current stream computes."""
+        """Decode on `stream` while the current stream computes."""
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             weights = self._decoded()
@@ -213,7 +213,7 @@ def _hook(block: nn.Module, resident: ResidentBlock, stream: torch.cuda.Stream |
 
     def after(*_: Any) -> None:
         resident.empty()
-        # By now this block's work is queued on the GPU, and the next block is decoded beside it.
+        # This block's work is queued on the GPU by now; the next block is decoded meanwhile.
         if stream is not None and resident.following is not None:
             resident.following.decode_ahead(stream)
 

@@ -253,7 +253,7 @@ def sampled_tokens(
     start = _first_token(model, bos)
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True,
-        temperature=1.0,  # generate() takes what is not said here from the model's own settings
+        temperature=1.0,  # generate() takes missing settings from the model
         top_k=0,
         top_p=1.0,
         repetition_penalty=1.0,

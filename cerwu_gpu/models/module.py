@@ -43,7 +43,7 @@ HELD_OUT = 8
 class ModuleAdapter(Adapter):
     """A module with linear layers and 2-D convolutions, and batches of its inputs.
 
-    Batch norms follow the quantized weights (norms.py) unless config.drift says otherwise.
+    Batch norms follow the quantized weights (norms.py), depending on config.drift.
 
     Attributes:
         batches: the calibration inputs.
@@ -75,7 +75,7 @@ class ModuleAdapter(Adapter):
             progress: show bars on stderr.
 
         Raises:
-            CerwuError: a subclass that says what is wrong.
+            CerwuError: a subclass that names the error.
         """
         super().__init__()
         if not isinstance(config.calibration, Batches):

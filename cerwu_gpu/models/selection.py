@@ -195,7 +195,7 @@ def _block_weights(
             yield WeightLayout(f"{prefix}.{stem}weight", shape, 1, transposed), reason
         for name in _expert_parameters(module):
             shape = tuple(getattr(module, name).shape)
-            known = hasattr(module, "is_transposed")  # set by transformers; the shape cannot tell
+            known = hasattr(module, "is_transposed")  # set by transformers; the shape is ambiguous
             transposed = known and bool(module.is_transposed)
             layout = WeightLayout(f"{prefix}.{stem}{name}", shape, shape[0], transposed)
             yield layout, None if known else UNKNOWN_EXPERTS

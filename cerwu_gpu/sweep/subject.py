@@ -70,6 +70,6 @@ class Subject(Protocol):
         The first call prepares Hessians and sensitivities for all points.
 
         Raises:
-            CerwuError: a subclass that says what is wrong.
+            CerwuError: a subclass that names the error.
         """
         ...

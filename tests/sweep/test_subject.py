@@ -90,17 +90,18 @@ def test_calibration_and_sensitivities_are_done_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from cerwu_gpu.calibration import cache
     from cerwu_gpu.hf import causal_lm
 
     calls: list[str] = []
-    for name in ("CachingBlocks", "blockwise_sensitivities"):
-        original = getattr(causal_lm, name)
+    for module, name in ((cache, "CachingBlocks"), (causal_lm, "blockwise_sensitivities")):
+        original = getattr(module, name)
 
         def counted(*args: Any, name: str = name, original: Any = original, **options: Any) -> Any:
             calls.append(name)
             return original(*args, **options)
 
-        monkeypatch.setattr(causal_lm, name, counted)
+        monkeypatch.setattr(module, name, counted)
     subject = make()
     points = grid_points(
         Axes(systems=("waterfilled", "rtn"), lmbdas=(1e-7,), levels=(7,), keep_heads=(False, True)),
