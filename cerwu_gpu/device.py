@@ -1,4 +1,4 @@
-"""Which device the work is done on."""
+"""Choice of the device for the work."""
 
 import torch
 
@@ -6,7 +6,7 @@ from cerwu_gpu.errors import ConfigError
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
-    """The device that was asked for; None: the GPU where there is one, else the CPU.
+    """Return the requested device; for None the GPU where there is one, else the CPU.
 
     Raises:
         ConfigError: there is no such device here.
@@ -14,10 +14,10 @@ def find_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)  # a name may be known and the device not be there
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)  # a name may be known and the device not be there
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"device is {str(device)!r}, which is not here: use cpu.") from error
-    if found.type not in ("cpu", "cuda"):
+    if chosen.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {str(device)!r}: use cpu or cuda.")
-    return found
+    return chosen

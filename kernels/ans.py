@@ -43,7 +43,7 @@ LOOKUP_BITS = 8
 
 @triton.jit
 def _take_word(p_stack, b_state, b_left, b_word, m_take, WORD: tl.constexpr):
-    """Where m_take: state << 32 | the word fetched before; fetch the word below it."""
+    """Take, where m_take, the word fetched before into the state; fetch the word below it."""
     b_unsigned = b_word.to(tl.uint32, bitcast=True).to(tl.uint64)
     b_state = tl.where(m_take, (b_state << WORD) | b_unsigned, b_state)
     b_left = tl.where(m_take, b_left - 1, b_left)

@@ -1,4 +1,4 @@
-"""How fast the kernels are on this machine's GPU, beside their torch forms and plain baselines.
+"""Time the kernels on this machine's GPU, beside their torch forms and plain baselines.
 
     python scripts/benchmark_kernels.py              # everything; writes the JSON and the page
     python scripts/benchmark_kernels.py --only decoder hessian     # these; no file without --json

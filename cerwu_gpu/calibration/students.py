@@ -50,8 +50,8 @@ class BlockwiseStudent(Student):
 
         Args:
             backbone: with its original weights.
-            tokens, held_out: int64 [samples, sequence], what trains and what judges.
-            ends: makes what is behind the blocks, for what was captured of a batch.
+            tokens, held_out: int64 [samples, sequence], of the training and of the evaluation.
+            ends: makes the model behind the blocks, for the captured calls of a batch.
             outer: a context in which all but the blocks are on the device.
             batch_size: samples per step.
         """
@@ -83,12 +83,14 @@ class BlockwiseStudent(Student):
             captured, hidden, inputs = self._forward(tokens)
             last = hidden.detach().requires_grad_()
             outside = {n: p for n, p in self.floats.items() if n in self._outside}
-            found = {name: torch.zeros_like(p) for name, p in self.floats.items()}
+            gradients = {name: torch.zeros_like(p) for name, p in self.floats.items()}
             with _tracked(self.floats.values()):
                 loss = self._divergence(captured, tokens, last, self._teacher[0][batch])
                 wanted = [last, *outside.values()]
                 gradient, *rest = torch.autograd.grad(loss, wanted, allow_unused=True)
-                found.update({n: g for n, g in zip(outside, rest, strict=True) if g is not None})
+                gradients.update(
+                    {n: g for n, g in zip(outside, rest, strict=True) if g is not None}
+                )
                 for index in reversed(range(len(backbone.blocks))):
                     name, block = backbone.blocks[index]
                     inside = {n: p for n, p in self.floats.items() if n.startswith(f"{name}.")}
@@ -100,8 +102,10 @@ class BlockwiseStudent(Student):
                         gradient, *rest = torch.autograd.grad(
                             output, [x, *inside.values()], gradient, allow_unused=True
                         )
-                    found.update({n: g for n, g in zip(inside, rest, strict=True) if g is not None})
-        return found
+                    gradients.update(
+                        {n: g for n, g in zip(inside, rest, strict=True) if g is not None}
+                    )
+        return gradients
 
     @torch.no_grad()
     def divergence(self) -> float:
@@ -114,7 +118,7 @@ class BlockwiseStudent(Student):
         return total / count
 
     def _forward(self, tokens: Tensor) -> tuple[Capture, Tensor, list[Tensor]]:
-        """Return what was captured, the last block's output, and the blocks' inputs."""
+        """Return the captured calls, the last block's output, and the blocks' inputs."""
         backbone = self._backbone
         with placed(backbone.blocks[0][1], self._device):  # capture runs the first block
             captured = backbone.capture([tokens], self._device)
@@ -138,15 +142,15 @@ class BlockwiseStudent(Student):
 
     @contextmanager
     def _original_outside(self) -> Iterator[None]:
-        """Have the original parameters outside of the blocks for a while."""
-        now = {name: parameter.data for name, parameter in self._outside.items()}
+        """Put the original parameters outside of the blocks in place inside the context."""
+        tuned = {name: parameter.data for name, parameter in self._outside.items()}
         for name, parameter in self._outside.items():
             parameter.data = self._originals[name].to(parameter.device)
         try:
             yield
         finally:
             for name, parameter in self._outside.items():
-                parameter.data = now[name]
+                parameter.data = tuned[name]
 
 
 class ModuleStudent(Student):
@@ -165,8 +169,8 @@ class ModuleStudent(Student):
         """Run the original module.
 
         Args:
-            batches, held_out: what trains and what judges.
-            logits: gets them out of the module's output.
+            batches, held_out: of the training and of the evaluation.
+            logits: from the module's output to logits [samples, classes].
             compressed: names of the parameters that are quantized.
         """
         self._module = module
@@ -209,7 +213,7 @@ class ModuleStudent(Student):
 
 @contextmanager
 def _tracked(parameters: Any) -> Iterator[None]:
-    """Have parameters take part in autograd for a while."""
+    """Make parameters require gradients inside the context."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)

@@ -1,7 +1,7 @@
 """Distillation of what a file stores as floats anyway: norms and biases, the integers frozen.
 
 The floats minimise KL(original || compressed) on the calibration data; held-out data decides when
-to stop, and whether the result is taken at all.
+to stop, and whether to keep the result.
 """
 
 import math
@@ -18,7 +18,7 @@ from cerwu_gpu.progress import tracked
 WARM_UP = 5
 """Number of steps over which the learning rate rises."""
 EVALUATIONS = 8
-"""Number of times that held-out data is looked at, about."""
+"""Approximate number of evaluations on held-out data."""
 PATIENCE = 2
 """Number of evaluations without an improvement after which it stops."""
 GRADIENT_NORM = 1.0
@@ -26,7 +26,7 @@ GRADIENT_NORM = 1.0
 
 
 class Student(ABC):
-    """A compressed model whose floats are tuned, beside what is known of its original.
+    """A compressed model whose floats are tuned toward its original.
 
     Attributes:
         floats: parameters to tune, by name.
@@ -48,10 +48,10 @@ class Student(ABC):
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a distillation gained.
+    """Result of a distillation.
 
     Attributes:
-        steps: number of steps behind the floats that were taken; 0: none was better.
+        steps: number of steps behind the kept floats; 0: none were better.
         before, after: KL(original || compressed) on held-out data [nats per prediction].
     """
 
@@ -63,10 +63,10 @@ class Distilled:
 def distil(
     student: Student, settings: Distillation, *, seed: int = 0, progress: bool = False
 ) -> Distilled:
-    """Tune the floats in place by AdamW; what is taken is never worse on held-out data.
+    """Tune the floats in place by AdamW; the result is never worse on held-out data.
 
-    The optimiser works on float32 copies, and gradients are taken at what the file stores: floats
-    are rounded to their dtype after every step (straight through).
+    The optimiser works on float32 copies, and gradients are those at the stored values: floats are
+    rounded to their dtype after every step (straight through).
 
     Args:
         student: the compressed model.
@@ -123,6 +123,6 @@ def _schedule(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def _store(student: Student, values: Mapping[str, Tensor]) -> None:
-    """Put values into the floats, rounded to their dtype."""
+    """Copy values into the floats, rounded to their dtype."""
     for name, parameter in student.floats.items():
         parameter.copy_(values[name])

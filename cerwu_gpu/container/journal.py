@@ -62,7 +62,7 @@ class Journal:
         self.folder = folder
 
     def holds(self, index: int) -> bool:
-        """Whether block number `index` is finished."""
+        """Return whether block number `index` is finished."""
         return self._path(index).is_dir()
 
     def write(self, index: int, weights: Sequence[CodedWeight]) -> None:
@@ -82,7 +82,7 @@ class Journal:
             writer.publish()
 
     def read(self, index: int) -> list[CodedWeight]:
-        """What `write` was given; words and side data stay on the disk until they are used.
+        """Return the weights that `write` kept; words and side data stay on the disk until their use.
 
         Raises:
             OutputError: the block is damaged.
@@ -110,7 +110,7 @@ class Journal:
         ]
 
     def weights(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """Name and decoded parameter of everything in block number `index`.
+        """Yield name and decoded parameter of everything in block number `index`.
 
         Raises:
             OutputError: the block is damaged.

@@ -48,7 +48,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Where the bytes of a directory are; the entries add up to total_bytes."""
+    """Bytes of a directory by their place; the entries add up to total_bytes."""
 
     format_version: int
     tensors: tuple[TensorEntry, ...]

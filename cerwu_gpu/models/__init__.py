@@ -1,1 +1,1 @@
-"""What a model is to a compression run: its weights, its norms, and any torch module's adapter."""
+"""Models as a compression run has them: weights, norms, and the adapter of any torch module."""

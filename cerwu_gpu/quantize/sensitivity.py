@@ -1,4 +1,4 @@
-r"""What a unit of squared output error costs, row by row: the alpha of the objective
+r"""Costs of a unit of squared output error, row by row: the alpha of the objective
 
     J = 1/2 sum_i alpha_i (W - Q)_i H (W - Q)_i^T + lmbda R.
 
@@ -29,7 +29,7 @@ FLOOR = 0.05
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """What the loss of a model depends on, as far as it is known.
+    """Second derivatives of a model's loss, as far as they are known.
 
     Attributes:
         squared_gradients: matrix -> mean over tokens of (dL/dy_i)^2 [m] at its outputs; zeros

@@ -37,7 +37,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Axes:
-    """What the axes of all charts go from and to.
+    """Ranges of the axes of all charts.
 
     Attributes:
         blocks: number of blocks, side by side.

@@ -10,7 +10,7 @@ BLOCK_LISTS = (["layers"], ["h"], ["blocks"])
 
 @dataclass(frozen=True)
 class Place:
-    """What is reported of one kind of matrix in one block, the mean over its experts.
+    """Figures of one kind of matrix in one block, the mean over its experts.
 
     Attributes:
         block: its number; None for matrices outside the blocks.
