@@ -52,12 +52,12 @@ class Adapter(ABC):
         """Return the sensitivities of the original weights."""
 
     @abstractmethod
-    def blocks(self, config: CompressionConfig) -> Blocks:
-        """Return the blocks with their Hessians, calibrated now or read from a cache."""
+    def blocks(self, config: CompressionConfig, *, sampling: bool = False) -> Blocks:
+        """Return the blocks with their Hessians, calibrated now or read from a cache.
 
-    def sample_blocks(self, config: CompressionConfig) -> Blocks:
-        """Return the blocks with Hessians of original inputs, for an estimate."""
-        return self.blocks(config)
+        Args:
+            sampling: the Hessians are those of original inputs whatever the drift, for an estimate.
+        """
 
     @abstractmethod
     def identity(self) -> dict[str, str]:

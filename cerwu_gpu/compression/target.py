@@ -72,7 +72,7 @@ def to_target(run: Run, config: CompressionConfig) -> Attempt:
     adapter.keep_originals()
     sensitivities = run.sensitivities(config)
     with clock.stage("calibrate"):
-        probes = sample_stacks(adapter.sample_blocks(config), config, sensitivities)
+        probes = sample_stacks(adapter.blocks(config, sampling=True), config, sensitivities)
     with clock.stage("target"):
         goal = _goal(run, config)
 

@@ -82,7 +82,7 @@ class Journal:
             writer.publish()
 
     def read(self, index: int) -> list[CodedWeight]:
-        """Return the weights that `write` kept; words and side data stay on the disk until their use.
+        """Return the weights that `write` kept; words and side data stay on the disk until used.
 
         Raises:
             OutputError: the block is damaged.

@@ -274,13 +274,9 @@ class CausalLM(Adapter):
                     additions.update(outer_part.hessian_additions)
         return Sensitivities(alphas, additions)
 
-    def blocks(self, config: CompressionConfig) -> Blocks:
-        if self.cache is None or config.corrects_drift:
+    def blocks(self, config: CompressionConfig, *, sampling: bool = False) -> Blocks:
+        if self.cache is None or (config.corrects_drift and not sampling):
             return self._calibrated(config)
-        return self.sample_blocks(config)
-
-    def sample_blocks(self, config: CompressionConfig) -> Blocks:
-        assert self.cache is not None
         backbone, outer = self.backbone()
         return self.cache.blocks(
             self.module,

@@ -141,7 +141,7 @@ class ModuleAdapter(Adapter):
             self._sensitivities = cached_sensitivities(self._sensitivity_cache, compute)
         return self._sensitivities
 
-    def blocks(self, config: CompressionConfig) -> Blocks:
+    def blocks(self, config: CompressionConfig, *, sampling: bool = False) -> Blocks:
         if self._norms is None:
             self._norms = following_norms(
                 self.module, self.batches, config, device=self._device, progress=self._progress

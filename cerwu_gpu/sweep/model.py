@@ -126,7 +126,7 @@ class ModelSubject:
         self._adapter.select(self._base)
         if not self._calibrated:
             with clock.stage("calibrate"):
-                for _ in self._adapter.sample_blocks(self._base):
+                for _ in self._adapter.blocks(self._base, sampling=True):
                     pass  # passing through the blocks writes the cache
             self._calibrated = True
         if config.needs_gradients:
