@@ -274,7 +274,7 @@ class Batches:
     default: the output is taken for logits [samples, classes] (calibration/sensitivity.py)."""
     seed: int = 0
     tokenizer: Any = field(default=None, compare=False, repr=False)
-    """Of a language model in memory: its directory gets it."""
+    """Tokenizer of a language model in memory, saved with it."""
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)

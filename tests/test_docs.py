@@ -53,7 +53,7 @@ ADDED_TO_IMAGES: dict[str, tuple[str, ...]] = {
     "eval": ("--device", "cpu", "--quiet"),
     "sweep": (*POINTS, "--samples", "4", "--device", "cpu", "--quiet"),
 }
-"""The same for commands with --images, beside which texts are refused."""
+"""Options for commands with --images, beside which texts are refused."""
 
 STARTS_WITH = {"faq.md": "small", "report.md": "small"}
 """Page -> the compressed directory that its reader has already."""
