@@ -1,7 +1,6 @@
 """The public functions: compress a model, and make a model a sweep's subject."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -289,7 +288,7 @@ def text_subject(
         "evaluation text": hashlib.sha256(text.encode()).hexdigest(),
         "evaluation windows": f"{max_windows} of {context_length} tokens",
     }
-    measure = Measure("perplexity", evaluate, _loader(target), description)
+    measure = Measure("perplexity", evaluate, partial(load_compressed, device=target), description)
     return _subject(model, adapter, measure, base)
 
 
@@ -346,12 +345,8 @@ def image_subject(
         return compare_on_images(module.to(target), judging).accuracy
 
     description = {"evaluation images": tensors_digest([*judging.batches, *(judging.labels or [])])}
-    measure = Measure("accuracy", evaluate, _loader(target), description)
+    measure = Measure("accuracy", evaluate, partial(load_compressed, device=target), description)
     return _subject(model, adapter, measure, base)
-
-
-def _loader(device: torch.device) -> Callable[[Path], nn.Module]:
-    return lambda folder: load_compressed(folder, device=device)
 
 
 def _subject(

@@ -12,6 +12,8 @@ from cerwu_gpu.errors import CalibrationError, reason
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Inputs only: a tensor, positional arguments, or keyword arguments of the module."""
+HELD_OUT = 8
+"""Number of batches or samples of which one is held out."""
 
 
 def materialized(batches: Iterable[Batch]) -> list[Batch]:
@@ -26,6 +28,13 @@ def materialized(batches: Iterable[Batch]) -> list[Batch]:
     for batch in inputs:
         samples(batch)
     return inputs
+
+
+def is_held_out(count: int) -> list[bool]:
+    """Return for each of `count` batches or samples whether it is held out: every HELD_OUT-th one,
+    or else the last."""
+    chosen = [i % HELD_OUT == HELD_OUT - 1 for i in range(count)]
+    return chosen if any(chosen) else [*chosen[:-1], True]
 
 
 def samples(batch: Batch) -> int:
@@ -68,7 +77,8 @@ class Runner:
         Raises:
             CalibrationError: the module does not take the batch.
         """
-        inputs = _copied(moved(batch, self.device))
+        # Copies: a module may change its inputs in place.
+        inputs = mapped(batch, lambda tensor: tensor.to(self.device, copy=True))
         with Products(self._weights, note):
             try:
                 if isinstance(inputs, Mapping):
@@ -81,17 +91,6 @@ class Runner:
                     f"{type(self._module).__name__} cannot be run on a batch ({reason(error)}): "
                     "batches hold the inputs alone, as a tensor, a tuple or a dict."
                 ) from error
-
-
-def _copied(value: Any) -> Any:
-    """Return a batch in memory of its own: a module may change its inputs in place."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, tuple | list):
-        return type(value)(_copied(item) for item in value)
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return value
 
 
 @contextmanager
@@ -123,10 +122,15 @@ def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 def moved(value: Any, device: torch.device) -> Any:
     """Return a nest of tuples, lists and mappings with its tensors on `device`."""
+    return mapped(value, lambda tensor: tensor.to(device))
+
+
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return a nest of tuples, lists and mappings with `function` of each tensor."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return function(value)
     if isinstance(value, tuple | list):
-        return type(value)(moved(item, device) for item in value)
+        return type(value)(mapped(item, function) for item in value)
     if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
+        return {key: mapped(item, function) for key, item in value.items()}
     return value

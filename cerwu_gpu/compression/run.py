@@ -130,8 +130,6 @@ class Run:
         adapter, layouts, clock = self.adapter, self.adapter.layouts, self.clock
         self._stack.close()  # removes an earlier attempt
         adapter.restore()
-        if config.target is not None:
-            adapter.keep_originals()
         sensitivities = self.sensitivities(config)
         if adapter.card is not None and self._original_loss is None:
             self._original_loss = self._loss()

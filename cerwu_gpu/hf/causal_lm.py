@@ -19,6 +19,7 @@ from cerwu_gpu.calibration.cache import (
     tensors_digest,
 )
 from cerwu_gpu.calibration.capture import Capture
+from cerwu_gpu.calibration.running import is_held_out
 from cerwu_gpu.calibration.sensitivity import blockwise_sensitivities
 from cerwu_gpu.calibration.students import BlockwiseStudent
 from cerwu_gpu.compression.adapter import Adapter
@@ -57,8 +58,6 @@ from cerwu_gpu.quantize.sensitivity import Sensitivities
 SENSITIVITY_TOKENS = 4096
 """Number of tokens used to estimate sensitivities. They span orders of magnitude across outputs, so
 a small sample suffices."""
-HELD_OUT = 8
-"""Number of calibration samples of which one is held out for a max_perplexity_increase."""
 JUDGING_TOKENS = 8192
 """Number of held-out tokens whose perplexity goes into a model card."""
 JUDGING_SAMPLES = 16
@@ -437,13 +436,12 @@ def _filled(sensitivities: Sensitivities) -> Sensitivities:
 
 
 def _split(tokens: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """Return calibration and held-out samples: every HELD_OUT-th one is held out.
+    """Return calibration and held-out samples (running.is_held_out).
 
     Raises:
         CalibrationError: there is only one sample.
     """
     if len(tokens) < 2:
         raise CalibrationError(f"{what} needs at least 2 calibration samples: give more text.")
-    out = torch.arange(len(tokens)) % HELD_OUT == HELD_OUT - 1
-    out[-1] |= not bool(out.any())
+    out = torch.tensor(is_held_out(len(tokens)))
     return tokens[~out], tokens[out]

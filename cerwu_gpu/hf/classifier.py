@@ -1,6 +1,5 @@
 """Image classifiers of transformers: modules with a configuration and an image processor."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cerwu_gpu.calibration.running import materialized
+from cerwu_gpu.calibration.running import mapped, materialized
 from cerwu_gpu.config import Batches, CompressionConfig
 from cerwu_gpu.errors import ModelError
 from cerwu_gpu.hf.companions import (
@@ -44,7 +43,11 @@ class ImageClassifier(ModuleAdapter):
         _check_unchanged(module)
         calibration = config.calibration
         if isinstance(calibration, Batches):
-            inputs = [_cast(batch, module.dtype) for batch in materialized(calibration.inputs)]
+
+            def cast(tensor: Tensor) -> Tensor:
+                return tensor.to(module.dtype) if tensor.is_floating_point() else tensor
+
+            inputs = [mapped(batch, cast) for batch in materialized(calibration.inputs)]
             config = replace(config, calibration=replace(calibration, inputs=inputs))
         super().__init__(module, config, **options)
 
@@ -56,17 +59,6 @@ class ImageClassifier(ModuleAdapter):
         save_text_files(self.module, None, folder)
         if self.files is not None:
             copy_files(self.files, folder, COPIED_FILES)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Return a batch with its floating tensors in a dtype."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple | list):
-        return type(value)(_cast(item, dtype) for item in value)
-    if isinstance(value, Mapping):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return value
 
 
 def _check_unchanged(model: PreTrainedModel) -> None:

@@ -14,7 +14,14 @@ from cerwu_gpu.calibration.cache import (
     hessian_key,
     tensors_digest,
 )
-from cerwu_gpu.calibration.running import Batch, Runner, evaluating, materialized, samples
+from cerwu_gpu.calibration.running import (
+    Batch,
+    Runner,
+    evaluating,
+    is_held_out,
+    materialized,
+    samples,
+)
 from cerwu_gpu.calibration.sensitivity import (
     Loss,
     losses,
@@ -35,9 +42,6 @@ from cerwu_gpu.models.selection import require_finite, require_values, select_in
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 
 Module = TypeVar("Module", bound=nn.Module)
-
-HELD_OUT = 8
-"""Number of batches of which one is held out for a max_perplexity_increase."""
 
 
 class ModuleAdapter(Adapter):
@@ -236,9 +240,8 @@ def _apart(batches: list[Batch], what: str) -> tuple[list[Batch], list[Batch]]:
     """
     if len(batches) < 2:
         raise CalibrationError(f"{what} needs at least 2 calibration batches: give more.")
-    out = {i for i in range(len(batches)) if i % HELD_OUT == HELD_OUT - 1} or {len(batches) - 1}
-    inside = [batch for i, batch in enumerate(batches) if i not in out]
-    return inside, [batches[i] for i in sorted(out)]
+    pairs = list(zip(batches, is_held_out(len(batches)), strict=True))
+    return [batch for batch, out in pairs if not out], [batch for batch, out in pairs if out]
 
 
 def _digest(batches: Iterable[Batch]) -> str:
