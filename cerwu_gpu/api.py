@@ -17,7 +17,7 @@ from cerwu_gpu.compression.report_files import check_reports, report_paths, writ
 from cerwu_gpu.compression.resume import settings_fingerprint
 from cerwu_gpu.compression.run import Run
 from cerwu_gpu.compression.target import to_target
-from cerwu_gpu.config import Batches, CompressionConfig
+from cerwu_gpu.config import Batches, Calibration, CompressionConfig, ImageCalibration
 from cerwu_gpu.container.output import check_apart, check_output
 from cerwu_gpu.container.work import output_places, work_directory
 from cerwu_gpu.device import find_device
@@ -53,8 +53,8 @@ def compress(
     """Compress a model into a directory that `load_compressed` reads.
 
     Language models are calibrated by text (`Calibration`) or tokens; image classifiers of
-    transformers and any plain torch module, whose linear layers and 2-D convolutions are
-    compressed, by batches of their inputs (`Batches`).
+    transformers by images (`ImageCalibration`); these and any plain torch module, whose linear
+    layers and 2-D convolutions are compressed, by batches of their inputs (`Batches`).
 
     Args:
         model: hub name, local directory, .gguf file, or a model in memory, which is changed in
@@ -84,10 +84,13 @@ def compress(
     output = given.expanduser().resolve()
     paths = report_paths(output, None if report is None else Path(report))
     places = output_places(output)
-    text = None if isinstance(config.calibration, Batches) else config.calibration.named
+    calibration = config.calibration
+    text = calibration.named if isinstance(calibration, Calibration) else None
+    images = calibration.source if isinstance(calibration, ImageCalibration) else None
     read = {
         "the model": None if isinstance(model, nn.Module) else model,
         "the calibration text": None if text is None else text_file(text),
+        "the images": images,
         "the Hessian cache": config.hessian_cache,
         "the report": None if report is None else paths[0],
     }
@@ -102,10 +105,15 @@ def compress(
         work.expect(settings_fingerprint(config, target))
         with clock.stage("load"):
             loaded = _loaded(model, config, trust_remote_code)
-            check_calibration(loaded.module, config)
+            calibrated = config
+            if loaded.kind is not None and isinstance(calibration, ImageCalibration):
+                calibrated = replace(
+                    config, calibration=_image_batches(model, loaded.kind, calibration)
+                )
+            check_calibration(loaded.module, calibrated)
             check_apart(places, {"the model": loaded.files})
             original_bytes = bytes_of_original(model, loaded.module)
-        adapter = _adapter(loaded, config, work.path, target, clock, card, progress)
+        adapter = _adapter(loaded, calibrated, work.path, target, clock, card, progress)
         if card:
             transformer = isinstance(loaded.module, PreTrainedModel)
             loader = (loaded.kind or KINDS[0]).loader if transformer else None
@@ -121,10 +129,12 @@ def compress(
             work=work.path,
             progress=progress,
         ) as run:
-            attempt = run.attempt(config) if config.target is None else to_target(run, config)
+            attempt = (
+                run.attempt(calibrated) if config.target is None else to_target(run, calibrated)
+            )
             attempt.writer.publish()
             result = run.report(attempt, original_bytes)
-    repeatable = text is not None and config.text.tokenizer is None
+    repeatable = (text is not None or images is not None) and calibration.tokenizer is None
     write_report(
         paths,
         result,
@@ -186,6 +196,11 @@ def check_calibration(module: nn.Module, config: CompressionConfig) -> None:
         ConfigError: a language model comes with a loss.
     """
     source = _in_memory(module)
+    if isinstance(config.calibration, ImageCalibration):
+        raise ConfigError(
+            f"{type(module).__name__} is in memory, without an image processor: give Batches, or "
+            "the model's directory."
+        )
     batches = isinstance(config.calibration, Batches)
     if not source.takes_text and not batches:
         raise ModelError(
@@ -199,6 +214,25 @@ def check_calibration(module: nn.Module, config: CompressionConfig) -> None:
         )
     if source.takes_text and isinstance(config.calibration, Batches) and config.calibration.loss:
         raise ConfigError("a language model has a loss of its own: drop the loss.")
+
+
+def _image_batches(model: str | Path | nn.Module, kind: Kind, given: ImageCalibration) -> Batches:
+    """Return the images of a calibration as batches of the model's inputs.
+
+    Raises:
+        ModelError: the model is no image classifier.
+    """
+    if kind.adapter is not ImageClassifier:
+        raise ModelError(f"{model} is {kind.name}: images are for classifiers.")
+    pixels = load_images(
+        given.source,
+        str(model),
+        part="calibration",
+        count=given.samples,
+        batch_size=given.batch_size,
+        seed=given.seed,
+    )
+    return Batches(inputs=pixels.batches, seed=given.seed)
 
 
 def _adapter(
@@ -295,7 +329,6 @@ def text_subject(
 def image_subject(
     model: str | Path,
     base: CompressionConfig,
-    images: str,
     hessian_cache: Path,
     *,
     max_images: int | None = None,
@@ -308,9 +341,8 @@ def image_subject(
 
     Args:
         model: hub name or local directory.
-        base: selection of weights and number of calibration images, which the points share.
-        images: directory of images in folders by class, or a hub dataset; the training part is for
-            calibration, the test part for evaluation.
+        base: selection of weights and images, which the points share; the images' training part is
+            for calibration, the test part for evaluation.
         hessian_cache: directory for Hessians and sensitivities.
         max_images: number of evaluation images; None: all.
         batch_size: images per forward pass.
@@ -320,23 +352,21 @@ def image_subject(
     Raises:
         CerwuError: a subclass that names the error.
     """
+    images = base.calibration
+    if not isinstance(images, ImageCalibration):
+        raise ConfigError("a sweep of a classifier needs images: give an ImageCalibration.")
     base, target = shared_hessians(base), find_device(device)
     kind, loaded = load_kind(model, trust_remote_code=trust_remote_code)
-    if kind.adapter is not ImageClassifier:
-        raise ModelError(f"{model} is {kind.name}: images are for classifiers.")
-    text, config = base.text, loaded.model.config
-    pixels = load_images(
-        images, model, part="calibration", count=text.samples, batch_size=batch_size, seed=text.seed
-    )
+    base = replace(base, calibration=_image_batches(model, kind, images))
+    config = loaded.model.config
     judging = load_images(
-        images,
+        images.source,
         model,
         part="evaluation",
         labels={name: int(number) for name, number in (config.label2id or {}).items()},
         count=max_images,
         batch_size=batch_size,
     )
-    base = replace(base, calibration=Batches(inputs=pixels.batches, seed=text.seed))
     adapter = ImageClassifier(
         loaded.model, base, device=target, hessian_cache=hessian_cache, progress=progress
     )

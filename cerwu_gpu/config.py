@@ -260,6 +260,26 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageCalibration:
+    """Images that calibrate an image classifier, prepared by its own image processor."""
+
+    source: str = setting(
+        MISSING,
+        "Directory of images, in folders by class, or a Hub dataset id; for image classifiers.",
+        name="images",
+    )
+    samples: int = setting(128, "Number of images, drawn at random.")
+    batch_size: int = setting(8, "Images per forward pass.")
+    seed: int = setting(0, "Random seed.")
+    tokenizer: None = field(default=None, init=False, repr=False, compare=False)
+    """None, as of other calibrations without a text."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "samples", "batch_size")
+        _check_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batches:
     """Batches of a model's inputs that calibrate it.
 
@@ -317,7 +337,7 @@ class CompressionConfig:
     target: Target | None = None
     """Rate, size or quality that sets lmbda."""
     objective: Objective = Objective()
-    calibration: Calibration | Batches = Calibration()
+    calibration: Calibration | ImageCalibration | Batches = Calibration()
     drift: Drift = setting(
         "auto",
         "Inputs of a block: correct for those that the compressed model has, ignore that they "
@@ -434,10 +454,11 @@ class CompressionConfig:
         """Settings of the calibration text.
 
         Raises:
-            ConfigError: batches are given instead.
+            ConfigError: images or batches are given instead.
         """
-        if isinstance(self.calibration, Batches):
-            raise ConfigError("this model is calibrated by text: give a Calibration, not Batches.")
+        if not isinstance(self.calibration, Calibration):
+            kind = type(self.calibration).__name__
+            raise ConfigError(f"this model is calibrated by text: give a Calibration, not {kind}.")
         return self.calibration
 
 
@@ -448,6 +469,7 @@ _PARTS: tuple[type[Any], ...] = (
     *_TARGETS,
     Objective,
     Calibration,
+    ImageCalibration,
     Distillation,
     CompressionConfig,
 )
@@ -492,7 +514,7 @@ def all_settings() -> dict[str, Setting]:
 
 def settings(config: CompressionConfig) -> dict[str, Any]:
     """Return the flat settings of a configuration, those that do not apply with their defaults;
-    calibration is None for data in memory."""
+    calibration is None for anything but a text or dataset with a name."""
     values = {name: entry.default for name, entry in all_settings().items()}
     calibration = config.calibration
     values["method"] = config.method
@@ -506,10 +528,12 @@ def settings(config: CompressionConfig) -> dict[str, Any]:
     for part in parts:
         if part is not None:
             values.update(_values_of(part))
-    if isinstance(calibration, Batches):
-        values.update({"calibration": None, "seed": calibration.seed})
-    else:
+    if isinstance(calibration, Calibration):
         values.update({**_values_of(calibration), "calibration": calibration.named})
+    elif isinstance(calibration, ImageCalibration):
+        values.update({"calibration": None, **_values_of(calibration)})
+    else:
+        values.update({"calibration": None, "seed": calibration.seed})
     return values
 
 
@@ -534,11 +558,26 @@ def from_settings(**given: Any) -> CompressionConfig:
         grid=grid,
         target=targets[0] if targets else None,
         objective=Objective(**_given(Objective, given)),
-        calibration=Calibration(**_given(Calibration, given)),
+        calibration=_calibration(given),
         distillation=_distillation(given),
         **_given(CompressionConfig, given),
         **{name: given[name] for name in ("hessian_cache", "verify") if name in given},
     )
+
+
+def _calibration(given: Mapping[str, Any]) -> Calibration | ImageCalibration:
+    """Return the calibration of flat settings.
+
+    Raises:
+        ConfigError: images come with a setting of texts.
+    """
+    text = Calibration(**_given(Calibration, given))
+    if given.get("images") is None:
+        return text
+    for name, usual in (("calibration", Calibration().source), ("sequence_length", 512)):
+        if given.get(name, usual) not in (None, usual):
+            raise ConfigError(f"{name} is for language models: drop it, or drop images.")
+    return ImageCalibration(**_given(ImageCalibration, given))
 
 
 def _distillation(given: Mapping[str, Any]) -> Distillation | None:

@@ -21,6 +21,7 @@ PUBLIC = [
     "Distillation",
     "FactorizationError",
     "FormatError",
+    "ImageCalibration",
     "LayerReport",
     "MaxPerplexityIncrease",
     "MaxSize",

@@ -2,7 +2,6 @@
 
 import sys
 from contextlib import redirect_stdout
-from dataclasses import replace
 from os.path import isfile  # unlike Path.is_file it takes text too long for a name
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,16 +10,9 @@ import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import listing, print_events, print_json, report_rows, set_verbosity
-from cerwu_gpu.config import (
-    Batches,
-    Calibration,
-    CompressionConfig,
-    all_settings,
-    from_settings,
-)
+from cerwu_gpu.config import all_settings, from_settings
 from cerwu_gpu.container.output import check_apart
 from cerwu_gpu.container.work import output_places
-from cerwu_gpu.errors import ConfigError
 
 
 @options.closed
@@ -51,7 +43,6 @@ def compress(
     card: Annotated[
         bool, typer.Option("--card", help="Write a model card for the Hub (README.md).")
     ] = False,
-    images: options.Images = None,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -72,14 +63,12 @@ def compress(
     grid = settings["grid"]
     places = output_places(output.expanduser().resolve())
     read = {"the grid": Path(grid) if grid is not None and isfile(grid) else None}
-    check_apart(places, {**read, "the images": images})
+    check_apart(places, {**read, "the images": settings["images"]})
     set_verbosity(quiet=quiet)
     from cerwu_gpu.api import compress as run  # after the settings: torch takes seconds
     from cerwu_gpu.compression.report_files import report_paths
 
     with redirect_stdout(sys.stderr):  # stdout is for the result, not for a library's messages
-        if images is not None:
-            config = _on_images(model, images, config)
         result = run(
             model,
             output,
@@ -99,27 +88,3 @@ def compress(
     rows = [("output", str(output)), ("report", str(page)), *report_rows(result)]
     typer.echo(listing(rows))
     print_events(result.events)
-
-
-def _on_images(model: str, images: str, config: CompressionConfig) -> CompressionConfig:
-    """Return the configuration with batches of images as calibration data.
-
-    Raises:
-        ConfigError: a setting of calibration texts is given as well.
-    """
-    from cerwu_gpu.hf.images import load_images
-
-    text, usual = config.text, Calibration()
-    for name in ("source", "sequence_length"):
-        if getattr(text, name) != getattr(usual, name):
-            option = "calibration" if name == "source" else name
-            raise ConfigError(f"{option} is for language models: drop it, or drop images.")
-    pixels = load_images(
-        images,
-        model,
-        part="calibration",
-        count=text.samples,
-        batch_size=text.batch_size,
-        seed=text.seed,
-    )
-    return replace(config, calibration=Batches(inputs=pixels.batches, seed=text.seed))

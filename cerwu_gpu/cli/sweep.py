@@ -12,7 +12,7 @@ from cerwu_gpu.cli import options
 from cerwu_gpu.cli.axes import take_axes, with_axes
 from cerwu_gpu.cli.output import print_json, set_verbosity
 from cerwu_gpu.cli.sweep_tables import minimum_table, points_table, summary, time_words
-from cerwu_gpu.config import all_settings, from_settings
+from cerwu_gpu.config import Calibration, from_settings
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.sweep.points import Axes, check_available, grid_points
 from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
@@ -20,8 +20,8 @@ from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
 TEXT = "wikitext2"
 """Default evaluation text."""
 SETTINGS = (
-    *("calibration", "samples", "sequence_length", "batch_size", "passes", "damping", "damping_by"),
-    *("include", "exclude", "seed"),
+    *("calibration", "samples", "sequence_length", "batch_size", "images", "passes", "damping"),
+    *("damping_by", "include", "exclude", "seed"),
 )
 """Settings that all points share."""
 
@@ -48,7 +48,6 @@ def sweep(
     ] = None,
     context_length: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 512,
     max_windows: options.MaxWindows = None,
-    images: options.Images = None,
     max_images: options.MaxImages = None,
     device: options.Device = None,
     keep: Annotated[
@@ -65,15 +64,13 @@ def sweep(
     """
     axes = take_axes(settings)
     given = options.given_settings(settings)
+    images = given.get("images")
     if images is not None:
-        usual = all_settings()
         options.refuse_beside_images(
             {
                 "text": (text, None),
                 "context_length": (context_length, 512),
                 "max_windows": (max_windows, None),
-                "calibration": (given["calibration"], usual["calibration"].default),
-                "sequence_length": (given["sequence_length"], usual["sequence_length"].default),
                 "head": (axes.keep_heads, Axes().keep_heads),
             }
         )
@@ -87,11 +84,12 @@ def sweep(
     from cerwu_gpu.hf.text import load_text, text_file
 
     output = output.expanduser()
+    named = base.calibration.named if isinstance(base.calibration, Calibration) else None
     check_folder(
         output,
         {
             "the model": model,
-            "the calibration text": text_file(base.text.named or ""),
+            "the calibration text": text_file(named) if named else None,
             "the evaluation text": text_file(text or TEXT),
             "the images": images,
         },
@@ -115,9 +113,7 @@ def sweep(
                 **shared,
             )
         else:
-            subject = image_subject(
-                model, base, images, output / HESSIANS, max_images=max_images, **shared
-            )
+            subject = image_subject(model, base, output / HESSIANS, max_images=max_images, **shared)
         rows = run_sweep(subject, points, output, keep=keep, progress=not quiet)
     if json:
         print_json({"table": str(output / TABLE), **summary(rows)})

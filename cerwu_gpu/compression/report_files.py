@@ -137,6 +137,8 @@ def _command(
     """Return the command line that repeats the run."""
     words = ["cerwu-gpu", "compress", model, "-o", str(output)]
     for name, value in _changed(config).items():
+        if value is None:
+            continue  # settings of texts do not apply beside images
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             words.append(option)

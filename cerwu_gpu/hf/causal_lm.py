@@ -138,7 +138,7 @@ class CausalLM(Adapter):
             data = CalibrationTokens(tokens, tokens[:0])
         else:
             apart = not holding_out and (judged or config.distillation is not None)
-            data = self._text_tokens(config.calibration, apart)
+            data = self._text_tokens(config.text, apart)
         events = data.events
         if judged and not holding_out and not len(data.held_out):
             missing = "no calibration text is left to judge by: the card has no perplexity."

@@ -1,6 +1,7 @@
 """Image classifiers on the command line: images calibrate, judge, and are the subject of sweeps."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from cerwu_gpu.errors import CalibrationError, ModelError
+from cerwu_gpu import CompressionConfig, ImageCalibration, compress
+from cerwu_gpu.errors import CalibrationError, ConfigError, ModelError
 from cerwu_gpu.hf.images import load_images
+from tests.hf.toys import toy as language_model
 from tests.models.toys import SIDE, save_classifier, save_pictures, toy
 
 pytest.importorskip("PIL", reason="images need pillow")
@@ -76,6 +79,14 @@ def test_a_classifier_is_compressed_and_judged(
     assert json.loads(out)["bits_per_weight"] > 2
     assert "image-classification" in (small / "README.md").read_text(encoding="utf-8")
     assert (small / "preprocessor_config.json").is_file()
+    report = json.loads((tmp_path / "small.report.json").read_text(encoding="utf-8"))
+    assert report["settings"]["images"] == str(pictures)
+    assert shlex.split(report["command"])[:4] == ["cerwu-gpu", "compress", str(model), "-o"]
+    again = [word for word in shlex.split(report["command"])[1:] if word != str(small)]
+    again.insert(again.index("-o") + 1, str(tmp_path / "again"))
+    assert command(*again, "--quiet")[0] == 0
+    weights = [tmp_path / name / "model.safetensors" for name in ("small", "again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
     code, out, err = command("eval", small, "--against", model, *images, "--json")
     assert code == 0, err
     result = json.loads(out)
@@ -95,6 +106,20 @@ def test_a_sweep_runs_on_a_classifier(
     )
     assert code == 0, err
     assert "accuracy" in out and "waterfilled" in out
+
+
+def test_images_are_for_classifiers_in_directories(
+    pictures: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    config = CompressionConfig(calibration=ImageCalibration(source=str(pictures)))
+    with pytest.raises(ConfigError, match="is in memory, without an image processor"):
+        compress(toy("resnet"), tmp_path / "out", config=config, progress=False)
+    language_model("llama").save_pretrained(tmp_path / "language")
+    code, _, err = command(
+        "compress", tmp_path / "language", "-o", tmp_path / "out", "--images", pictures, "--quiet"
+    )
+    assert code == 2 and "is a causal language model: images are for classifiers" in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
