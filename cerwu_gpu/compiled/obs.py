@@ -2,7 +2,8 @@ r"""Rate-aware Optimal Brain Surgeon rounding of one block of columns, on one co
 
 `reference.obs.quantize_block` defines the result. Rows are independent: ROWS of them stand side by
 side in the innermost loops, which LLVM turns into vector instructions, and their weights
-[columns, ROWS] stay in the core's first two caches while the columns are rounded one by one.
+[columns, ROWS] stay in the core's first two caches while the columns are rounded one by one. Near
+columns see an error at once, the others GROUP errors at a time.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-defs
@@ -18,7 +19,11 @@ from cerwu_gpu.block_problem import BlockProblem
 
 ROWS = 64
 """Rows side by side: a multiple of every vector length; a block of 128 columns takes 32 KB."""
-f32, i32 = np.float32, np.int32
+GROUP = 8
+"""Columns whose errors the columns after them see together; `_remove_effects` names each."""
+LEVELS = 4
+"""Levels that are tried together; `_try_levels` names each."""
+f32, i32, u32 = np.float32, np.int32, np.uint32
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 """The interpreter lock is let go; a product and a sum may be rounded once, as on a GPU."""
 
@@ -59,8 +64,12 @@ def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, 
         levels = alphabet.levels
         if levels is None:
             levels = torch.arange(alphabet.size, dtype=torch.float32) + alphabet.lowest
-        rates = alphabet.rates[:, : alphabet.size].t().contiguous()
-        _scan_all(*shared, rates.numpy(), levels.contiguous().numpy(), alphabet.lowest)
+        rates = alphabet.rates[:, : alphabet.size]
+        # Levels that are there twice cost the same, and of equal costs the first wins.
+        whole = torch.arange(-(-alphabet.size // LEVELS) * LEVELS).clamp_max(alphabet.size - 1)
+        order = torch.argsort(problem.row_class)
+        args = order.numpy(), rates[:, whole].numpy(), levels[whole].numpy()
+        _scan_all(*shared, *args, alphabet.lowest)
     else:
         rates = alphabet.rates.contiguous()
         _scan_near(*shared, rates.numpy(), alphabet.lowest, alphabet.size, alphabet.escapes)
@@ -94,21 +103,22 @@ def _near(v, least, most):
 def _place(integer, lowest, size, escape):
     """Return the column of an integer in the rates; outside, and for nan, `escape`."""
     place = integer - lowest
-    return i32(place if (place >= f32(0)) & (place < size) else escape)
+    return u32(place if (place >= f32(0)) & (place < size) else escape)
 
 
 @njit(**OPTIONS)
-def _places(column, base, limits, places):
+def _places(column, row_base, column_base, limits, places):
     """Find where the rates of all candidates [5, ROWS] of a column are."""
     least, most, lowest, size, escape = limits
-    zero = _place(min(max(f32(0), least), most), lowest, size, escape)
+    zero = column_base + _place(min(max(f32(0), least), most), lowest, size, escape)
     for r in range(ROWS):
         nearest, outer, inner, inmost = _near(column[r], least, most)
-        places[0, r] = base[r] + zero
-        places[1, r] = base[r] + _place(nearest, lowest, size, escape)
-        places[2, r] = base[r] + _place(outer, lowest, size, escape)
-        places[3, r] = base[r] + _place(inner, lowest, size, escape)
-        places[4, r] = base[r] + _place(inmost, lowest, size, escape)
+        base = row_base[r] + column_base
+        places[0, r] = row_base[r] + zero
+        places[1, r] = base + _place(nearest, lowest, size, escape)
+        places[2, r] = base + _place(outer, lowest, size, escape)
+        places[3, r] = base + _place(inner, lowest, size, escape)
+        places[4, r] = base + _place(inmost, lowest, size, escape)
 
 
 @njit(**OPTIONS)
@@ -121,8 +131,8 @@ def _better(v, candidate, best, least_cost, omega, beta, price, bits):
 
 
 @njit(**OPTIONS)
-def _decide(column, price, bits, limits, omega, beta, decided):
-    """Choose the best candidate of a column; `decided` gets it and its error, [2, ROWS]."""
+def _decide(column, price, bits, limits, omega, beta, decided, error):
+    """Choose the best candidate [ROWS] of a column, and its error."""
     least, most, _, _, _ = limits
     zero = min(max(f32(0), least), most)
     for r in range(ROWS):
@@ -133,8 +143,8 @@ def _decide(column, price, bits, limits, omega, beta, decided):
         best, cost = _better(v, outer, best, cost, omega, beta, lm, bits[2, r])
         best, cost = _better(v, inner, best, cost, omega, beta, lm, bits[3, r])
         best, cost = _better(v, inmost, best, cost, omega, beta, lm, bits[4, r])
-        decided[0, r] = best
-        decided[1, r] = v - best
+        decided[r] = best
+        error[r] = v - best
 
 
 @njit(**OPTIONS)
@@ -147,10 +157,41 @@ def _load(source, first, count, target):
 
 
 @njit(**OPTIONS)
-def _remove_effect(error, effect, rest):
-    """Take the effect of a column's errors [ROWS] from the weights of a later one."""
+def _gather(source, rows, target):
+    """Copy rows side by side; fill the rest of ROWS with 0."""
+    for r in range(len(rows)):
+        target[r] = source[rows[r]]
+    for r in range(len(rows), ROWS):
+        target[r] = 0
+
+
+@njit(**OPTIONS)
+def _remove_effect(error, member, effect, work, k):
+    """Take the effect of a column's errors, row `member` of [GROUP, ROWS], from those of column k."""
     for r in range(ROWS):
-        rest[r] -= error[r] * effect
+        work[k, r] -= error[member, r] * effect
+
+
+@njit(**OPTIONS)
+def _remove_effects(error, factor, j, work, k):
+    """Do the same with the errors [GROUP, ROWS] of columns j, j + 1 ..., one after the other."""
+    a, b, c, d = factor[j, k], factor[j + 1, k], factor[j + 2, k], factor[j + 3, k]
+    e, f, g, h = factor[j + 4, k], factor[j + 5, k], factor[j + 6, k], factor[j + 7, k]
+    for r in range(ROWS):
+        near = work[k, r] - error[0, r] * a - error[1, r] * b - error[2, r] * c - error[3, r] * d
+        work[k, r] = near - error[4, r] * e - error[5, r] * f - error[6, r] * g - error[7, r] * h
+
+
+@njit(**OPTIONS)
+def _move_on(j, error, factor, work):
+    """Take the errors [GROUP, ROWS] of the group of column j, so far, from later columns."""
+    columns, member = len(work), j % GROUP
+    first = j - member
+    for k in range(j + 1, min(first + GROUP, columns)):
+        _remove_effect(error, member, factor[j, k], work, k)
+    if member == GROUP - 1:
+        for k in range(first + GROUP, columns):
+            _remove_effects(error, factor, first, work, k)
 
 
 @njit(cache=True, **OPTIONS)
@@ -176,51 +217,53 @@ def _scan_near(
     most = f32(np.inf) if escapes else f32(lowest + size - 1)
     limits = (least, most, f32(lowest), f32(size), f32(size if escapes else 0))
     work, price = np.empty((columns, ROWS), np.float32), np.empty(ROWS, np.float32)
-    table, base = np.empty(ROWS, np.int64), np.empty(ROWS, np.int32)
-    places, bits = np.empty((5, ROWS), np.int32), np.empty((5, ROWS), np.float32)
-    decided = np.empty((2, ROWS), np.float32)
+    base = np.empty(ROWS, np.uint32)
+    places, bits = np.empty((5, ROWS), np.uint32), np.empty((5, ROWS), np.float32)
+    decided, error = np.empty(ROWS, np.float32), np.empty((GROUP, ROWS), np.float32)
     for first in range(0, rows, ROWS):
         count = min(ROWS, rows - first)
         for j in range(columns):
             _load(x[j], first, count, work[j])
         _load(lmbda, first, count, price)
-        _load(row_class, first, count, table)
+        _load(row_class, first, count, base)
+        for r in range(ROWS):
+            base[r] *= u32(stride)
         for j in range(columns):
-            for r in range(ROWS):
-                base[r] = (table[r] + column_class[j]) * stride
-            _places(work[j], base, limits, places)
+            _places(work[j], base, u32(column_class[j] * stride), limits, places)
             for candidate in range(5):
                 for r in range(ROWS):
                     bits[candidate, r] = flat[places[candidate, r]]
-            omega, beta = importance[j] * f32(0.5), curvature[j]
-            _decide(work[j], price, bits, limits, omega, beta, decided)
+            omega, beta, mine = importance[j] * f32(0.5), curvature[j], error[j % GROUP]
+            _decide(work[j], price, bits, limits, omega, beta, decided, mine)
             for r in range(count):
-                symbols[j, first + r] = _as_integer(decided[0, r])
-                errors[j, first + r] = decided[1, r]
-            for k in range(j + 1, columns):
-                _remove_effect(decided[1], factor[j, k], work[k])
+                symbols[j, first + r] = _as_integer(decided[r])
+                errors[j, first + r] = mine[r]
+            _move_on(j, error, factor, work)
 
 
 @njit(**OPTIONS)
-def _try_level(column, price, bits, level, number, omega, beta, least_cost, place):
-    """Take a level for the rows [ROWS] in which it costs less than all before it."""
-    for r in range(ROWS):
-        distance = column[r] - level
-        cost = (distance * distance - level * level * beta) * omega + price[r] * bits[r]
-        better = cost < least_cost[r]
-        least_cost[r] = cost if better else least_cost[r]
-        place[r] = number if better else place[r]
+def _cheaper(v, price, level, bonus, bits, number, omega, least_cost, place):
+    """Return the cost and the place of a level if it costs less, else those before."""
+    distance = v - level
+    cost = (distance * distance - bonus) * omega + price * bits
+    better = cost < least_cost
+    return cost if better else least_cost, i32(number) if better else place
 
 
 @njit(**OPTIONS)
-def _try_level_of_one_table(column, price, bits, level, number, omega, beta, least_cost, place):
-    """Do the same where the level costs the same `bits` in each row."""
+def _try_levels(work, j, price, levels, rates, table, number, omega, beta, least_cost, place):
+    """Take LEVELS levels, from `number` on, for the rows [ROWS] in which they cost less."""
+    a, b, c, d = levels[number], levels[number + 1], levels[number + 2], levels[number + 3]
+    bits_a, bits_b = rates[table, number], rates[table, number + 1]
+    bits_c, bits_d = rates[table, number + 2], rates[table, number + 3]
+    bonus_a, bonus_b, bonus_c, bonus_d = a * a * beta, b * b * beta, c * c * beta, d * d * beta
     for r in range(ROWS):
-        distance = column[r] - level
-        cost = (distance * distance - level * level * beta) * omega + price[r] * bits
-        better = cost < least_cost[r]
-        least_cost[r] = cost if better else least_cost[r]
-        place[r] = number if better else place[r]
+        v, lm, cost, at = work[j, r], price[r], least_cost[r], place[r]
+        cost, at = _cheaper(v, lm, a, bonus_a, bits_a, number, omega, cost, at)
+        cost, at = _cheaper(v, lm, b, bonus_b, bits_b, number + 1, omega, cost, at)
+        cost, at = _cheaper(v, lm, c, bonus_c, bits_c, number + 2, omega, cost, at)
+        cost, at = _cheaper(v, lm, d, bonus_d, bits_d, number + 3, omega, cost, at)
+        least_cost[r], place[r] = cost, at
 
 
 @njit(cache=True, **OPTIONS)
@@ -234,40 +277,39 @@ def _scan_all(
     curvature,
     symbols,
     errors,
+    order,
     rates,
     levels,
     lowest,
 ):
-    """Round to the best of all levels; of equal costs the first. `rates` are [K, T]."""
+    """Round to the best of all levels; of equal costs the first.
+
+    `order` has the rows by their class: rows side by side are of one, so that a level costs the
+    same bits in each.
+    """
     columns, rows = x.shape
     work, price = np.empty((columns, ROWS), np.float32), np.empty(ROWS, np.float32)
-    row_table, table = np.empty(ROWS, np.int64), np.empty(ROWS, np.int64)
-    bits, error = np.empty(ROWS, np.float32), np.empty(ROWS, np.float32)
+    error = np.empty((GROUP, ROWS), np.float32)
     least_cost, place = np.empty(ROWS, np.float32), np.empty(ROWS, np.int32)
-    for first in range(0, rows, ROWS):
-        count = min(ROWS, rows - first)
+    first = 0
+    while first < rows:
+        row_table, last = row_class[order[first]], first + 1
+        while last < min(first + ROWS, rows) and row_class[order[last]] == row_table:
+            last += 1
+        members = order[first:last]
         for j in range(columns):
-            _load(x[j], first, count, work[j])
-        _load(lmbda, first, count, price)
-        _load(row_class, first, count, row_table)
-        one_table = (row_table[:count] == row_table[0]).all()
+            _gather(x[j], members, work[j])
+        _gather(lmbda, members, price)
         for j in range(columns):
-            omega, beta = importance[j] * f32(0.5), curvature[j]
+            omega, beta, mine = importance[j] * f32(0.5), curvature[j], error[j % GROUP]
+            least_cost[:], place[:] = f32(np.inf), i32(0)
+            table = row_table + column_class[j]
+            for k in range(0, len(levels), LEVELS):
+                _try_levels(work, j, price, levels, rates, table, k, omega, beta, least_cost, place)
             for r in range(ROWS):
-                table[r] = row_table[r] + column_class[j]
-                least_cost[r], place[r] = f32(np.inf), i32(0)
-            for k in range(len(levels)):
-                args = (levels[k], i32(k), omega, beta, least_cost, place)
-                if one_table:
-                    _try_level_of_one_table(work[j], price, rates[k, table[0]], *args)
-                    continue
-                for r in range(ROWS):
-                    bits[r] = rates[k, table[r]]
-                _try_level(work[j], price, bits, *args)
-            for r in range(ROWS):
-                error[r] = work[j, r] - levels[place[r]]
-            for r in range(count):
-                symbols[j, first + r] = place[r] + lowest
-                errors[j, first + r] = error[r]
-            for k in range(j + 1, columns):
-                _remove_effect(error, factor[j, k], work[k])
+                mine[r] = work[j, r] - levels[place[r]]
+            for r in range(len(members)):
+                symbols[j, members[r]] = place[r] + lowest
+                errors[j, members[r]] = mine[r]
+            _move_on(j, error, factor, work)
+        first = last

@@ -1,8 +1,8 @@
 r"""Trellis quantization of one block of columns, on one core.
 
-`reference.trellis.quantize_block_trellis` defines the result. ROWS rows stand side by side where
-survivors are extended, so that the loops over (state, row) become vector instructions; where a
-survivor takes over its ancestor's residual, the loop over columns does.
+`reference.trellis.quantize_block_trellis` defines the result. ROWS rows stand side by side in the
+innermost loops, which LLVM turns into vector instructions; a survivor chooses row by row between
+the residuals of its two possible ancestors.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-defs
@@ -17,9 +17,12 @@ from torch import Tensor
 from cerwu_gpu.block_problem import BlockProblem
 from cerwu_gpu.spec import TRELLIS_NEXT, TRELLIS_QUANTIZER
 
-ROWS = 8
-"""Rows side by side: with 8 states and 160 columns their residuals take 80 KB, twice."""
-f32, i32 = np.float32, np.int32
+ROWS = 32
+"""Rows side by side; fewer are not vectorised, and more leave the second cache: 8 states' residuals
+of 160 columns take 160 KB, twice."""
+AHEAD = 4
+"""Columns whose residuals are updated together; `_take_over` names each."""
+f32, i32, u32, u64 = np.float32, np.int32, np.uint32, np.uint64
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 """The interpreter lock is let go; a product and a sum may be rounded once, as on a GPU."""
 
@@ -48,7 +51,7 @@ def quantize_block_trellis(
     errors = torch.empty((commit, rows), dtype=torch.float32)
     end = torch.empty(rows, dtype=torch.int64)
     fields = (
-        problem.x,
+        problem.x.t(),
         problem.factor,
         problem.row_class,
         problem.column_class,
@@ -100,7 +103,7 @@ def _nearest(magnitude, offset, parity):
 def _place(symbol, lowest, size):
     """Return the column of a symbol in the rates; outside, and for nan, that of the escape."""
     place = symbol - lowest
-    return i32(place if (place >= f32(0)) & (place < size) else size)
+    return u32(place if (place >= f32(0)) & (place < size) else size)
 
 
 @njit(**OPTIONS)
@@ -122,41 +125,94 @@ def _cost(magnitude, symbol, offset, omega, beta):
 
 
 @njit(**OPTIONS)
-def _decide(v, offset, price, bits, parity, omega, beta, decided):
-    """Choose the better candidate of one parity; `decided` gets cost and symbol [2, survivors]."""
+def _decide(v, offset, price, bits, parity, omega, beta, cost, symbol):
+    """Choose the better candidate of one parity: its cost and symbol, [2, survivors]."""
+    odd = f32(parity)
     for i in range(len(v)):
         magnitude, sign = abs(v[i]), f32(-1) if v[i] < 0 else f32(1)
-        outer, inner = _nearest(magnitude, offset[i], parity)
+        outer, inner = _nearest(magnitude, offset[i], odd)
         first = _cost(magnitude, outer, offset[i], omega, beta) + price[i] * bits[0, i]
         second = _cost(magnitude, inner, offset[i], omega, beta) + price[i] * bits[1, i]
         better = second < first
-        decided[0, i] = second if better else first
-        decided[1, i] = (inner if better else outer) * sign
+        cost[parity, i] = second if better else first
+        symbol[parity, i] = (inner if better else outer) * sign
 
 
 @njit(**OPTIONS)
-def _arrive(total, v, even, odd, state_a, state_b, offset_a, offset_b, arrived):
-    """Choose the better of two ways into a state: [4, ROWS] cost, symbol, error, ancestor.
+def _error(v, symbol, offset):
+    """Return v less the level of a symbol."""
+    sign = f32(symbol > 0) - f32(symbol < 0)
+    return v - (f32(2) * symbol - offset * sign)
 
-    `even` and `odd` are the decisions [2, ROWS] of survivors state_a and state_b on the way there.
-    """
-    for r in range(ROWS):
-        way_a, way_b = total[state_a, r] + even[0, r], total[state_b, r] + odd[0, r]
+
+@njit(**OPTIONS)
+def _arrive(total, v, cost, symbol, ways, offset_a, offset_b, came, path, j, s):
+    """Choose the better of two ways into state s: [4, ROWS] cost, symbol, error, ancestor; `came`
+    says where it is the second. `ways` has both ancestors, and the parities on the way."""
+    state_a, state_b, odd_a, odd_b = ways
+    a, b = u64(state_a * ROWS), u64(state_b * ROWS)
+    for row in range(ROWS):
+        r = u64(row)
+        way_a = total[a + r] + cost[odd_a, a + r]
+        way_b = total[b + r] + cost[odd_b, b + r]
+        symbol_a, symbol_b = symbol[odd_a, a + r], symbol[odd_b, b + r]
+        error_a, error_b = (
+            _error(v[a + r], symbol_a, offset_a),
+            _error(v[b + r], symbol_b, offset_b),
+        )
         second = way_b < way_a
-        symbol = odd[1, r] if second else even[1, r]
-        sign = f32(1) if symbol > 0 else (f32(-1) if symbol < 0 else f32(0))
-        level = f32(2) * symbol - (offset_b if second else offset_a) * sign
-        arrived[0, r] = way_b if second else way_a
-        arrived[1, r] = symbol
-        arrived[2, r] = (v[state_b, r] if second else v[state_a, r]) - level
-        arrived[3, r] = f32(state_b if second else state_a)
+        came[r] = second
+        path[j, s, 0, r] = way_b if second else way_a
+        path[j, s, 1, r] = symbol_b if second else symbol_a
+        path[j, s, 2, r] = error_b if second else error_a
+        path[j, s, 3, r] = f32(state_b if second else state_a)
 
 
 @njit(**OPTIONS)
-def _less_effect(source, error, effect, target):
-    """Set target = source - error * effect, all [k]."""
-    for k in range(len(target)):
-        target[k] = source[k] - error * effect[k]
+def _take_over(old, new, a, b, came, path, j, s, effect):
+    """Set the residuals of state s after column j: those of the ancestor, state b where `came` says
+    so and else a, less the effect [columns + AHEAD] of its error."""
+    columns = u64(len(old) // (ROWS * path.shape[1]))
+    start_a, start_b, start = u64(a) * columns, u64(b) * columns, u64(s) * columns
+    for k in range(j + 1, len(path), AHEAD):
+        w, x, y, z = effect[k], effect[k + 1], effect[k + 2], effect[k + 3]
+        at_a, at_b = u64(ROWS) * (start_a + u64(k)), u64(ROWS) * (start_b + u64(k))
+        at = u64(ROWS) * (start + u64(k))
+        for row in range(ROWS):
+            r = u64(row)
+            error, second = path[j, s, 2, r], came[r]
+            # Loads without a condition: LLVM makes vectors of no others.
+            a_w, a_x = old[at_a + r], old[at_a + r + u64(ROWS)]
+            a_y, a_z = old[at_a + r + u64(2 * ROWS)], old[at_a + r + u64(3 * ROWS)]
+            b_w, b_x = old[at_b + r], old[at_b + r + u64(ROWS)]
+            b_y, b_z = old[at_b + r + u64(2 * ROWS)], old[at_b + r + u64(3 * ROWS)]
+            new[at + r] = (b_w if second else a_w) - error * w
+            new[at + r + u64(ROWS)] = (b_x if second else a_x) - error * x
+            new[at + r + u64(2 * ROWS)] = (b_y if second else a_y) - error * y
+            new[at + r + u64(3 * ROWS)] = (b_z if second else a_z) - error * z
+
+
+@njit(**OPTIONS)
+def _load(source, first, count, target):
+    """Copy rows first ... first + count - 1 side by side; fill the rest of ROWS with 0."""
+    for r in range(count):
+        target[r] = source[first + r]
+    for r in range(count, ROWS):
+        target[r] = 0
+
+
+@njit(**OPTIONS)
+def _trace_back(path, state, first, count, symbols, errors, end):
+    """Follow the paths that end in the states [ROWS], and keep what is committed of them."""
+    for j in range(len(path) - 1, -1, -1):
+        if j == len(symbols) - 1:
+            end[first : first + count] = state[:count]
+        for r in range(count):
+            s = state[r]
+            if j < len(symbols):
+                symbols[j, first + r] = _as_integer(path[j, s, 1, r])
+                errors[j, first + r] = path[j, s, 2, r]
+            state[r] = np.int64(path[j, s, 3, r])
 
 
 @njit(cache=True, **OPTIONS)
@@ -180,86 +236,64 @@ def _search(
     parity,
 ):
     """Extend the survivors of all rows over the columns, and trace the best ones back."""
-    rows, columns = x.shape
-    commit, states = len(symbols), len(quantizer)
+    columns, rows = x.shape
+    states = len(quantizer)
     stride, flat = rates.shape[1], rates.reshape(-1)
     low, extent = f32(lowest), f32(size)
     survivors = states * ROWS
-    residual = np.empty((2, ROWS, states, columns), np.float32)
-    v, offset = np.empty((states, ROWS), np.float32), np.empty((states, ROWS), np.float32)
-    base, price = np.empty((states, ROWS), np.int32), np.empty((states, ROWS), np.float32)
-    total = np.empty((states, ROWS), np.float32)
-    places, bits = np.empty((2, survivors), np.int32), np.empty((2, survivors), np.float32)
-    decided = np.empty((2, 2, states, ROWS), np.float32)
+    # Residuals before and after a column, state by state and column by column.
+    old = np.zeros(states * (columns + AHEAD) * ROWS, np.float32)
+    new, effect = np.zeros_like(old), np.zeros(columns + AHEAD, np.float32)
+    v, offset = np.empty(survivors, np.float32), np.empty(survivors, np.float32)
+    base, price = np.empty(survivors, np.uint32), np.empty(survivors, np.float32)
+    row_base, came = np.empty(ROWS, np.uint32), np.empty(ROWS, np.bool_)
+    total, state = np.empty(survivors, np.float32), np.empty(ROWS, np.int64)
+    places, bits = np.empty((2, survivors), np.uint32), np.empty((2, survivors), np.float32)
+    cost, symbol = np.empty((2, survivors), np.float32), np.empty((2, survivors), np.float32)
     path = np.empty((columns, states, 4, ROWS), np.float32)
-    for s in range(states):
-        offset[s] = quantizer[s]
+    for i in range(survivors):
+        offset[i] = quantizer[i // ROWS]
     for first in range(0, rows, ROWS):
         count = min(ROWS, rows - first)
-        for r in range(ROWS):
-            row = first + min(r, count - 1)  # the last row is repeated, and dropped
-            for s in range(states):
-                residual[0, r, s] = x[row]
-                total[s, r] = f32(0) if start[row] == s else f32(np.inf)
-                price[s, r] = lmbda[row]
-        now = 0
+        _load(row_class, first, count, row_base)
+        _load(start, first, count, state)
+        _load(lmbda, first, count, price)
+        residual = old.reshape(states, columns + AHEAD, ROWS)
         for j in range(columns):
+            _load(x[j], first, count, residual[0, j])
+        for s in range(states):
+            residual[s] = residual[0]
             for r in range(ROWS):
-                table = 2 * (row_class[first + min(r, count - 1)] + column_class[j])
-                for s in range(states):
-                    v[s, r] = residual[now, r, s, j]
-                    base[s, r] = (table + i32(quantizer[s])) * stride
+                total[s * ROWS + r] = f32(0) if state[r] == s else f32(np.inf)
+                price[s * ROWS + r] = price[r]
+        for j in range(columns):
+            effect[:columns] = factor[j]
+            for s in range(states):
+                column_base = u32((2 * column_class[j] + i32(quantizer[s])) * stride)
+                at, here = u64((s * (columns + AHEAD) + j) * ROWS), u64(s * ROWS)
+                for row in range(ROWS):
+                    r = u64(row)
+                    v[here + r] = old[at + r]
+                    base[here + r] = row_base[r] * u32(2 * stride) + column_base
             omega, beta = importance[j] * f32(0.5), curvature[j]
             for p in range(2):
-                odd = f32(p)
-                _places(
-                    v.reshape(-1), offset.reshape(-1), base.reshape(-1), odd, low, extent, places
-                )
+                _places(v, offset, base, f32(p), low, extent, places)
                 for candidate in range(2):
                     for i in range(survivors):
                         bits[candidate, i] = flat[places[candidate, i]]
-                _decide(
-                    v.reshape(-1),
-                    offset.reshape(-1),
-                    price.reshape(-1),
-                    bits,
-                    odd,
-                    omega,
-                    beta,
-                    decided[p].reshape(2, -1),
-                )
+                _decide(v, offset, price, bits, p, omega, beta, cost, symbol)
             for s in range(states):
                 a, b = before[0, s], before[1, s]
-                _arrive(
-                    total,
-                    v,
-                    decided[parity[0, s], :, a],
-                    decided[parity[1, s], :, b],
-                    a,
-                    b,
-                    quantizer[a],
-                    quantizer[b],
-                    path[j, s],
-                )
-            for s in range(states):
-                total[s] = path[j, s, 0]
-                for r in range(ROWS):
-                    _less_effect(
-                        residual[now, r, int(path[j, s, 3, r]), j + 1 :],
-                        path[j, s, 2, r],
-                        factor[j, j + 1 :],
-                        residual[1 - now, r, s, j + 1 :],
-                    )
-            now = 1 - now
-        for r in range(count):
-            state = 0
+                ways = (a, b, parity[0, s], parity[1, s])
+                offsets = quantizer[a], quantizer[b]
+                _arrive(total, v, cost, symbol, ways, offsets[0], offsets[1], came, path, j, s)
+                _take_over(old, new, a, b, came, path, j, s, effect)
+            for i in range(survivors):
+                total[i] = path[j, i // ROWS, 0, i % ROWS]
+            old, new = new, old
+        for r in range(ROWS):
+            state[r] = 0
             for s in range(1, states):
-                if total[s, r] < total[state, r]:
-                    state = s
-            for j in range(columns - 1, -1, -1):
-                if j == commit - 1:
-                    end[first + r] = state
-                if j < commit:
-                    symbols[j, first + r] = _as_integer(path[j, state, 1, r])
-                    errors[j, first + r] = path[j, state, 2, r]
-                state = int(path[j, state, 3, r])
+                if total[s * ROWS + r] < total[state[r] * ROWS + r]:
+                    state[r] = s
+        _trace_back(path, state, first, count, symbols, errors, end)

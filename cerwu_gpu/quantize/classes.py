@@ -80,7 +80,7 @@ def classify(x: Tensor, octaves: float = CLASS_OCTAVES) -> Classes:
     column = square.mean(dim=0)
     floor = column[column > 0].min() if bool((column > 0).any()) else column.new_ones(())
     column = column.clamp_min(floor)
-    row = (square / column).mean(dim=1)
+    row = square.div_(column).mean(dim=1)
     floor = row[row > 0].min() if bool((row > 0).any()) else row.new_ones(())
     a = _log_units(row.clamp_min(floor), octaves)
     b = _log_units(column, octaves)

@@ -73,7 +73,8 @@ def waterfilled(
     """
     rows, columns = weight.shape
     scale = step_codes(sensitivity.rsqrt(), step_unit(columns))
-    largest = (weight.abs() / step_values(scale)[:, None]).amax(dim=0).to(factor_diagonal.dtype)
+    low, high = torch.aminmax(weight / step_values(scale)[:, None], dim=0)
+    largest = high.maximum(-low).to(factor_diagonal.dtype)
     steps = factor_diagonal * (lmbda / KAPPA[states]) ** 0.5
     return Grid(step_codes(steps.maximum(FINEST * largest), step_unit(rows // matrices)), scale)
 

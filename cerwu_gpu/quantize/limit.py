@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cerwu_gpu.quantize.strips import mean_squares
+
 HALVINGS = 64
 """Steps of the bisection on log2 theta: past the precision of float64."""
 
@@ -37,10 +39,7 @@ class Limit:
     @staticmethod
     def of(weight: Tensor, hessian: Tensor) -> "Limit":
         """Return the limit for W [m, n] and the undamped H [n, n]; it keeps two vectors, not H."""
-        row, column = (
-            torch.linalg.vector_norm(weight, dim=d, dtype=torch.float64).square() / weight.shape[d]
-            for d in (1, 0)
-        )
+        row, column = mean_squares(weight)
         root = column.sqrt()
         mu = torch.linalg.eigvalsh(root[:, None] * hessian.to(torch.float64) * root)
         rho = row[row > 0] / row.mean()

@@ -7,7 +7,7 @@ R = sum_ij gamma_j/2 W_ij^2 + remainder, joins the first term by completing the 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cerwu_gpu.config import DampingBy
 from cerwu_gpu.errors import CalibrationError, FactorizationError, ModelError
+from cerwu_gpu.quantize.strips import strips
 from cerwu_gpu.threads import one_thread
 
 DRIFT_SHARE = 0.25
@@ -241,15 +242,20 @@ class OutputLoss:
 
     def energy(self) -> Tensor:
         """Return W H W^T of each row, [m] float64."""
-        return self._summed(self.weight * self.product)
+        return self._summed(lambda rows: self.weight[rows] * self.product[rows])
 
     def error(self, quantized: Tensor, product: Tensor) -> Tensor:
         """Return (W - Q) H (W - Q)^T of each row, [m] float64; `product` is of `times_hessian`."""
-        narrow = quantized / self.unit if self.unit != 1 else quantized
-        return self._summed((self.weight - narrow).mul_(self.product - product))
 
-    def _summed(self, terms: Tensor) -> Tensor:
-        return terms.sum(dim=1).to(torch.float64) * (self.scale * self.unit * self.unit)
+        def terms(rows: slice) -> Tensor:
+            narrow = quantized[rows] / self.unit if self.unit != 1 else quantized[rows]
+            return (self.weight[rows] - narrow).mul_(self.product[rows] - product[rows])
+
+        return self._summed(terms)
+
+    def _summed(self, terms: Callable[[slice], Tensor]) -> Tensor:
+        parts = [terms(rows).sum(dim=1) for rows in strips(*self.weight.shape)]
+        return torch.cat(parts).to(torch.float64) * (self.scale * self.unit * self.unit)
 
 
 def _moderate(x: Tensor) -> float:
@@ -260,5 +266,5 @@ def _moderate(x: Tensor) -> float:
 
 def _power_of_two(x: Tensor) -> float:
     """Return the largest power of two <= max |x| whose inverse is in float32; 1 for zeros."""
-    size = float(x.abs().max())
+    size = max(abs(float(end)) for end in torch.aminmax(x))
     return 2.0 ** max(math.frexp(size)[1] - 1, -126) if size > 0 else 1.0

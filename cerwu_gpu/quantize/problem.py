@@ -17,6 +17,7 @@ from cerwu_gpu.quantize.grid import Grid, nearest, scaled, waterfilled
 from cerwu_gpu.quantize.objective import complete_square, inverse_upper, normalised_factor
 from cerwu_gpu.quantize.passes import scalar_pass, trellis_pass
 from cerwu_gpu.quantize.rate_models import model_bits
+from cerwu_gpu.quantize.strips import mean_squares
 from cerwu_gpu.quantize.symbols import symbol_range
 
 PASS_SAMPLE_ROWS = 512
@@ -93,7 +94,7 @@ class Problem:
         else:
             weight, factor = complete_square(weight, damped, penalty)
         steps, scales = grid.steps(columns), grid.scales(rows)
-        x = weight * (unit / scales)[:, None] / steps
+        x = weight.mul_((unit / scales)[:, None]).div_(steps)  # a copy since the division by unit
         _check_integers(x, config)
         square = factor.diagonal().square()
         bit = lmbda / (sensitivity.double() * scales.double().square())
@@ -253,8 +254,7 @@ def _chosen_classes(x: Tensor, bounds: list[int], config: CompressionConfig) -> 
 
 def _gaussian_curvature(weight: Tensor, *, per_column: bool) -> Tensor:
     """Return gamma_j = 1 / (variance ln 2) [n] float64, of each column or of the whole matrix."""
-    norms: Tensor = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float64)
-    square = norms.square() / len(weight)
+    square = mean_squares(weight)[1]
     total = square.mean()
     if float(total) == 0:
         return torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)

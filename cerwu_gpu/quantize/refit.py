@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cerwu_gpu.coding import side
 from cerwu_gpu.quantize.objective import OutputLoss, solve
+from cerwu_gpu.quantize.strips import strips
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.steps import step_codes, step_values
 
@@ -79,11 +80,13 @@ def refit(matrix: QuantizedMatrix, problem: Quadratic) -> tuple[QuantizedMatrix,
 def _refit_columns(matrix: QuantizedMatrix, problem: Quadratic) -> QuantizedMatrix:
     output = problem.output
     step = step_values(matrix.column_step).to(torch.float64)
-    level = matrix.weight(torch.float32) / step_values(matrix.column_step)
+    level = matrix.weight(torch.float32).div_(step_values(matrix.column_step))
     weighed = level * problem.sensitivity[:, None]
     curvature = (weighed.t() @ level).mul_(problem.hessian).to(torch.float64)
-    product = problem.damped(problem.weight, output.product)
-    target = weighed.mul_(product).sum(dim=0, dtype=torch.float64)
+    weight, target = problem.weight, torch.zeros_like(step)
+    for rows in strips(*level.shape):
+        product = problem.damped(weight[rows], output.product[rows])
+        target += product.mul_(weighed[rows]).to(torch.float64).sum(dim=0)
     # Solved for deviations from the present steps, so that a column of zeros keeps its step.
     ridge = RIDGE * float(curvature.diagonal().mean())
     if ridge == 0:
@@ -104,9 +107,12 @@ def _refit_columns(matrix: QuantizedMatrix, problem: Quadratic) -> QuantizedMatr
 def _refit_rows(matrix: QuantizedMatrix, problem: Quadratic) -> tuple[QuantizedMatrix, Tensor]:
     quantized = matrix.weight(torch.float32)
     product = problem.output.times_hessian(quantized)
-    pulled = problem.damped(quantized, product)
-    overlap = (pulled * problem.weight).sum(dim=1).to(torch.float64)
-    energy = pulled.mul_(quantized).sum(dim=1).to(torch.float64)
+    weight, overlaps, energies = problem.weight, [], []
+    for rows in strips(*quantized.shape):
+        pulled = problem.damped(quantized[rows], product[rows])
+        overlaps.append((pulled * weight[rows]).sum(dim=1))
+        energies.append(pulled.mul_(quantized[rows]).sum(dim=1))
+    overlap, energy = (torch.cat(parts).to(torch.float64) for parts in (overlaps, energies))
     scale = step_values(matrix.row_scale).to(torch.float64)
     alpha = problem.sensitivity.to(torch.float64)
     usable = (energy > 0) & (overlap > 0)
@@ -120,7 +126,7 @@ def _refit_rows(matrix: QuantizedMatrix, problem: Quadratic) -> tuple[QuantizedM
     classes = matrix.row_class
     codes = _best("row_scale_code", matrix.row_scale, classes, fitted, loss, problem.lmbda)
     ratio = step_values(codes) / step_values(matrix.row_scale)
-    return replace(matrix, row_scale=codes), product * ratio[:, None]
+    return replace(matrix, row_scale=codes), product.mul_(ratio[:, None])
 
 
 def _best(
