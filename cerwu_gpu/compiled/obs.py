@@ -167,7 +167,7 @@ def _gather(source, rows, target):
 
 @njit(**OPTIONS)
 def _remove_effect(error, member, effect, work, k):
-    """Take the effect of a column's errors, row `member` of [GROUP, ROWS], from those of column k."""
+    """Take the effect of a column's errors, row `member` of [GROUP, ROWS], from column k."""
     for r in range(ROWS):
         work[k, r] -= error[member, r] * effect
 
