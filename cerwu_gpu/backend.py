@@ -157,7 +157,7 @@ def _form_of(
     if chosen == "triton":
         return _kernel(family, reference.__name__, device)
     if chosen == "numba":
-        return _forced_compiled(family, reference.__name__, device)
+        return _or_reference(_forced_compiled(family, reference.__name__, device), reference)
     return reference
 
 
@@ -218,6 +218,33 @@ def _forced_compiled(family: str, name: str, device: torch.device) -> Callable[.
         raise ConfigError(f"{VARIABLE} is numba, which does not work here ({modules}).")
     operation: Callable[..., Any] = getattr(modules[family], name)
     return operation
+
+
+def _or_reference(
+    compiled: Callable[..., Any], reference: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return the compiled operation; where numba cannot keep what it compiled, as on a full disk,
+    `reference` computes that result. Later calls take what is compiled in memory."""
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return compiled(*arguments, **options)
+        except OSError as error:
+            _warn_of_cache(error.strerror or str(error))
+            return reference(*arguments, **options)
+
+    return run
+
+
+@cache
+def _warn_of_cache(reason: str) -> None:
+    """Warn, once for each reason, that the cache cannot be written."""
+    warnings.warn(
+        f"numba cannot write its cache ({reason}): make room, or set NUMBA_CACHE_DIR to a "
+        "directory that can be written. Until then the first steps run in the torch forms, many "
+        "times slower, and each process compiles anew.",
+        stacklevel=5,
+    )
 
 
 @cache

@@ -242,6 +242,38 @@ def test_without_numba_torch_s_forms_run_and_one_warning_says_so(setup, word):
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+FULL_DISK = """
+import errno, warnings
+import torch
+from numba.core import caching
+
+def save(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+caching.Cache._save_overload = save
+from cerwu_gpu import backend
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        assert backend.magnitude_counts(torch.tensor([[1, -3]]), 2).tolist() == [0, 1, 1]
+    zero = torch.zeros(1, dtype=torch.int64)
+    alphabet = {"tables": 1, "lowest": 0, "size": 3, "escapes": 0}
+    for _ in range(2):
+        counts = backend.symbol_counts(torch.tensor([[1]]), zero, zero, **alphabet)
+        assert counts.tolist() == [[0, 1, 0]]
+assert backend.form(torch.device("cpu")) == "numba"
+texts = [str(each.message) for each in seen]
+assert len(texts) == 1 and "No space left on device" in texts[0], texts
+assert "NUMBA_CACHE_DIR" in texts[0], texts
+"""
+
+
+def test_where_numba_s_cache_is_full_a_result_is_torch_s_and_one_warning_says_so(tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    environment.pop("CERWU_GPU_BACKEND", None)
+    subprocess.run([sys.executable, "-c", FULL_DISK], check=True, env=environment)
+
+
 def test_numba_that_is_forced_must_be_there():
     program = (
         "import sys; sys.modules['numba'] = None\n"

@@ -14,17 +14,16 @@ The code length is the sum of -log2 of the probabilities, without an arithmetic 
 
 Weights come row by row, each row from the left. The search prices its candidates with the states as
 they are, and adapts them to each choice; that makes it serial, and prone to collapse onto few
-integers (docs/method.md, section 13). With numba installed the loops are compiled.
+integers (docs/method.md, section 13). numba compiles the loops.
 """
 
+# mypy: allow-untyped-decorators
+
 import math
-from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -46,33 +45,22 @@ FAST, SLOW = 1 / 16, 1 / 128
 LEAST = 2.0**-7.25
 """Minimum probability of a decision, as in the states of CABAC."""
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def _compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Return the function, compiled by numba where it is installed."""
-    if find_spec("numba") is None:
-        return function
-    numba: Any = import_module("numba")
-    return cast(Callable[P, R], numba.njit(function))
-
-
-@_compiled
+@njit
 def _cost(states: Floats, number: int, one: bool) -> float:
     """Return the bits of a decision under state `number`."""
     p = min(max((states[number, 0] + states[number, 1]) / 2, LEAST), 1 - LEAST)
     return -math.log2(p if one else 1 - p)
 
 
-@_compiled
+@njit
 def _adapt(states: Floats, number: int, one: bool) -> None:
     target = 1.0 if one else 0.0
     states[number, 0] += FAST * (target - states[number, 0])
     states[number, 1] += SLOW * (target - states[number, 1])
 
 
-@_compiled
+@njit
 def _code(states: Floats, q: int, before: int, adapt: bool) -> float:
     """Return the bits of the integer q after the integer `before`; the states see it if `adapt`."""
     neighbour = 0 if before == 0 else (1 if before < 0 else 2)
@@ -107,7 +95,7 @@ def _code(states: Floats, q: int, before: int, adapt: bool) -> float:
     return bits
 
 
-@_compiled
+@njit
 def _prices(states: Floats, reach: int, before: int, prices: Floats) -> None:
     """Fill `prices` [2 reach + 1] with the bits of -reach ... reach; flags are summed once."""
     neighbour = 0 if before == 0 else (1 if before < 0 else 2)
@@ -132,7 +120,7 @@ def _prices(states: Floats, reach: int, before: int, prices: Floats) -> None:
             group += 1
 
 
-@_compiled
+@njit
 def _code_length(states: Floats, symbols: Integers) -> float:
     total = 0.0
     for i in range(symbols.shape[0]):
@@ -143,7 +131,7 @@ def _code_length(states: Floats, symbols: Integers) -> float:
     return total
 
 
-@_compiled
+@njit
 def _search(
     states: Floats,
     x: Floats,
@@ -193,7 +181,7 @@ class AdaptiveRate:
 
     def code_length(self, symbols: Tensor) -> float:
         """Return the bits of the symbols [m, n], coded row by row from fresh states."""
-        return _code_length(_fresh(), symbols.to("cpu", torch.int64).numpy())
+        return float(_code_length(_fresh(), symbols.to("cpu", torch.int64).numpy()))
 
 
 def _fresh() -> Floats:

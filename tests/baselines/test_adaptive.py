@@ -142,7 +142,6 @@ def test_plain_python_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_comes_near_to_the_authors_bytes_on_a_real_layer(data: Path) -> None:
     """Another estimator of probabilities than theirs: near their bytes, not the same symbols."""
-    pytest.importorskip("numba", reason="plain Python takes minutes for a whole layer")
     arrays = np.load(data / "layers" / f"{LAYER}.npz")
     weight, hessian = torch.from_numpy(arrays["W"]), torch.from_numpy(arrays["H"])
     rate, seen = AdaptiveRate(), 0
