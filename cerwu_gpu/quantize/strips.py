@@ -1,4 +1,4 @@
-"""Strips of rows that fit in a core's cache, for sums over large matrices.
+"""Strips of rows that fit in a core's second cache, for sums over large matrices.
 
 A temporary as large as a matrix costs more than its arithmetic on a CPU, where the system clears
 each page of fresh memory.
