@@ -56,9 +56,16 @@ class Limit:
             return 0.0
         if loss <= 0:
             return math.inf
-        # Every one of the m * n components loses theta at most, which bounds theta from below.
-        lowest = math.log2(loss / self.weights)
-        return self._bits_at(self._bisect(lambda t: self._loss_at(t) < loss, lowest))
+        # Every one of the m * n components loses theta at most, which bounds theta from below. The
+        # loss is concave and piecewise linear in theta: Newton's steps from below stay below, and
+        # end at the theta that is sought.
+        level, following = 0.0, loss / self.weights
+        while following > level:
+            level = following
+            drowned, above = self._parts(level)
+            if above > 0:
+                following = (loss - drowned) / above
+        return self._bits_at(math.log2(level))
 
     def loss(self, bits: float) -> float:
         """Return the least tr((W - Q) H (W - Q)^T) at `bits` per weight."""
@@ -95,10 +102,14 @@ class Limit:
 
     def _loss_at(self, log_level: float) -> float:
         level = 2.0**log_level
+        drowned, above = self._parts(level)
+        return drowned + level * above
+
+    def _parts(self, level: float) -> tuple[float, int]:
+        """Return the sum of the components below the water, and the number of those above."""
         above = self._above(level)
         sums = torch.cat([self.rho.new_zeros(1), self.rho.cumsum(0)])
-        drowned, flat = self.mu * sums[len(self.rho) - above], level * above.to(torch.float64)
-        return float((drowned + flat).sum())
+        return float((self.mu * sums[len(self.rho) - above]).sum()), int(above.sum())
 
     def _bits_at(self, log_level: float) -> float:
         above = self._above(2.0**log_level)
