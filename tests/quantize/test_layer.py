@@ -18,7 +18,7 @@ from cerwu_gpu.quantize.limit import limit_bits
 from cerwu_gpu.quantize.objective import quadratic_error
 from tests.configs import configured
 
-QUANTIZERS = ["scalar", "trellis4", "trellis8"]
+QUANTIZERS = ["scalar", "trellis4", "trellis8", "trellis16", "trellis32"]
 
 
 def layer(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
