@@ -63,9 +63,10 @@ STEP_RESOLUTION: Final = 256
 
 TRELLIS_REGISTER: Final = {4: (2, 1), 8: (7, 2), 16: (13, 4), 32: (24, 5)}
 """A trellis as a shift register, by its number of states: feedback f and entry e. State s uses the
-quantizer s & 1, and leads to s >> 1, with f added (exclusive or) if s & 1, and e if the parity of the
-symbol is 1. That is the systematic encoder of the code with the parity checks h0 = 2f + 1 and h1 = 2e
-(Ungerboeck, IEEE Trans. Inf. Theory 28, 1982)."""
+quantizer s & 1 and leads to s >> 1, exclusive or f if s is odd, exclusive or e if the symbol is.
+That is the systematic encoder of the code with the parity checks h0 = 2f + 1 and h1 = 2e
+(Ungerboeck, IEEE Trans. Inf. Theory 28, 1982); docs/method.md, section 7, has how they were chosen.
+"""
 
 
 def _ways(states: int) -> tuple[tuple[int, int], ...]:
@@ -80,8 +81,8 @@ TRELLIS_NEXT: Final = {
     16: _ways(16),
     32: _ways(32),
 }
-"""TRELLIS_NEXT[states][state][parity of the symbol] is the next state; a row starts in state 0. 4 and
-8 states have the numbers that VVC gives them; the registers number the same machines anew."""
+"""TRELLIS_NEXT[states][state][parity of the symbol] is the next state; a row starts in state 0.
+4 and 8 states have the numbers that VVC gives them; the registers number the same machines anew."""
 TRELLIS_QUANTIZER: Final = {4: (0, 0, 1, 1), 8: (0, 1) * 4, 16: (0, 1) * 8, 32: (0, 1) * 16}
 """Quantizer, 0 or 1, that a state uses (checked against the published VVC tables in tests)."""
 

@@ -255,7 +255,8 @@ class Batch:
         quantizers: [matrices] int64, 2 under a trellis, else 1.
         alphabets: symbols of a table, in each matrix.
         matrices: per matrix FIELDS numbers: rows, columns, streams; the numbers of its first
-            stream, row, column, table, slot and element; symbols of a table; its trellis as `_register` returns it.
+            stream, row, column, table, slot and element; symbols of a table; its trellis,
+            as `_register` returns it.
         programs: matrix and first stream of each program, the longest first.
         lookup: for each table and value of the leading bits of v the first symbol that they can
             mean, and in the upper half how many more there are.

@@ -35,11 +35,11 @@ from torch import Tensor
 from cerwu_gpu.block_problem import BlockProblem
 from cerwu_gpu.kernels.obs import contiguous_rows
 from cerwu_gpu.kernels.trellis_steps import group_columns, residuals, step
+from cerwu_gpu.kernels.trellis_wide import STAGES as WIDE_STAGES
 from cerwu_gpu.kernels.trellis_wide import (
     SURVIVORS,
     quantize_block_trellis_wide_kernel,
 )
-from cerwu_gpu.kernels.trellis_wide import STAGES as WIDE_STAGES
 from cerwu_gpu.kernels.trellis_wide import WARPS as WIDE_WARPS
 from cerwu_gpu.spec import TRELLIS_REGISTER
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cerwu_gpu.errors import OutputError, reason
 from cerwu_gpu.container.files import format_version
+from cerwu_gpu.errors import OutputError, reason
 from cerwu_gpu.files import dtype_name, written
 from cerwu_gpu.hf.models import TOKENIZER_FILES
 from cerwu_gpu.spec import QUANT_METHOD

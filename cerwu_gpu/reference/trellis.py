@@ -5,9 +5,9 @@ ones and zero; symbol k stands for the level
 
     v = 2k - [quantizer 1] sgn(k).
 
-The quantizer follows from a machine with 4, 8, 16 or 32 states that the parity of k drives along the row
-(spec.py). A Viterbi search keeps one survivor per state, each with its own residual
-x inside the block (block_problem.py has the notation), and minimises over whole paths
+The quantizer follows from a machine with 4, 8, 16 or 32 states that the parity of k drives along
+the row (spec.py). A Viterbi search keeps one survivor per state, each with its own residual x
+inside the block (block_problem.py has the notation), and minimises over whole paths
 
     sum_j omega_j (1/2 (x_ij - v_ij)^2 - 1/2 beta_j v_ij^2) + lmbda_i r_ij(k_ij)
 

@@ -144,7 +144,7 @@ def test_the_shift_register_is_the_same_machine(states):
 
 @pytest.mark.parametrize(("states", "distance"), [(4, 9), (8, 10), (16, 11), (32, 12)])
 def test_paths_that_part_meet_again_only_after_this_distance(states, distance):
-    # Squared differences of levels, summed: at least 1 where quantizers differ, 4 where parities do.
+    # Squared differences of levels: at least 1 where quantizers differ, 4 where parities do.
     second, follow = TRELLIS_QUANTIZER[states], TRELLIS_NEXT[states]
     parted = {(follow[state][0], follow[state][1]): 4 for state in range(states)}
     least = 1000
