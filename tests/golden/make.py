@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -32,7 +33,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cerwu_gpu import compress
 from cerwu_gpu.container.files import format_version
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.container.reader import open_directory
@@ -43,7 +43,7 @@ from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.reference.dequantize import trellis_quantizers
 from cerwu_gpu.spec import QUANT_METHOD
-from tests.configs import configured
+from tests.configs import compress_flat, configured
 
 HERE = Path(__file__).resolve().parent
 WORDS = 40
@@ -154,14 +154,16 @@ def make(kind: str) -> dict[str, dict[str, Any]]:
     text = " ".join(str(int(word)) for word in torch.randint(WORDS, (2000,)))
     settings = {"samples": 4, "sequence_length": 32, **golden.settings}
     defaults = {**DirectoryWriter.__init__.__kwdefaults__, "shard_bytes": golden.shard_bytes}
-    with mock.patch.object(DirectoryWriter.__init__, "__kwdefaults__", defaults):
-        compress(
+    patched = mock.patch.object(DirectoryWriter.__init__, "__kwdefaults__", defaults)
+    with TemporaryDirectory() as reports, patched:
+        compress_flat(
             model,
             HERE / kind,
             config=configured(**settings),
             tokenizer=tokenizer(),
             text=text,
             device="cpu",
+            report=reports,
             progress=False,
         )
     # The model in memory now has the quantized weights: nothing here was read back.
