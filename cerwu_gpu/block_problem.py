@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cerwu_gpu.spec import TRELLIS_NEXT
+
 
 @dataclass(frozen=True)
 class Alphabet:
@@ -112,8 +114,9 @@ class BlockProblem:
         """Raise ValueError unless this is a problem of a trellis, and the arguments fit it."""
         self.check()
         rows, columns = self.x.shape
-        if states not in (4, 8):
-            raise ValueError(f"a trellis of {states} states is not known: give 4 or 8.")
+        if states not in TRELLIS_NEXT:
+            known = ", ".join(map(str, TRELLIS_NEXT))
+            raise ValueError(f"a trellis of {states} states is not known: give one of {known}.")
         if not 1 <= commit <= columns:
             raise ValueError(f"commit is {commit}: give 1 ... {columns}, the columns of the block.")
         if not self.alphabet.escapes or self.alphabet.levels is not None:

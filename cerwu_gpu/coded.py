@@ -31,7 +31,7 @@ class CodedMatrix:
             else 1.
         row_class, column_class: [m] and [n] integers >= 0, sums below T; element (i, j) has table
             (row_class[i] + column_class[j]) * Q + the quantizer of the trellis state.
-        states: trellis states: 0 (no trellis), 4 or 8.
+        states: trellis states: 0 (no trellis), or a number of spec.TRELLIS_NEXT.
         parity: [K], 0 or 1 per symbol, which drives the trellis.
     """
 

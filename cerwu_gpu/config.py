@@ -17,7 +17,7 @@ from cerwu_gpu.errors import ConfigError
 
 Method = Literal["waterfilled", "cerwu", "cerwu-gamma0", "optq", "rtn"]
 GridMethod = Literal["cerwu", "cerwu-gamma0", "optq", "rtn"]
-Quantizer = Literal["scalar", "trellis4", "trellis8"]
+Quantizer = Literal["scalar", "trellis4", "trellis8", "trellis16", "trellis32"]
 Scale = Literal["per-tensor", "per-row"]
 DampingBy = Literal["median", "mean"]
 Sensitivity = Literal["none", "relative", "layer", "row", "balanced"]
@@ -29,7 +29,13 @@ GRADIENT_BASED: tuple[Sensitivity, ...] = ("layer", "row", "balanced")
 LEVELS_LIMIT = 4096
 LEAST_LMBDA = 1e-14
 LEAST_REACH = 1e-20
-TRELLIS_STATES: dict[Quantizer, int] = {"scalar": 0, "trellis4": 4, "trellis8": 8}
+TRELLIS_STATES: dict[Quantizer, int] = {
+    "scalar": 0,
+    "trellis4": 4,
+    "trellis8": 8,
+    "trellis16": 16,
+    "trellis32": 32,
+}
 
 
 def _check_choice(name: str, value: object, kind: Any) -> None:
@@ -78,7 +84,7 @@ class Waterfilled:
     """
 
     quantizer: Quantizer = setting(
-        "scalar", "Quantizer: scalar, or trellis-coded with 4 or 8 states."
+        "scalar", "Quantizer: scalar, or trellis-coded with 4, 8, 16 or 32 states."
     )
     complete_square: bool = True
     """Flag whose False is the ablation that leaves the quadratic part of the rate to the search."""

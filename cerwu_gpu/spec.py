@@ -2,7 +2,8 @@
 
 from typing import Final
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""Latest version that is read; a file states the least version that has all that it holds."""
 QUANT_METHOD: Final = "cerwu"
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -60,12 +61,29 @@ CODE_WEIGHTS: Final = (
 STEP_RESOLUTION: Final = 256
 """A step code s stands for the step 2**(s / STEP_RESOLUTION), rounded once to float32."""
 
+TRELLIS_REGISTER: Final = {4: (2, 1), 8: (7, 2), 16: (13, 4), 32: (24, 5)}
+"""A trellis as a shift register, by its number of states: feedback f and entry e. State s uses the
+quantizer s & 1 and leads to s >> 1, exclusive or f if s is odd, exclusive or e if the symbol is.
+That is the systematic encoder of the code with the parity checks h0 = 2f + 1 and h1 = 2e
+(Ungerboeck, IEEE Trans. Inf. Theory 28, 1982); docs/method.md, section 7, has how they were chosen.
+"""
+
+
+def _ways(states: int) -> tuple[tuple[int, int], ...]:
+    feedback, entry = TRELLIS_REGISTER[states]
+    halves = [state >> 1 ^ (feedback if state & 1 else 0) for state in range(states)]
+    return tuple((half, half ^ entry) for half in halves)
+
+
 TRELLIS_NEXT: Final = {
     4: ((0, 2), (2, 0), (1, 3), (3, 1)),
     8: ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)),
+    16: _ways(16),
+    32: _ways(32),
 }
-"""TRELLIS_NEXT[states][state][parity of the symbol] is the next state; a row starts in state 0."""
-TRELLIS_QUANTIZER: Final = {4: (0, 0, 1, 1), 8: (0, 1, 0, 1, 0, 1, 0, 1)}
+"""TRELLIS_NEXT[states][state][parity of the symbol] is the next state; a row starts in state 0.
+4 and 8 states have the numbers that VVC gives them; the registers number the same machines anew."""
+TRELLIS_QUANTIZER: Final = {4: (0, 0, 1, 1), 8: (0, 1) * 4, 16: (0, 1) * 8, 32: (0, 1) * 16}
 """Quantizer, 0 or 1, that a state uses (checked against the published VVC tables in tests)."""
 
 

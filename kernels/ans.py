@@ -32,7 +32,7 @@ from torch import Tensor
 
 from cerwu_gpu.coded import CodedMatrix, Reconstruction
 from cerwu_gpu.errors import CorruptionError
-from cerwu_gpu.spec import PRECISION, TRELLIS_NEXT, TRELLIS_QUANTIZER, WORD_BITS
+from cerwu_gpu.spec import PRECISION, TRELLIS_REGISTER, WORD_BITS
 from cerwu_gpu.steps import step_values
 
 LANES = 32
@@ -132,7 +132,8 @@ def decode_kernel(
     p_slots += first_slot
     first_element = tl.load(p_matrix + 8)
     size = tl.load(p_matrix + 9).to(tl.int32)
-    machine = tl.load(p_matrix + 10).to(tl.uint64)
+    register = tl.load(p_matrix + 10).to(tl.int32)
+    feedback, enter = register & 255, register >> 8
     if FUSED:
         p_levels += first_slot
     if ESCAPES:
@@ -153,13 +154,13 @@ def decode_kernel(
         o_r = o_l + i_turn * streams  # [BL] int64
         m_r = m_l & (o_r < rows)
         b_row_table = tl.load(p_row_table + first_row + o_r, mask=m_r, other=0)  # [BL]
-        b_node = tl.zeros([BL], tl.int32)  # trellis state, and its quantizer in bit 3
+        b_node = tl.zeros([BL], tl.int32)  # trellis state, its quantizer in bit 0
         p_column = p_out + first_element + o_r  # [BL]
         if FUSED:
             b_scale = tl.load(p_scales + first_row + o_r, mask=m_r, other=0.0)  # [BL]
         column_table = tl.load(p_column_table + first_column)
         for j in range(0, columns):
-            b_quantizer = b_node >> 3
+            b_quantizer = b_node & 1
             b_table = b_row_table + column_table + b_quantizer  # [BL] int32
             column_table = tl.load(p_column_table + first_column + j + 1)
             b_v = (b_state & ((1 << BITS) - 1)).to(tl.int32)  # [BL]
@@ -175,8 +176,7 @@ def decode_kernel(
             b_state = tl.where(m_r, b_next, b_state)
             m_take = m_r & (b_left > 0) & ((b_state >> WORD) == 0)
             b_state, b_left, b_word = _take_word(p_stack, b_state, b_left, b_word, m_take, WORD)
-            o_way = 8 * (b_node & 7) + 4 * (b_low >> BITS)
-            b_node = (machine >> o_way.to(tl.uint64)).to(tl.int32) & 15
+            b_node = (b_node >> 1) ^ (feedback & -b_quantizer) ^ (enter & -(b_low >> BITS))
 
             if FUSED:
                 b_level = tl.load(p_levels + b_quantizer * size + b_symbol)  # [BL]
@@ -255,7 +255,8 @@ class Batch:
         quantizers: [matrices] int64, 2 under a trellis, else 1.
         alphabets: symbols of a table, in each matrix.
         matrices: per matrix FIELDS numbers: rows, columns, streams; the numbers of its first
-            stream, row, column, table, slot and element; symbols of a table; its trellis machine.
+            stream, row, column, table, slot and element; symbols of a table; its trellis,
+            as `_register` returns it.
         programs: matrix and first stream of each program, the longest first.
         lookup: for each table and value of the leading bits of v the first symbol that they can
             mean, and in the upper half how many more there are.
@@ -293,7 +294,7 @@ class Batch:
             *(items.firsts for items in numbered),
             self.first_element,
             flat.symbols.sizes,
-            [_machine(matrix.states) for matrix in batch],
+            [_register(matrix.states) for matrix in batch],
         ]
         self.matrices = torch.tensor(fields, device=self.device).T.contiguous()
         self.programs = torch.tensor(_programs(self.shapes, flat.streams.sizes), device=self.device)
@@ -339,14 +340,10 @@ def _lookup(flat: _Flat) -> tuple[Tensor, Tensor]:
     return (first | (more << 16)).to(torch.int32), low_width
 
 
-def _machine(states: int) -> int:
-    """Return four bits for each state and parity: next state, its quantizer in bit 3; signed."""
-    machine = 0
-    for state, ways in enumerate(TRELLIS_NEXT.get(states, ())):
-        for parity, follow in enumerate(ways):
-            node = follow | TRELLIS_QUANTIZER[states][follow] << 3
-            machine |= node << (8 * state + 4 * parity)
-    return machine - (machine >> 63 << 64)
+def _register(states: int) -> int:
+    """Return the trellis's shift register: feedback, and above it in bit 8 entry; 0 without one."""
+    feedback, entry = TRELLIS_REGISTER.get(states, (0, 0))
+    return feedback | entry << 8
 
 
 def _programs(shapes: Sequence[tuple[int, int]], streams: Sequence[int]) -> list[tuple[int, int]]:

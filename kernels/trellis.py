@@ -1,12 +1,13 @@
 r"""Trellis (dependent) quantization of one block of columns, on the GPU.
 
 Symbol k stands for the level v = 2k - [quantizer 1] sgn(k); which quantizer rounds a weight
-follows from a machine with S = 4 or 8 states that the parity of k drives along the row (spec.py).
+follows from a machine with S states that the parity of k drives along the row (spec.py).
 Over whole paths a Viterbi search minimises (reference/trellis.py)
 
     sum_j omega_j (1/2 (x_ij - v_ij)^2 - 1/2 beta_j v_ij^2) + lmbda_i r_ij(k_ij),
 
 with one survivor per state, each with its own residual x_ik <- x_ik - (x_ij - v_ij) V_jk, k > j.
+The kernel of this file has 4 or 8 states, that of trellis_wide.py 16 or 32.
 
 Rows are independent: a program owns BR of them. It takes BC columns at a time into registers, one
 tile [BR, BC] of residuals and one of symbols for every survivor. A survivor takes its tiles along
@@ -24,13 +25,23 @@ and column x_j, the way by parity p costs
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cerwu_gpu.block_problem import BlockProblem
-from cerwu_gpu.kernels.obs import contiguous_rows, round_half_even
+from cerwu_gpu.kernels.obs import contiguous_rows
+from cerwu_gpu.kernels.trellis_steps import group_columns, residuals, step
+from cerwu_gpu.kernels.trellis_wide import STAGES as WIDE_STAGES
+from cerwu_gpu.kernels.trellis_wide import (
+    SURVIVORS,
+    quantize_block_trellis_wide_kernel,
+)
+from cerwu_gpu.kernels.trellis_wide import WARPS as WIDE_WARPS
+from cerwu_gpu.spec import TRELLIS_REGISTER
 
 BLOCK_ROWS = 16
 """Rows of a program: the fewest that a product takes."""
@@ -41,37 +52,8 @@ STAGES = 1
 REGISTERS = 255
 """Most registers of a thread: left alone, ptxas spills a few to fit in more programs."""
 LAUNCH_ROWS = 16384
-"""Rows of a launch: its scratch takes 8 bytes a row, survivor and column, 168 MB at 160 columns."""
-
-
-@triton.jit
-def _cost(b_magnitude, b_sign, b_k, omega, beta, b_lmbda, p_table, lowest, size, OFFSET):
-    """Return the cost of the symbol b_sign * b_k; b_k >= 0."""
-    b_level = 2 * b_k - tl.where(b_k > 0, OFFSET * 1.0, 0.0)  # [BR]
-    o_k = (b_k * b_sign).to(tl.int32) - lowest  # [BR]
-    o_k = tl.where((o_k < 0) | (o_k >= size), size, o_k)  # the escape
-    b_square = (b_magnitude - b_level) * (b_magnitude - b_level) - beta * (b_level * b_level)
-    return b_square * (omega * 0.5) + b_lmbda * tl.load(p_table + o_k)
-
-
-@triton.jit
-def _step(
-    b_now, omega, beta, b_lmbda, p_table, lowest, size, OFFSET: tl.constexpr, PARITY: tl.constexpr
-):
-    """Return the lower cost of one parity and its symbol: the nearest level or the next inward."""
-    b_magnitude = tl.abs(b_now)  # [BR]
-    b_sign = tl.where(b_now < 0, -1.0, 1.0)
-    b_quarter = (b_magnitude + (OFFSET - 2 * PARITY)) * 0.25
-    b_outer = 2 * tl.maximum(round_half_even(b_quarter), 0.0) + PARITY
-    b_inner = tl.maximum(b_outer - 2, PARITY * 1.0)
-    b_cost = _cost(
-        b_magnitude, b_sign, b_outer, omega, beta, b_lmbda, p_table, lowest, size, OFFSET
-    )
-    b_less = _cost(
-        b_magnitude, b_sign, b_inner, omega, beta, b_lmbda, p_table, lowest, size, OFFSET
-    )
-    b_k = tl.where(b_less < b_cost, b_inner, b_outer) * b_sign
-    return tl.where(b_less < b_cost, b_less, b_cost), b_k
+"""Rows of a launch with 8 states, fewer with more: its scratch takes 8 bytes a row, survivor and
+column, 168 MB at 160 columns."""
 
 
 @triton.jit
@@ -103,10 +85,10 @@ def _butterfly(
     """
     b_na = tl.sum(tl.where(m_now[None, :], b_xa, 0.0), axis=1)  # [BR] column j
     b_nb = tl.sum(tl.where(m_now[None, :], b_xb, 0.0), axis=1)  # [BR]
-    b_a0, b_ka0 = _step(b_na, omega, beta, b_lmbda, p_table, lowest, size, OFFSET, 0)
-    b_a1, b_ka1 = _step(b_na, omega, beta, b_lmbda, p_table, lowest, size, OFFSET, 1)
-    b_b0, b_kb0 = _step(b_nb, omega, beta, b_lmbda, p_table, lowest, size, OFFSET, 0)
-    b_b1, b_kb1 = _step(b_nb, omega, beta, b_lmbda, p_table, lowest, size, OFFSET, 1)
+    b_a0, b_ka0 = step(b_na, omega, beta, b_lmbda, p_table, lowest, size, OFFSET, 0)
+    b_a1, b_ka1 = step(b_na, omega, beta, b_lmbda, p_table, lowest, size, OFFSET, 1)
+    b_b0, b_kb0 = step(b_nb, omega, beta, b_lmbda, p_table, lowest, size, OFFSET, 0)
+    b_b1, b_kb1 = step(b_nb, omega, beta, b_lmbda, p_table, lowest, size, OFFSET, 1)
     b_xe, b_qe, b_ce, b_oe = _arrive(
         b_xa, b_qa, b_ca + b_a0, b_oa, b_na, b_ka0,
         b_xb, b_qb, b_cb + b_b1, b_ob, b_nb, b_kb1, b_v, m_now, OFFSET,
@@ -156,51 +138,6 @@ def advance_8(
         y0, r0, d0, u0, y1, r1, d1, u1, y2, r2, d2, u2, y3, r3, d3, u3,
         y4, r4, d4, u4, y5, r5, d5, u5, y6, r6, d6, u6, y7, r7, d7, u7,
     )  # fmt: skip
-
-
-@triton.jit
-def _group(i_group, committed, commit, columns, BC: tl.constexpr):
-    """Return the first column of a group and its end; no group reaches across column `commit`."""
-    inside = i_group < committed  # groups before the commitment's end
-    first = tl.where(inside, i_group * BC, commit + (i_group - committed) * BC)
-    return first, tl.minimum(first + BC, tl.where(inside, commit, columns))
-
-
-@triton.jit
-def _residuals(
-    p_x, p_factor, p_path_error, p_origin, i_tile, i_group, committed, commit, rows, columns,
-    stride_x, stride_factor, STATES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Write x less the errors of each survivor's path to the group's part of p_path_error.
-
-    Survivors stand below each other here, row by row: SR = BR * STATES of them.
-    """
-    o_sr = i_tile * BR * STATES + tl.arange(0, BR * STATES)  # [SR]
-    o_r = o_sr // STATES  # [SR]
-    m_r = o_r < rows
-    o_b = tl.arange(0, BC)  # [BC]
-    first, last = _group(i_group, committed, commit, columns, BC)
-    o_c = first + o_b
-    m_c = o_c < last
-    survivors = rows.to(tl.int64) * STATES
-    b_origin = o_sr % STATES  # [SR] the survivor at the end of an earlier group
-    b_sum = tl.zeros([BR * STATES, BC], tl.float32)  # [SR, BC]
-    for i_back in range(0, i_group):
-        i_before = i_group - 1 - i_back
-        start, stop = _group(i_before, committed, commit, columns, BC)
-        o_k = start + o_b
-        m_k = o_k < stop
-        o_path = i_before * survivors + o_r * STATES + b_origin  # [SR]
-        p_e = p_path_error + o_path[:, None] * BC + o_b[None, :]
-        p_v = p_factor + o_k.to(tl.int64)[:, None] * stride_factor + o_c[None, :]
-        b_e = tl.load(p_e, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [SR, BC]
-        b_v = tl.load(p_v, mask=m_k[:, None] & m_c[None, :], other=0.0)  # [BC, BC]
-        b_sum = tl.dot(b_e, b_v, b_sum, input_precision="ieee")
-        b_origin = tl.load(p_origin + o_path, mask=m_r, other=0).to(tl.int64)
-    m_tile = m_r[:, None] & m_c[None, :]
-    b_x = tl.load(p_x + o_r[:, None] * stride_x + o_c[None, :], mask=m_tile, other=0.0)  # [SR, BC]
-    o_out = (i_group * survivors + o_sr)[:, None] * BC + o_b[None, :]
-    tl.store(p_path_error + o_out, b_x - b_sum, mask=m_r[:, None])
 
 
 @triton.jit
@@ -271,9 +208,9 @@ def quantize_block_trellis_kernel(
     groups = committed + tl.cdiv(columns - commit, BC)
     p_row = p_factor  # row j of the factor
     for i_group in range(0, groups):
-        first, last = _group(i_group, committed, commit, columns, BC)
+        first, last = group_columns(i_group, committed, commit, columns, BC)
         o_c = first + o_b  # [BC]
-        _residuals(
+        residuals(
             p_x, p_factor, p_path_error, p_origin, i_tile, i_group, committed, commit, rows,
             columns, stride_x, stride_factor, STATES, BR, BC,
         )  # fmt: skip
@@ -363,7 +300,7 @@ def trace_back_kernel(
     groups = committed + tl.cdiv(columns - commit, BC)
     for i_back in range(0, groups):
         i_group = groups - 1 - i_back
-        first, last = _group(i_group, committed, commit, columns, BC)
+        first, last = group_columns(i_group, committed, commit, columns, BC)
         if i_group == committed - 1:
             tl.store(p_state + o_r, b_state, mask=m_r)
         o_path = (i_group * rows.to(tl.int64) + o_r) * STATES + b_state  # [BR]
@@ -385,7 +322,7 @@ def quantize_block_trellis(
 
     Args:
         problem: rates [T * 2, K + 1], row 2c + quantizer; the last column is an escape.
-        states: 4 or 8.
+        states: 4, 8, 16 or 32.
         start: [m] int64, the state in which each row enters the block.
         commit: the decisions of later columns are dropped; they only decide which path is best.
 
@@ -405,7 +342,8 @@ def quantize_block_trellis(
     error = torch.empty((rows, commit), dtype=torch.float32, device=x.device)
     end = torch.empty(rows, dtype=torch.int64, device=x.device)
     groups = triton.cdiv(commit, BLOCK_COLUMNS) + triton.cdiv(columns - commit, BLOCK_COLUMNS)
-    shape = (groups, min(rows, LAUNCH_ROWS), states)
+    launch_rows = LAUNCH_ROWS * 8 // max(8, states)
+    shape = (groups, min(rows, launch_rows), states)
     paths = (
         torch.empty((*shape, BLOCK_COLUMNS), dtype=torch.float32, device=x.device),
         torch.empty((*shape, BLOCK_COLUMNS), dtype=torch.int32, device=x.device),
@@ -415,11 +353,12 @@ def quantize_block_trellis(
         field.contiguous()
         for field in (problem.column_class, problem.importance, problem.curvature)
     ]
-    for first in range(0, rows, LAUNCH_ROWS):
-        part = slice(first, min(first + LAUNCH_ROWS, rows))
+    for first in range(0, rows, launch_rows):
+        part = slice(first, min(first + launch_rows, rows))
         count = part.stop - first
-        grid = (triton.cdiv(count, BLOCK_ROWS),)
-        quantize_block_trellis_kernel[grid](
+        _extend(
+            count,
+            states,
             x[part],
             factor,
             rates,
@@ -439,14 +378,8 @@ def quantize_block_trellis(
             rates.stride(0),
             alphabet.lowest,
             alphabet.size,
-            STATES=states,
-            BR=BLOCK_ROWS,
-            BC=BLOCK_COLUMNS,
-            num_warps=WARPS,
-            num_stages=STAGES,
-            maxnreg=REGISTERS,
         )
-        trace_back_kernel[grid](
+        trace_back_kernel[(triton.cdiv(count, BLOCK_ROWS),)](
             *paths,
             symbols[part],
             error[part],
@@ -460,3 +393,29 @@ def quantize_block_trellis(
             num_warps=WARPS,
         )
     return symbols, error, end
+
+
+def _extend(rows: int, states: int, *arguments: Any) -> None:
+    """Extend the survivors of all rows over the columns, by the kernel for so many states."""
+    if states <= 8:
+        quantize_block_trellis_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
+            *arguments,
+            STATES=states,
+            BR=BLOCK_ROWS,
+            BC=BLOCK_COLUMNS,
+            num_warps=WARPS,
+            num_stages=STAGES,
+            maxnreg=REGISTERS,
+        )
+        return
+    feedback, enter = TRELLIS_REGISTER[states]
+    quantize_block_trellis_wide_kernel[(triton.cdiv(rows, SURVIVORS // states),)](
+        *arguments,
+        STATES=states,
+        FEEDBACK=feedback,
+        ENTER=enter,
+        BR=SURVIVORS // states,
+        BC=BLOCK_COLUMNS,
+        num_warps=WIDE_WARPS,
+        num_stages=WIDE_STAGES,
+    )

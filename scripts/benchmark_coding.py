@@ -12,7 +12,7 @@ from cerwu_gpu.coded import CodedMatrix, Reconstruction
 from cerwu_gpu.coding import streams
 from cerwu_gpu.coding.tables import codes_from_counts, table_from_codes
 from cerwu_gpu.reference import ans, hessian, weights
-from cerwu_gpu.spec import PRECISION
+from cerwu_gpu.spec import PRECISION, TRELLIS_NEXT
 from cerwu_gpu.steps import step_values
 from scripts.benchmark_timing import Mismatch, Row, Sizes, form, placed, timed
 
@@ -76,7 +76,7 @@ def decode_constriction(
 
 def decoder(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
     """Time streams to bfloat16 weights, and a copy of as many bytes on the same GPU."""
-    for states in (0, 4, 8):
+    for states in (0, *TRELLIS_NEXT):
         case = f"{states} states" if states else "no trellis"
         coded, rule = random_coded(*sizes.coded, states)
         batch = [placed(coded, device)] * sizes.copies

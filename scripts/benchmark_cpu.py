@@ -41,6 +41,7 @@ from cerwu_gpu.files import dtype_name
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.passes import LOOKAHEAD
 from cerwu_gpu.quantize.problem import Problem
+from cerwu_gpu.spec import TRELLIS_NEXT
 from scripts.benchmark_coding import coded_of, decode_constriction, random_coded
 from scripts.benchmark_page import write_page
 from scripts.benchmark_passes import BLOCK, Pass
@@ -100,7 +101,7 @@ def blocks(rows: int) -> Iterator[Row]:
     wide = Pass.random(max(rows, BLOCK + LOOKAHEAD), 33, cpu, escapes=True)
     cases["scalar, candidates near the target"] = wide, near, BLOCK
     cases["scalar, all of 33 levels"] = Pass.random(max(rows, BLOCK), 33, cpu), full, BLOCK
-    for states in (4, 8):
+    for states in TRELLIS_NEXT:
         problem = Pass.random(max(rows, BLOCK + LOOKAHEAD), 33, cpu, states=states)
         search = partial(_trellis, states=states)
         cases[f"{states} states, 32 columns of lookahead"] = problem, search, BLOCK + LOOKAHEAD
@@ -136,7 +137,7 @@ def layers(shape: tuple[int, int]) -> Iterator[Row]:
     """Time a layer as the default settings quantize it on one thread: the search, and all."""
     rows, columns = shape
     weight, hessian, alpha = random_layer(rows, columns)
-    for quantizer in ("scalar", "trellis8"):
+    for quantizer in ("scalar", "trellis8", "trellis16", "trellis32"):
         config = from_settings(lmbda=2e-4, quantizer=quantizer)  # type: ignore[arg-type]
         searching: dict[str, list[float]] = {"torch": [], "numba": []}
 
@@ -221,7 +222,8 @@ def busy(shape: tuple[int, int]) -> Iterator[Row]:
 def decoders(shape: tuple[int, int]) -> Iterator[Row]:
     """Time streams to weights on one thread; constriction's own decoder where it can follow."""
     m, n = shape
-    for case, states in (("scalar, 8 classes of tables", 0), ("trellis8, 8 classes", 8)):
+    trellises = {f"trellis{states}, 8 classes": states for states in (8, 16, 32)}
+    for case, states in {"scalar, 8 classes of tables": 0, **trellises}.items():
         matrix, rule = random_coded(m, n, states)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             out = [torch.empty(m, n, dtype=dtype)]

@@ -13,6 +13,7 @@ from cerwu_gpu.config import CompressionConfig, from_settings
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.passes import LOOKAHEAD, scalar_pass, trellis_pass
 from cerwu_gpu.quantize.problem import EXHAUSTIVE_LEVELS
+from cerwu_gpu.spec import TRELLIS_NEXT
 from scripts.benchmark_timing import Mismatch, Row, Sizes, form, timed
 
 BLOCK = 128
@@ -149,9 +150,9 @@ def passes(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
 
 
 def trellises(sizes: Sizes, device: torch.device, measure: bool) -> Iterator[Row]:
-    """Time a pass with 4 and 8 survivors for each row."""
+    """Time a pass with 4, 8, 16 and 32 survivors for each row."""
     for side in sizes.sides:
-        for states in (4, 8):
+        for states in TRELLIS_NEXT:
             case = f"{side} x {side}, {states} states"
             problem = Pass.random(side, COMPARED_LEVELS, device, states=states)
             share = _same_symbols(case, partial(problem.trellis, states, BLOCK + LOOKAHEAD))

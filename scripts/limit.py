@@ -1,6 +1,6 @@
 """How far from the information-theoretic limit: bits, loss and gap of real layers.
 
-    python scripts/limit.py DIR --bits 1.5 2.5 3.5 --quantizer scalar trellis4 trellis8 \\
+    python scripts/limit.py DIR --bits 1.5 2.5 3.5 --quantizer scalar trellis8 trellis32 \\
         --baseline --reference FILE.csv --json FILE.json --picture FILE.png
 
 DIR holds *.npz files with W [m, n] and its undamped H [n, n]. For every layer, quantizer and rate

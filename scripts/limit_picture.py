@@ -13,7 +13,13 @@ from matplotlib import pyplot
 from scripts.limit_points import Result
 
 COLUMNS = 4
-COLOURS = {"scalar": "tab:orange", "trellis4": "tab:blue", "trellis8": "tab:green"}
+COLOURS = {
+    "scalar": "tab:orange",
+    "trellis4": "tab:blue",
+    "trellis8": "tab:green",
+    "trellis16": "tab:red",
+    "trellis32": "tab:purple",
+}
 OTHERS = {"paper": ("0.3", "--"), "reference": ("0.55", ":")}
 """Colour and dashes of the other methods."""
 

@@ -26,6 +26,8 @@ COLOURS = {
     "waterfilled scalar": "tab:orange",
     "waterfilled trellis4": "tab:blue",
     "waterfilled trellis8": "tab:green",
+    "waterfilled trellis16": "tab:olive",
+    "waterfilled trellis32": "darkgreen",
     "cerwu (paper)": "black",
     "cerwu-gamma0": "tab:purple",
     "optq": "tab:brown",

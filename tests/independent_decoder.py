@@ -1,4 +1,4 @@
-"""A second decoder of the cerwu format, version 1, written from docs/format.md alone.
+"""A second decoder of the cerwu format, versions 1 and 2, written from docs/format.md alone.
 
 It needs numpy and the standard library only. Names in quotation marks are sections of that
 document. Whatever does not fit raises ValueError with the name of the tensor, or of the file or
@@ -25,12 +25,23 @@ LIMIT = 2**31
 CODE_WEIGHTS = np.array(  # "Tables"
     [1073741824, 984625594, 902905651, 827968132, 759250125, 696235434, 638450708, 585461881]
 )
+
+
+def register(states: int, f: int, e: int) -> tuple[list[int], ...]:
+    """ "Trellis": QUANTIZER, NEXT even and NEXT odd of a shift register."""
+    even = [s // 2 ^ (f if s % 2 else 0) for s in range(states)]
+    return [s % 2 for s in range(states)], even, [to ^ e for to in even]
+
+
 # "Trellis": QUANTIZER, NEXT even and NEXT odd; without a trellis there is one state
 TRELLIS = {
     **dict.fromkeys(("scalar", "grid"), ([0], [0], [0])),
     "trellis4": ([0, 0, 1, 1], [0, 2, 1, 3], [2, 0, 3, 1]),
     "trellis8": ([0, 1] * 4, [0, 5, 1, 6, 2, 4, 3, 7], [2, 7, 3, 4, 0, 6, 1, 5]),
+    "trellis16": register(16, 13, 4),
+    "trellis32": register(32, 24, 5),
 }
+SINCE = {"trellis16": 2, "trellis32": 2}  # "The manifest": versions of quantizers
 # The dtypes of safetensors whose values numpy can hold, and BF16.
 DTYPES = {"BOOL": "bool", "I8": "int8", "U8": "uint8", "C64": "complex64", "BF16": "bfloat16"}
 DTYPES |= {f"{k[0].upper()}{b}": f"{k}{b}" for k in ("int", "uint", "float") for b in (16, 32, 64)}
@@ -283,7 +294,7 @@ class File:
         text = field(metadata, "cerwu", str, f"{path.name}, metadata")
         manifest = parse_json(text, f"manifest of {path.name}")
         version = field(manifest, "version", int, path.name, range(1, sys.maxsize))  # "Versions"
-        check(version == 1, path.name, f"version {version}: a newer program wrote it")
+        check(version <= 2, path.name, f"version {version}: a newer program wrote it")
         self.tensors, spans = {}, []
         for name, entry in header.items():
             self.tensors[name] = read_tensor(name, entry, memoryview(content)[length:])
@@ -296,6 +307,9 @@ class File:
         self.compressed: Json = field(manifest, "compressed", dict, path.name)
         self.plain: Json = field(manifest, "plain_sha256", dict, path.name)
         self.matrices = {name: read_entry(name, x) for name, x in self.compressed.items()}
+        for name, matrices in self.matrices.items():
+            newest = max(SINCE.get(x.quantizer, 1) for x in matrices)
+            check(newest <= version, name, f"a quantizer that version {version} lacks")
         checksums = dict(self.plain)
         for name, entry in self.compressed.items():
             for suffix, dtype in (("words", "uint32"), ("side", "uint8")):

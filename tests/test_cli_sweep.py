@@ -70,7 +70,7 @@ def test_json_has_points_fronts_and_minimum(sweep: Command, tmp_path: Path) -> N
 WRONG: tuple[tuple[Sequence[str], str], ...] = (
     (("--methods", "gptq"), "gptq"),
     (("--methods", "waterfilled,"), "methods"),
-    (("--quantizer", "trellis16"), "trellis16"),
+    (("--quantizer", "trellis64"), "trellis64"),
     (("--lmbda", "1e-9,small"), "lmbda"),
     (("--lmbda", "-1"), "lmbda"),
     (("--lmbda", "nan"), "lmbda"),

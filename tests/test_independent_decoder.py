@@ -228,10 +228,16 @@ def test_unknown_field_is_ignored(tmp_path: Path) -> None:
 def test_newer_version_is_refused_first(tmp_path: Path) -> None:
     def change(manifest: dict[str, Any]) -> None:
         manifest.clear()
-        manifest["version"] = 2
+        manifest["version"] = 3
 
     copy_with_manifest("scalar", tmp_path / "x", change)
     with pytest.raises(ValueError, match="newer program"):
+        independent_decoder.decode(tmp_path / "x")
+
+
+def test_a_quantizer_that_the_version_lacks_is_refused(tmp_path: Path) -> None:
+    copy_with_manifest("trellis16", tmp_path / "x", lambda manifest: manifest.update(version=1))
+    with pytest.raises(ValueError, match="version 1 lacks"):
         independent_decoder.decode(tmp_path / "x")
 
 

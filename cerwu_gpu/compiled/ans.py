@@ -26,7 +26,7 @@ from cerwu_gpu.compiled.ans_streams import (
     lay_out,
 )
 from cerwu_gpu.errors import CorruptionError
-from cerwu_gpu.spec import PRECISION, TRELLIS_NEXT, TRELLIS_QUANTIZER
+from cerwu_gpu.spec import PRECISION, TRELLIS_REGISTER
 from cerwu_gpu.steps import step_values
 from cerwu_gpu.threads import run
 
@@ -196,7 +196,7 @@ class _Matrix:
 
 
 def _tables(coded: CodedMatrix) -> tuple[Any, ...]:
-    """Return the arguments of `decode_streams` from `lookup` to `machine`."""
+    """Return the arguments of `decode_streams` from `lookup` to `enter`."""
     widths = coded.tables.to(torch.int64).contiguous().numpy()
     tables, symbols = widths.shape
     bits = max(0, min(LOOKUP_BITS, (LOOKUP_ENTRIES // tables).bit_length() - 1))
@@ -206,7 +206,7 @@ def _tables(coded: CodedMatrix) -> tuple[Any, ...]:
     rows = coded.row_class.to(torch.int64).numpy() * quantizers
     columns = coded.column_class.to(torch.int64).numpy() * quantizers
     shift, size = np.uint64(PRECISION - bits), np.uint64(symbols)
-    return lookup, shift, slots, size, rows, columns, _machine(coded.states)
+    return lookup, shift, slots, size, rows, columns, *_register(coded.states)
 
 
 def _output(coded: CodedMatrix, rule: Reconstruction | None, copy: Tensor) -> tuple[Any, ...]:
@@ -239,10 +239,7 @@ def _levels(
     return np.ascontiguousarray(np.tile(levels.astype(np.float32), (tables // quantizers, 1)))
 
 
-def _machine(states: int) -> np.uint64:
-    """Return four bits for every state and parity: the next state, and its quantizer in bit 3."""
-    machine = 0
-    for state, ways in enumerate(TRELLIS_NEXT.get(states, ())):
-        for parity, follow in enumerate(ways):
-            machine |= (follow | TRELLIS_QUANTIZER[states][follow] << 3) << (8 * state + 4 * parity)
-    return np.uint64(machine)
+def _register(states: int) -> tuple[np.uint64, np.uint64]:
+    """Return feedback and entry of the trellis's shift register; 0 without a trellis."""
+    feedback, entry = TRELLIS_REGISTER.get(states, (0, 0))
+    return np.uint64(feedback), np.uint64(entry)

@@ -119,10 +119,11 @@ def _note(places, escapes, element, entry, quantizer):
 
 
 @njit(**OPTIONS)
-def _follow(machine, node, entry):
-    """Return the node of a trellis after a symbol: its state, and its quantizer in bit 3."""
+def _follow(node, feedback, enter, entry):
+    """Return the state of a trellis's shift register after a symbol."""
     parity = entry >> _PRECISION & u64(1)
-    return machine >> (u64(8) * (node & u64(7)) + u64(4) * parity) & u64(15)
+    fed = feedback & (u64(0) - (node & u64(1)))
+    return node >> u64(1) ^ fed ^ (enter & (u64(0) - parity))
 
 
 @njit(cache=True, **OPTIONS)
@@ -137,7 +138,8 @@ def decode_streams(
     symbols,
     row_table,
     column_table,
-    machine,
+    feedback,
+    enter,
     trellis,
     levels,
     steps,
@@ -180,12 +182,12 @@ def decode_streams(
             for j in range(columns):
                 step = steps[j] if form != SYMBOL else f32(0)
                 for i in range(lanes):
-                    now = table[i] + u64(column_table[j]) + (node[i] >> u64(3))
+                    now = table[i] + u64(column_table[j]) + (node[i] & u64(1))
                     slot, symbol = _look_up(state[i], now, lookup, shift, slots, symbols)
                     entry = slots[slot]
                     state[i], left[i] = _advance(state[i], left[i], start[i], words, entry)
                     if trellis:
-                        node[i] = _follow(machine, node[i], entry)
+                        node[i] = _follow(node[i], feedback, enter, entry)
                     if form == SYMBOL:
                         out[at[i]] = symbol
                     else:

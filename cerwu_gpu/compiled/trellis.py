@@ -34,7 +34,7 @@ def quantize_block_trellis(
 
     Args:
         problem: on the CPU; rates [T * 2, K + 1], row 2c + quantizer, the last column an escape.
-        states: 4 or 8.
+        states: 4, 8, 16 or 32.
         start: [m] int64, the state in which each row enters the block.
         commit: the decisions of later columns are dropped; they only decide which path is best.
 

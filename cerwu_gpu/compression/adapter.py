@@ -100,4 +100,5 @@ class Adapter(ABC):
         return None
 
     def write_files(self, folder: Path) -> None:  # noqa: B027
-        """Write the directory's files besides weights: configuration, tokenizer, licences."""
+        """Write the directory's files besides weights, which are there: configuration, tokenizer,
+        licences."""

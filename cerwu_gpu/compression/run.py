@@ -165,8 +165,8 @@ class Run:
         with clock.stage("write"):
             for name, tensor in plain_tensors(adapter.module, layouts).items():
                 writer.add_plain(name, tensor)
-            adapter.write_files(writer.folder)
             writer.complete()
+            adapter.write_files(writer.folder)
             if adapter.card is not None:
                 with written(writer.folder):
                     adapter.card(writer.folder, self._original_loss, loss)

@@ -79,6 +79,18 @@ def open_shards(path: Path) -> list[Shard]:
     return shards
 
 
+def format_version(path: Path) -> int:
+    """Return the least version of the format that has all that the directory `path` holds; 1 for
+    one without tensors yet.
+
+    Raises:
+        FormatError: as `open_shards`.
+    """
+    if not any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        return 1
+    return max(shard.manifest.version for shard in open_shards(path))
+
+
 def _index(path: Path) -> dict[str, str] | None:
     """Return tensor -> file, as the index has it; None without an index."""
     index = path / INDEX_FILE

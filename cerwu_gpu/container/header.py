@@ -23,7 +23,17 @@ from cerwu_gpu.spec import (
 )
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZERS = {"scalar": 0, "grid": 0, "trellis4": 4, "trellis8": 8}
+QUANTIZERS = {
+    "scalar": 0,
+    "grid": 0,
+    "trellis4": 4,
+    "trellis8": 8,
+    "trellis16": 16,
+    "trellis32": 32,
+}
+"""Number of trellis states of each quantizer."""
+_SECOND_VERSION = frozenset({"trellis16", "trellis32"})
+"""Quantizers that version 2 of the format brought."""
 HEADER_LIMIT = 100_000_000
 """Maximum bytes of JSON: the limit of safetensors' own library for its header."""
 DIMENSION_LIMIT = 1 << 31
@@ -37,7 +47,7 @@ class Part:
 
     Attributes:
         rows, columns: m and n.
-        quantizer: scalar, grid (positions in a list of values), trellis4 or trellis8.
+        quantizer: one of QUANTIZERS; grid: positions in a list of values.
         lowest, size, escapes: the alphabet is the integers lowest ... lowest + size - 1, followed
             by `escapes` escape symbols.
         tables: number of classes T.
@@ -62,6 +72,11 @@ class Part:
     @property
     def states(self) -> int:
         return QUANTIZERS[self.quantizer]
+
+    @property
+    def version(self) -> int:
+        """Least version of the format that has its quantizer."""
+        return 2 if self.quantizer in _SECOND_VERSION else 1
 
     @property
     def quantizers(self) -> int:
@@ -162,10 +177,16 @@ class Manifest:
     compressed: Mapping[str, Entry]
     plain_sha256: Mapping[str, str]
 
+    @property
+    def version(self) -> int:
+        """Least version of the format that has all that the file holds."""
+        parts = (part for entry in self.compressed.values() for part in entry.parts)
+        return max((part.version for part in parts), default=1)
+
     def to_json(self) -> str:
         """Return the manifest as deterministic JSON: sorted keys, no blanks."""
         content = {
-            "version": FORMAT_VERSION,
+            "version": self.version,
             "generator": self.generator,
             "compressed": {name: asdict(entry) for name, entry in self.compressed.items()},
             "plain_sha256": dict(self.plain_sha256),
@@ -202,6 +223,11 @@ class Manifest:
                 raise FormatError(f"{file}: the name {name!r} cannot be printed.")
         for name, entry in entries.items():
             entry.check(name)
+            for part in entry.parts:
+                if part.version > version:
+                    raise FormatError(
+                        f"{name}: format {version} has no {part.quantizer}; the file is broken."
+                    )
         for name, digest in plain.items():
             if not _HEX.fullmatch(digest):
                 raise FormatError(f"{name}: its checksum is not 64 hexadecimal digits.")

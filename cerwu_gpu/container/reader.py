@@ -17,7 +17,6 @@ from cerwu_gpu.errors import CorruptionError, FormatError
 from cerwu_gpu.files import checksum, dtype_name
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.progress import counted
-from cerwu_gpu.spec import FORMAT_VERSION
 from cerwu_gpu.threads import run
 
 BATCH_WEIGHTS = {"cpu": 1 << 23, "cuda": 1 << 27}
@@ -185,7 +184,8 @@ class CompressedDirectory:
             if file.is_file() and file not in seen:
                 files.append(FileEntry(str(file.relative_to(self.path)), file.stat().st_size))
         total = sum(t.bytes for t in tensors) + sum(f.bytes for f in files)
-        return Inventory(FORMAT_VERSION, tuple(tensors), tuple(files), total)
+        version = max(shard.manifest.version for shard in self._shards)
+        return Inventory(version, tuple(tensors), tuple(files), total)
 
     def compressed(self) -> dict[str, Entry]:
         """Return the manifest entry of every compressed weight."""

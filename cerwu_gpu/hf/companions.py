@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cerwu_gpu.container.files import format_version
 from cerwu_gpu.errors import OutputError, reason
 from cerwu_gpu.files import dtype_name, written
 from cerwu_gpu.hf.models import TOKENIZER_FILES
-from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
+from cerwu_gpu.spec import QUANT_METHOD
 
 COPIED_FILES = (
     *TOKENIZER_FILES,
@@ -26,13 +27,17 @@ LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
 def write_config(model: PreTrainedModel, folder: Path) -> None:
-    """Write config.json with the quantization method and without local paths.
+    """Write config.json with the quantization method, the format's version in the files that are in
+    the folder already, and no local paths.
 
     Raises:
         OutputError: the disk refuses it.
     """
     content: dict[str, Any] = _without_paths(model.config.to_dict())
-    content["quantization_config"] = {"quant_method": QUANT_METHOD, "format": FORMAT_VERSION}
+    content["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "format": format_version(folder),
+    }
     content["architectures"] = [type(model).__name__]
     content["dtype"] = dtype_name(model.dtype)  # it may have been cast
     text = json.dumps(content, indent=2, sort_keys=True, default=str)

@@ -17,7 +17,7 @@ from cerwu_gpu.steps import covering_code, step_codes, step_values
 
 COARSE_STEPS = 904.0
 """Resolution of a step code of one weight; of k weights it is finer by sqrt(k) (`step_unit`)."""
-KAPPA = {0: 0.065, 4: 0.16, 8: 0.17}
+KAPPA = {0: 0.065, 4: 0.16, 8: 0.17, 16: 0.17, 32: 0.17}
 """lmbda C_jj^2 / step_j^2 by number of trellis states; ln2/12 in the limit of high rate."""
 
 FINEST = 2.0**-22

@@ -5,9 +5,9 @@ ones and zero; symbol k stands for the level
 
     v = 2k - [quantizer 1] sgn(k).
 
-The quantizer follows from a machine with 4 or 8 states that the parity of k drives along the row
-(spec.py, as in VVC). A Viterbi search keeps one survivor per state, each with its own residual
-x inside the block (block_problem.py has the notation), and minimises over whole paths
+The quantizer follows from a machine with 4, 8, 16 or 32 states that the parity of k drives along
+the row (spec.py). A Viterbi search keeps one survivor per state, each with its own residual x
+inside the block (block_problem.py has the notation), and minimises over whole paths
 
     sum_j omega_j (1/2 (x_ij - v_ij)^2 - 1/2 beta_j v_ij^2) + lmbda_i r_ij(k_ij)
 
@@ -39,7 +39,7 @@ class Machine:
 
     @staticmethod
     def of(states: int, device: torch.device) -> "Machine":
-        """Return the machine with 4 or 8 states."""
+        """Return the machine with so many states."""
         ways: list[list[tuple[int, int]]] = [[] for _ in range(states)]
         for state, follow in enumerate(TRELLIS_NEXT[states]):
             for parity in (0, 1):
@@ -56,7 +56,7 @@ def quantize_block_trellis(
 
     Args:
         problem: rates [T * 2, K + 1], row 2c + quantizer; the last column is an escape.
-        states: 4 or 8.
+        states: 4, 8, 16 or 32.
         start: [m] int64, the state in which each row enters the block.
         commit: the decisions of later columns are dropped; they only decide which path is best.
 

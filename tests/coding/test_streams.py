@@ -124,7 +124,7 @@ def test_a_single_symbol_needs_no_words():
     assert lengths.tolist() == [0]  # nothing to share among streams
 
 
-@pytest.mark.parametrize("states", [4, 8])
+@pytest.mark.parametrize("states", TRELLIS_NEXT)
 def test_the_trellis_walks_each_row_by_parity(states):
     generator = np.random.default_rng(states)
     symbols = generator.integers(-2, 3, (7, 50)).astype(np.int32)

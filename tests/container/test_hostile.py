@@ -113,7 +113,12 @@ ATTACKS = {
         lambda o: o.manifest["compressed"].update({"a\x1b[2J": o.manifest["compressed"].pop(NAME)}),
         "cannot be printed",
     ),
-    "newer": (lambda opened: opened.manifest.update(version=2), "made by a newer cerwu_gpu"),
+    "trellis32-in-version-1": (
+        part(quantizer="trellis32", escapes=0, escaped=0),
+        "format 1 has no trellis32",
+    ),
+    "trellis64": (part(quantizer="trellis64"), "contradicts itself"),
+    "newer": (lambda opened: opened.manifest.update(version=3), "made by a newer cerwu_gpu"),
     "older": (lambda opened: opened.manifest.update(version=0), "no format version"),
     "version-as-text": (lambda opened: opened.manifest.update(version="1"), "no format version"),
 }
@@ -131,7 +136,7 @@ def test_a_newer_file_is_said_to_be_newer_whatever_else_it_holds(copy):
     directory = copy("scalar")
 
     def edit(opened: Opened) -> None:
-        opened.manifest = {"version": 2, "weights": []}
+        opened.manifest = {"version": 3, "weights": []}
 
     change(directory, edit)
     with pytest.raises(VersionError, match="made by a newer cerwu_gpu"):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cerwu_gpu.coding import side
+from cerwu_gpu.container.header import QUANTIZERS
 from cerwu_gpu.container.shard import header_digest
 from cerwu_gpu.errors import FormatError
 from cerwu_gpu.spec import HEADER_KEY, METADATA_KEY
@@ -207,7 +208,7 @@ def part(opened: Opened, rng: random.Random, own: list[str]) -> bytes:
     chosen = rng.choice(entry["parts"])
     key = rng.choice(("quantizer", "lowest", "size", "escapes", "tables", "escaped", "parts"))
     if key == "quantizer":
-        chosen[key] = rng.choice(("scalar", "grid", "trellis4", "trellis8"))
+        chosen[key] = rng.choice(tuple(QUANTIZERS))
     elif key == "parts":
         count = rng.choice((0, 2, 3, 1000))
         entry["parts"] = [dict(chosen) for _ in range(count)]

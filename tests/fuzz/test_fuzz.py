@@ -14,7 +14,7 @@ from tests.fuzz import fuzz
 GOOD = {"detected", "harmless", "wrong weights"}
 
 
-@pytest.mark.parametrize("kind", ["corners", "escapes-trellis", "grid", "sharded"])
+@pytest.mark.parametrize("kind", ["corners", "escapes-trellis", "trellis32", "grid", "sharded"])
 def test_mutations_are_detected_or_do_no_harm(kind, tmp_path):
     subject = fuzz.Subject(kind, tmp_path)
     outcomes = {number: subject.outcome(number) for number in range(40)}

@@ -2,7 +2,7 @@
 
     python tests/golden/make.py KIND ...
 
-Every version of cerwu_gpu that reads format version 1 must decode these directories to the bits
+Every version of cerwu_gpu must decode these directories to the bits
 whose SHA-256 weights.json has (docs/format.md, "Versions"). A directory that is there is therefore
 never written anew: this script only shows how each was made, and adds kinds.
 """
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -32,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cerwu_gpu import compress
+from cerwu_gpu.container.files import format_version
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.container.writer import DirectoryWriter
@@ -41,8 +42,8 @@ from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.quantize.layer import quantize_stack
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.reference.dequantize import trellis_quantizers
-from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
-from tests.configs import configured
+from cerwu_gpu.spec import QUANT_METHOD
+from tests.configs import compress_flat, configured
 
 HERE = Path(__file__).resolve().parent
 WORDS = 40
@@ -98,6 +99,8 @@ KINDS = {
     "scalar": Golden(llama(), settings={"lmbda": 1e-5}),
     "trellis4": Golden(llama(), torch.bfloat16, {"lmbda": 1e-5, "quantizer": "trellis4"}),
     "trellis8": Golden(llama(), torch.float16, {"lmbda": 1e-5, "quantizer": "trellis8"}),
+    "trellis16": Golden(llama(), torch.bfloat16, {"lmbda": 1e-5, "quantizer": "trellis16"}),
+    "trellis32": Golden(llama(), torch.float16, {"lmbda": 1e-5, "quantizer": "trellis32"}, 60),
     "escapes": Golden(llama(), settings={"lmbda": 1e-6}, outliers=40),
     "escapes-trellis": Golden(
         llama(), torch.bfloat16, {"lmbda": 1e-6, "quantizer": "trellis8"}, outliers=40
@@ -151,14 +154,16 @@ def make(kind: str) -> dict[str, dict[str, Any]]:
     text = " ".join(str(int(word)) for word in torch.randint(WORDS, (2000,)))
     settings = {"samples": 4, "sequence_length": 32, **golden.settings}
     defaults = {**DirectoryWriter.__init__.__kwdefaults__, "shard_bytes": golden.shard_bytes}
-    with mock.patch.object(DirectoryWriter.__init__, "__kwdefaults__", defaults):
-        compress(
+    patched = mock.patch.object(DirectoryWriter.__init__, "__kwdefaults__", defaults)
+    with TemporaryDirectory() as reports, patched:
+        compress_flat(
             model,
             HERE / kind,
             config=configured(**settings),
             tokenizer=tokenizer(),
             text=text,
             device="cpu",
+            report=reports,
             progress=False,
         )
     # The model in memory now has the quantized weights: nothing here was read back.
@@ -234,7 +239,12 @@ def make_corners() -> dict[str, dict[str, Any]]:
         for name, tensor in PLAIN.items():
             writer.add_plain(name, tensor)
         writer.complete()
-        content = {"quantization_config": {"quant_method": QUANT_METHOD, "format": FORMAT_VERSION}}
+        content = {
+            "quantization_config": {
+                "quant_method": QUANT_METHOD,
+                "format": format_version(writer.folder),
+            }
+        }
         (writer.folder / "config.json").write_text(json.dumps(content) + "\n")
         writer.publish()
     return {name: described(weights[name]) for name in sorted(weights)}
@@ -275,7 +285,12 @@ def make_convolutions() -> dict[str, dict[str, Any]]:
             )
             weights[name] = weight
         writer.complete()
-        content = {"quantization_config": {"quant_method": QUANT_METHOD, "format": FORMAT_VERSION}}
+        content = {
+            "quantization_config": {
+                "quant_method": QUANT_METHOD,
+                "format": format_version(writer.folder),
+            }
+        }
         (writer.folder / "config.json").write_text(json.dumps(content) + "\n")
         writer.publish()
     return {name: described(weights[name]) for name in sorted(weights)}

@@ -1,4 +1,4 @@
-"""Files that were written once, in format version 1: every later version reads the same bits."""
+"""Files that were written once: every later version of the program reads the same bits."""
 
 import json
 import subprocess

@@ -4,6 +4,8 @@ import pytest
 
 from cerwu_gpu.kernels import obs
 from cerwu_gpu.kernels import trellis as kernel
+from cerwu_gpu.kernels import trellis_wide as wide
+from cerwu_gpu.spec import TRELLIS_REGISTER
 from tests.kernels.aot import Build, Resources, compile_all, report
 
 POINTERS = {
@@ -61,6 +63,22 @@ def trellis(states: int) -> Build:
     )
 
 
+def trellis_wide(states: int) -> Build:
+    feedback, enter = TRELLIS_REGISTER[states]
+    rows = wide.SURVIVORS // states
+    sizes = {"STATES": states, "BR": rows, "BC": kernel.BLOCK_COLUMNS}
+    return Build(
+        "cerwu_gpu.kernels.trellis_wide",
+        "quantize_block_trellis_wide_kernel",
+        TRELLIS,
+        {**sizes, "FEEDBACK": feedback, "ENTER": enter},
+        divisible=ALIGNED,
+        num_warps=wide.WARPS,
+        num_stages=wide.STAGES,
+        label=f"{states} states",
+    )
+
+
 def trace_back(states: int) -> Build:
     return Build(
         "cerwu_gpu.kernels.trellis",
@@ -79,7 +97,10 @@ BUILDS = [
     scalar("list, odd strides", aligned=False, exhaustive=True, levels=True, escapes=False),
     trellis(4),
     trellis(8),
+    trellis_wide(16),
+    trellis_wide(32),
     trace_back(8),
+    trace_back(32),
 ]
 
 

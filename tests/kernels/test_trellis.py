@@ -28,7 +28,7 @@ SHAPES = [
     pytest.param(2, 33, 8, id="lookahead-of-more-than-a-tile"),
     pytest.param(3, 18, 17, id="one-column-of-lookahead"),
 ]
-STATES = pytest.mark.parametrize("states", [4, 8])
+STATES = pytest.mark.parametrize("states", [4, 8, 16, 32])
 
 
 @pytest.fixture(params=["kernels", "compiled"], autouse=True)
@@ -213,7 +213,7 @@ def test_blocks_are_slices_of_larger_matrices(device, poisoned_empty):
 @pytest.mark.parametrize(
     ("word", "change"),
     [
-        ("states", {"states": 16}),
+        ("states", {"states": 64}),
         ("commit", {"commit": 0}),
         ("commit", {"commit": 7}),
         ("start", {"start": torch.zeros(3, dtype=torch.int64)}),

@@ -18,7 +18,7 @@ from cerwu_gpu.quantize.limit import limit_bits
 from cerwu_gpu.quantize.objective import quadratic_error
 from tests.configs import configured
 
-QUANTIZERS = ["scalar", "trellis4", "trellis8"]
+QUANTIZERS = ["scalar", "trellis4", "trellis8", "trellis16", "trellis32"]
 
 
 def layer(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,7 +247,9 @@ def test_the_limit_is_that_of_the_weighted_loss_and_only_up_to_the_width_that_wa
     assert quantize_stack([0 * weight], hessian, configured(lmbda=1e-3)).limits == (0.0,)
 
 
-@pytest.mark.parametrize(("quantizer", "gap"), [("scalar", 0.32), ("trellis8", 0.20)])
+@pytest.mark.parametrize(
+    ("quantizer", "gap"), [("scalar", 0.32), ("trellis8", 0.20), ("trellis32", 0.17)]
+)
 def test_a_real_layer_comes_close_to_the_limit(data: Path, quantizer: str, gap: float):
     arrays = np.load(data / "layers" / "model.layers.14.self_attn.q_proj.npz")
     weight, hessian = torch.from_numpy(arrays["W"]), torch.from_numpy(arrays["H"])

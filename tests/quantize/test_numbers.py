@@ -23,7 +23,7 @@ EMPTY = ("zero", "zero rows", "zero columns")
 SIZES = ("tiny", "denormal", "huge", "massive input", "spread")
 WATERFILLED = [
     {"quantizer": quantizer, "method": method}
-    for quantizer in ("scalar", "trellis4", "trellis8")
+    for quantizer in ("scalar", "trellis4", "trellis8", "trellis32")
     for method in ("cerwu", "cerwu-gamma0")
 ]
 GIVEN = [
@@ -147,7 +147,7 @@ def test_extreme_lmbda(lmbda: float, setting: dict) -> None:
         assert stack.relative_losses[0] < 1e-6
 
 
-@pytest.mark.parametrize("quantizer", ["scalar", "trellis4", "trellis8"])
+@pytest.mark.parametrize("quantizer", ["scalar", "trellis4", "trellis8", "trellis32"])
 def test_columns_far_below_their_steps_are_zero_with_the_square_completed(quantizer: str) -> None:
     weight, hessian = layer(64, 48, seed=4)
     stack, decoded = solved(weight, hessian, lmbda=1e6, quantizer=quantizer)
@@ -157,7 +157,7 @@ def test_columns_far_below_their_steps_are_zero_with_the_square_completed(quanti
 
 def test_every_symbol_may_be_an_escape() -> None:
     weight, hessian = layer(12, 9)
-    for quantizer in ("scalar", "trellis4", "trellis8"):
+    for quantizer in ("scalar", "trellis4", "trellis8", "trellis32"):
         stack, _ = solved(weight, hessian, lmbda=1e-14, quantizer=quantizer)
         matrix = stack.matrices[0]
         outside = (matrix.symbols < matrix.lowest) | (matrix.symbols >= -matrix.lowest)

@@ -57,7 +57,7 @@ def posed(
     rows=st.integers(1, 40),
     columns=st.integers(1, 24),
     seed=st.integers(0, 99),
-    quantizer=st.sampled_from(["scalar", "trellis4", "trellis8"]),
+    quantizer=st.sampled_from(["scalar", "trellis4", "trellis8", "trellis16", "trellis32"]),
     price=st.sampled_from([0.0, 1e-4, 1e-2]),
 )
 def test_it_never_raises_the_objective(rows, columns, seed, quantizer, price):

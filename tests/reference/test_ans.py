@@ -15,7 +15,7 @@ from cerwu_gpu.errors import CorruptionError
 from cerwu_gpu.reference import ans
 from cerwu_gpu.reference.ans import SECOND, decode, decode_marked
 from cerwu_gpu.reference.dequantize import trellis_quantizers
-from cerwu_gpu.spec import CODE_MAX
+from cerwu_gpu.spec import CODE_MAX, TRELLIS_NEXT
 from scripts.benchmark_coding import decode_constriction
 
 
@@ -68,7 +68,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("states", [0, 4, 8])
+@pytest.mark.parametrize("states", [0, *TRELLIS_NEXT])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_every_shape_comes_back(m, n, states):
     generator = np.random.default_rng(m * n + states)
@@ -93,7 +93,7 @@ def test_any_batch_comes_back(data):
             n=data.draw(st.integers(1, 300)),
             size=data.draw(st.integers(1, 300)),
             tables=data.draw(st.sampled_from([1, 2, 7, 32])),
-            states=data.draw(st.sampled_from([0, 4, 8])),
+            states=data.draw(st.sampled_from([0, *TRELLIS_NEXT])),
             sharp=data.draw(st.booleans()),
         )
         symbols.append(torch.from_numpy(one))
@@ -102,7 +102,7 @@ def test_any_batch_comes_back(data):
     assert all(map(torch.equal, decoded, symbols))
 
 
-@pytest.mark.parametrize("states", [0, 4, 8])
+@pytest.mark.parametrize("states", [0, *TRELLIS_NEXT])
 def test_marks_are_the_quantizers_of_the_trellis(states):
     generator = np.random.default_rng(4)
     batch = [random_matrix(generator, 33, 70, 9, 5, s)[1] for s in (states, 4, 0)]

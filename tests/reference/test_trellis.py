@@ -1,5 +1,7 @@
 """Trellis quantization against trying every path, and its machine against what it promises."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from cerwu_gpu.block_problem import Alphabet, BlockProblem
 from cerwu_gpu.reference.dequantize import trellis_levels, trellis_quantizers, trellis_states
 from cerwu_gpu.reference.trellis import Machine, quantize_block_trellis
-from cerwu_gpu.spec import TRELLIS_NEXT, TRELLIS_QUANTIZER
+from cerwu_gpu.spec import TRELLIS_NEXT, TRELLIS_QUANTIZER, TRELLIS_REGISTER
 from tests.reference.straight_line import best_trellis_path, trellis_path_cost
 
 LOWEST = -3
@@ -52,7 +54,7 @@ def straight(given, row, states):
     }
 
 
-@pytest.mark.parametrize("states", [4, 8])
+@pytest.mark.parametrize("states", TRELLIS_NEXT)
 def test_without_coupling_it_finds_the_best_of_all_paths(states):
     given = problem(6, 5, coupling=0.0)
     symbols, _, _ = solve(given, states)
@@ -64,7 +66,7 @@ def test_without_coupling_it_finds_the_best_of_all_paths(states):
         assert cost == pytest.approx(trellis_path_cost(x, best, **terms), rel=1e-5)
 
 
-@pytest.mark.parametrize("states", [4, 8])
+@pytest.mark.parametrize("states", TRELLIS_NEXT)
 @pytest.mark.parametrize("columns", [1, 2, 3, 7, 16, 23])
 def test_errors_are_those_of_the_path_it_chose(states, columns):
     given = problem(9, columns, seed=columns)
@@ -77,7 +79,7 @@ def test_errors_are_those_of_the_path_it_chose(states, columns):
     assert torch.equal(end, follow[last, symbols[:, -1].long() & 1])
 
 
-@pytest.mark.parametrize("states", [4, 8])
+@pytest.mark.parametrize("states", TRELLIS_NEXT)
 def test_survivors_beat_deciding_column_by_column(states):
     given = problem(64, 12, seed=3)
     costs = []
@@ -113,7 +115,7 @@ def test_a_prefix_is_committed_and_the_rest_only_looked_at():
     assert torch.equal(state, trellis_states(whole & 1, 4)[:, 4])
 
 
-@pytest.mark.parametrize("states", [4, 8])
+@pytest.mark.parametrize("states", TRELLIS_NEXT)
 def test_every_state_is_reached_from_two(states):
     machine = Machine.of(states, torch.device("cpu"))
     for state in range(states):
@@ -123,7 +125,43 @@ def test_every_state_is_reached_from_two(states):
     assert sorted(machine.before.flatten().tolist()) == sorted([*range(states)] * 2)
 
 
-@pytest.mark.parametrize("states", [4, 8])
+@pytest.mark.parametrize("states", TRELLIS_NEXT)
+def test_the_shift_register_is_the_same_machine(states):
+    # Pairs of states that one run of parities leads to: each state has its own register.
+    feedback, enter = TRELLIS_REGISTER[states]
+    pairs, new = {(0, 0)}, [(0, 0)]
+    while new:
+        state, register = new.pop()
+        assert TRELLIS_QUANTIZER[states][state] == register & 1
+        for parity, follow in enumerate(TRELLIS_NEXT[states][state]):
+            half = register // 2 ^ feedback * (register % 2) ^ enter * parity
+            if (follow, half) not in pairs:
+                pairs.add((follow, half))
+                new.append((follow, half))
+    assert sorted(state for state, _ in pairs) == [*range(states)]
+    assert sorted(register for _, register in pairs) == [*range(states)]
+
+
+@pytest.mark.parametrize(("states", "distance"), [(4, 9), (8, 10), (16, 11), (32, 12)])
+def test_paths_that_part_meet_again_only_after_this_distance(states, distance):
+    # Squared differences of levels: at least 1 where quantizers differ, 4 where parities do.
+    second, follow = TRELLIS_QUANTIZER[states], TRELLIS_NEXT[states]
+    parted = {(follow[state][0], follow[state][1]): 4 for state in range(states)}
+    least = 1000
+    while parted:
+        later: dict[tuple[int, int], int] = {}
+        for ((a, b), total), p, q in product(parted.items(), (0, 1), (0, 1)):
+            after = total + (1 if second[a] != second[b] else 4 * (p != q))
+            pair = follow[a][p], follow[b][q]
+            if pair[0] == pair[1]:
+                least = min(least, after)
+            elif after < later.get(pair, least):
+                later[pair] = after
+        parted = later
+    assert least == distance
+
+
+@pytest.mark.parametrize("states", TRELLIS_NEXT)
 def test_the_two_quantizers_interleave(states):
     # Levels reachable in one step from any state: all integers, with zero in both quantizers.
     symbols = torch.arange(-4, 5, dtype=torch.int32)[:, None]

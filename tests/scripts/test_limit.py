@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cerwu_gpu.config import Objective
+from cerwu_gpu.config import Objective, Quantizer
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.quantize.layer import quantize_stack, relative_loss
 from cerwu_gpu.quantize.limit import limit_bits
@@ -127,7 +128,7 @@ def test_bits_that_no_lmbda_gives_are_approached() -> None:
     assert len(known) == points.EVALUATIONS
 
 
-@pytest.mark.parametrize("quantizer", ["scalar", "trellis4", "trellis8"])
+@pytest.mark.parametrize("quantizer", ["scalar", "trellis4", "trellis8", "trellis32"])
 def test_everything_that_is_stored_is_counted(tmp_path: Path, quantizer: str) -> None:
     layer = limit.read_layer(save(tmp_path / "layer.npz"))
     config = configured(quantizer=quantizer, lmbda=layer.lmbda(2.0))
@@ -361,3 +362,10 @@ def test_the_command_works_from_anywhere(tmp_path: Path) -> None:
     assert refused.stderr.strip() == (
         f"limit: {tmp_path} holds no *.npz files: name a folder that does."
     )
+
+
+def test_every_quantizer_has_a_colour() -> None:
+    pytest.importorskip("matplotlib")
+    from scripts.limit_picture import COLOURS
+
+    assert set(COLOURS) == set(get_args(Quantizer))
