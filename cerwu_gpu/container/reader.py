@@ -249,6 +249,19 @@ def _stored(
     if verify:
         _check_digest(f"{name}.words", words, entry.words_sha256)
         _check_digest(f"{name}.side", side, entry.side_sha256)
+    return stored_weight(name, entry, words, side, device)
+
+
+def stored_weight(
+    name: str, entry: Entry, words: Tensor, side: Tensor, device: torch.device | str = "cpu"
+) -> StoredWeight:
+    """Return a parameter of its entry, words [any] uint32 and side data [any] uint8, whose lengths
+    are the entry's, checked and ready to decode on `device`.
+
+    Raises:
+        CorruptionError: a stream is wrong.
+        FormatError: the side data is malformed or contradicts the entry.
+    """
     matrices = []
     first_word = first_side = 0
     blob = np.asarray(side).tobytes()
