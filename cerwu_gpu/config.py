@@ -302,12 +302,13 @@ class Batches:
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """Tuning of norms and biases toward the original model, after the integers are found."""
+    """Tuning of norms, biases and scales of rows toward the original model, after the integers are
+    found."""
 
     steps: int = setting(
         MISSING,
-        "Number of distillation steps, which tune norms and biases after quantization; default: "
-        "none.",
+        "Number of distillation steps, which tune norms, biases and scales of rows after "
+        "quantization; default: none.",
         name="distill",
     )
     learning_rate: float = setting(

@@ -18,6 +18,8 @@ _MATRIX_PRODUCTS = frozenset(
     {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm}
 )
 _ARGUMENTS = ("input", "weight", "bias")
+CHUNK = 2**18
+"""Approximate number of products that are summed at a time: they stay in the processor's cache."""
 
 
 class RowFactors(TorchFunctionMode):
@@ -111,22 +113,31 @@ def _along(factor: Tensor, axis: int) -> Tensor:
 
 
 class _Scaled(torch.autograd.Function):
-    """An output times factors along one axis."""
+    """A product's output times factors along one axis, in place."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, factor: Tensor, axis: int) -> Tensor:
+        output.mul_(_along(factor, axis))
+        ctx.mark_dirty(output)
         ctx.save_for_backward(output, factor)
         ctx.axis = axis
-        return (output * _along(factor, axis)).to(output.dtype)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,), (output, factor) = gradients, ctx.saved_tensors
         axis = ctx.axis
-        product = (gradient.float() * output).movedim(axis, -1)
-        of_factor = product.reshape(-1, len(factor)).sum(0)
-        of_output = (gradient * _along(factor, axis)).to(output.dtype)
-        return of_output, of_factor, None
+        of_factor = _summed_products(gradient.movedim(axis, -1), output.movedim(axis, -1)) / factor
+        return (gradient * _along(factor, axis)).to(gradient.dtype), of_factor, None
+
+
+def _summed_products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sums over all but the last axis of a * b, float32, a few rows at a time."""
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    total = a.new_zeros(a.shape[1], dtype=torch.float32)
+    for some, others in zip(*(x.split(max(1, CHUNK // x.shape[1])) for x in (a, b)), strict=True):
+        total += (some.float() * others).sum(0)
+    return total
 
 
 class _Looked(torch.autograd.Function):

@@ -32,7 +32,7 @@ GRADIENT_NORM = 1.0
 """Largest norm of a step's gradient; larger ones are scaled down."""
 BETAS = (0.9, 0.95)
 """Decay of AdamW's moments: a distillation has few steps."""
-UNITS = (4, 8, 16)
+UNITS = (4, 8, 16, 32)
 """Resolutions of stored scales: codes are multiples of a unit, of 2**(1/256) each; the first is
 that of the training."""
 SAVED_EVERY = 4
@@ -200,21 +200,23 @@ class _Tuning:
         student, rows = self._student, self._rows
         plain = rows.size(rows.codes)
         price = 8 * 2 * math.log(2) * self.before / max(rows.weights, 1)
-        chosen: tuple[float, Mapping[str, Tensor], int] | None = None
+        least, chosen, growth = self.before, None, 0
+        coarser_is_worse = False
         for unit in (*UNITS, None) if self._best_step else ():
             codes = self._codes(self._best, unit)
-            growth = rows.size(codes) - plain
-            if room is not None and growth > room:
+            added = rows.size(codes) - plain
+            if (room is not None and added > room) or (unit is not None and coarser_is_worse):
                 continue
             self._show(self._best, unit)
-            objective = student.divergence() + price * growth
-            if objective < (self.before if chosen is None else chosen[0]):
-                chosen = objective, codes, growth
+            objective = student.divergence() + price * added
+            coarser_is_worse = objective >= least
+            if objective < least:
+                least, chosen, growth = objective, codes, added
         if chosen is not None:
-            self._store(self._best, chosen[1])
+            self._store(self._best, chosen)
             after = student.divergence()
             if after < self.before:
-                return Distilled(self._best_step, self.before, after, chosen[2])
+                return Distilled(self._best_step, self.before, after, growth)
         self._store(self._first, rows.codes)
         return Distilled(0, self.before, self.before, 0)
 

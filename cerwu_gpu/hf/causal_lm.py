@@ -22,7 +22,7 @@ from cerwu_gpu.calibration.capture import Capture
 from cerwu_gpu.calibration.running import is_held_out
 from cerwu_gpu.calibration.sensitivity import blockwise_sensitivities
 from cerwu_gpu.calibration.students import LOGITS, BlockwiseStudent
-from cerwu_gpu.compression.adapter import Adapter
+from cerwu_gpu.compression.adapter import HELD_OUT_TEXT, Adapter
 from cerwu_gpu.compression.blocks import Blocks
 from cerwu_gpu.compression.distill import Student
 from cerwu_gpu.config import (
@@ -330,7 +330,8 @@ class CausalLM(Adapter):
     def identity(self) -> dict[str, str]:
         return {
             "the model": hessian_key(self.module, described(self.module), [], ""),
-            "the calibration text": tensors_digest([self.data.tokens, self.data.held_out]),
+            "the calibration text": tensors_digest([self.data.tokens, self.data.held_out[:0]]),
+            HELD_OUT_TEXT: tensors_digest([self.data.held_out]),
         }
 
     def write_files(self, folder: Path) -> None:
