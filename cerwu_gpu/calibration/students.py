@@ -130,7 +130,8 @@ class BlockwiseStudent(Student):
                 with self._scaled(outside):
                     start = self._start(tokens)
                 hidden, _ = self._forward(start)
-                for piece, outputs, log_p in self._pieces(tokens, hidden, index):
+                for piece, outputs, original in self._pieces(tokens, hidden, index):
+                    log_p = self._log_p(piece, original)
                     with self._scaled(outside):
                         log_q = self._ends(piece, outputs).float().log_softmax(-1)
                     total += float(_divergences(log_p, log_q).double().cpu().sum())
@@ -147,11 +148,13 @@ class BlockwiseStudent(Student):
     ) -> tuple[Tensor, int]:
         """Return the gradient of the sum of KLs at the blocks' output, and the number of KLs."""
         gradients, count = [], 0
-        for piece, outputs, log_p in self._pieces(tokens, hidden, batch):
+        for piece, outputs, original in self._pieces(tokens, hidden, batch):
+            p = self._log_p(piece, original).exp_()
             last = outputs.detach().requires_grad_()
             with torch.enable_grad(), self._scaled(outside):
                 logits = self._ends(piece, last)
-            difference = logits.detach().float().softmax(-1).sub_(log_p.exp_())
+            difference = logits.detach().float().softmax(-1).sub_(p)
+            del p  # logits take most of the memory
             gradients += sums.add(logits, outside, difference.to(logits.dtype), [last])
             count += len(difference)
         return torch.cat(gradients), count
@@ -160,13 +163,16 @@ class BlockwiseStudent(Student):
         self, tokens: Tensor, hidden: Tensor, batch: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield a few sequences of a batch at a time: tokens, the blocks' output, and the
-        original's log-probabilities [count, vocabulary]."""
+        original's."""
         teacher = self._teacher[batch].to(self._device)
         parts = [torch.split(x, self._piece) for x in (tokens, hidden, teacher)]
-        for piece, outputs, original in zip(*parts, strict=True):
-            with torch.no_grad(), self._original_outside():
-                log_p = self._ends(piece, original).float().log_softmax(-1)
-            yield piece, outputs, log_p
+        yield from zip(*parts, strict=True)
+
+    @torch.no_grad()
+    def _log_p(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Return the original's log-probabilities [count, vocabulary] after its blocks."""
+        with self._original_outside():
+            return self._ends(tokens, hidden).float().log_softmax(-1)
 
     def _tunable(self) -> dict[str, Tensor]:
         """Return what is tuned, by name: parameters, and factors as leaves on the device."""

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from cerwu_gpu.config import Distillation
 from cerwu_gpu.container.state import load_state, save_state
 from cerwu_gpu.errors import OutputError
-from cerwu_gpu.progress import counted
+from cerwu_gpu.progress import counted, note
 from cerwu_gpu.spec import STEP_RESOLUTION
 from cerwu_gpu.steps import LEAST_CODE, step_values
 from cerwu_gpu.threads import one_thread
 
 WARM_UP = 5
 """Number of steps over which the learning rate rises."""
-EVALUATIONS = 8
+EVALUATIONS = 5
 """Approximate number of evaluations on held-out data."""
 PATIENCE = 2
 """Number of evaluations without an improvement after which it stops."""
@@ -130,6 +130,8 @@ def distil(
     tuning = _Tuning(student, rows, settings)
     if state is None or not tuning.load(state):
         tuning.before = tuning.least = student.divergence()
+        if progress:
+            note(f"held-out KL before distillation: {tuning.before:.5f} nats")
     stride = max(1, settings.steps // EVALUATIONS)
     order = _order(student.batches, settings.steps, seed)
     with counted(
@@ -138,7 +140,10 @@ def distil(
         while tuning.step < len(order) and tuning.misses < PATIENCE:
             tuning.advance(student.gradients(order[tuning.step]))
             if tuning.step % stride == 0 or tuning.step == settings.steps:
-                tuning.judge(student.divergence())
+                divergence = student.divergence()
+                tuning.judge(divergence)
+                if progress:
+                    note(f"held-out KL after {tuning.step} steps: {divergence:.5f} nats")
             if state is not None and tuning.step % SAVED_EVERY == 0:
                 tuning.save(state)
             bar.update()
@@ -205,7 +210,8 @@ class _Tuning:
         for unit in (*UNITS, None) if self._best_step else ():
             codes = self._codes(self._best, unit)
             added = rows.size(codes) - plain
-            if (room is not None and added > room) or (unit is not None and coarser_is_worse):
+            too_large = room is not None and added > room
+            if unit is not None and (too_large or coarser_is_worse):
                 continue
             self._show(self._best, unit)
             objective = student.divergence() + price * added

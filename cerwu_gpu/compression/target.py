@@ -33,8 +33,6 @@ QUALITY_MARGIN, QUALITY_LEAST = 0.85, 0.6
 """Share of a loss increase that is aimed at, and the share that must be used."""
 PLAIN_HEADER, PART_HEADER = 180, 640
 """Approximate bytes of a file's header per plain tensor and per coded matrix."""
-SCALE_BITS = 3
-"""Bits reserved for the scale of a row that a distillation may add."""
 MANIFEST_GROWTH = 16
 """Maximum bytes by which a matrix's entry in the header grows with its side data."""
 TOLERANCE = 0.001
@@ -74,14 +72,13 @@ def to_target(run: Run, config: CompressionConfig) -> Attempt:
             (SMALL_PASSES).
     """
     adapter, clock, final = run.adapter, run.clock, config
-    config = replace(config, distillation=None)  # which takes long, and bytes that are reserved
-    reserve = 0 if final.distillation is None else _rows(run) * SCALE_BITS // 8
+    config = replace(config, distillation=None)  # which takes long, and only bytes that are left
     adapter.keep_originals()
     sensitivities = run.sensitivities(config)
     with clock.stage("calibrate"):
         probes = sample_stacks(adapter.blocks(config, sampling=True), config, sensitivities)
     with clock.stage("target"):
-        goal = _goal(run, config, reserve)
+        goal = _goal(run, config)
 
     @cache
     def predicted(lmbda: float) -> float:
@@ -128,24 +125,20 @@ def _solved(
         raise TargetError(f"{goal.request} is out of reach: ask for another value.") from error
 
 
-def _goal(run: Run, config: CompressionConfig, reserve: int) -> Goal:
-    """Return the goal of config.target; `reserve`: bytes that a distillation may add."""
+def _goal(run: Run, config: CompressionConfig) -> Goal:
     match config.target:
         case Bits(bits):
-            return _bits_goal(run, bits, reserve)
+            return _bits_goal(run, bits)
         case MaxSize(size):
-            return _size_goal(run, size, reserve)
+            return _size_goal(run, size)
         case MaxPerplexityIncrease(share):
             return _quality_goal(run, share)
         case None:
             raise ValueError("a configuration without a target has no goal")
 
 
-def _bits_goal(run: Run, bits: float, reserve: int) -> Goal:
+def _bits_goal(run: Run, bits: float) -> Goal:
     weights = _weights(run)
-    aim = bits - 8 * reserve / weights
-    if aim <= 0:
-        raise TargetError(f"bits {bits:g} is out of reach with a distillation: drop it.")
 
     def room(attempt: Attempt) -> int:
         return int((bits + BITS_TOLERANCE) * weights / 8) - attempt.coded_bytes
@@ -155,23 +148,23 @@ def _bits_goal(run: Run, bits: float, reserve: int) -> Goal:
         on_sample=lambda sample: sample.bits,
         on_attempt=lambda attempt: attempt.bits_per_weight,
         falls=True,
-        aim=lambda: aim,
-        accepts=lambda _, value, __: aim - BITS_TOLERANCE <= value <= bits + BITS_TOLERANCE,
+        aim=lambda: bits,
+        accepts=lambda _, value, __: abs(value - bits) <= BITS_TOLERANCE,
         room=room,
     )
 
 
-def _size_goal(run: Run, limit: int, reserve: int) -> Goal:
+def _size_goal(run: Run, limit: int) -> Goal:
     """Return the goal of a size: bits for the weights in the room that all other bytes leave. Those
     are estimated before the first pass and known after it."""
     weights = _weights(run)
     least, fixed = _fixed_bytes(run)
-    if fixed + reserve > limit * SIZE_MARGIN:
+    if fixed > limit * SIZE_MARGIN:
         fixed = least  # the first pass shows how much the headers really take
     request = f"max_size {limit}"
 
     def aim() -> float:
-        room = limit * SIZE_MARGIN - fixed - reserve
+        room = limit * SIZE_MARGIN - fixed
         if room <= 0:
             raise TargetError(
                 f"{request} is out of reach: what is not quantized takes {fixed} bytes."
@@ -184,7 +177,7 @@ def _size_goal(run: Run, limit: int, reserve: int) -> Goal:
         return attempt.bits_per_weight
 
     def accepts(attempt: Attempt, _: float, last: bool) -> bool:
-        least = 0.0 if last else SIZE_LEAST * limit - reserve
+        least = 0.0 if last else SIZE_LEAST * limit
         return least <= attempt.directory_bytes <= limit
 
     def room(attempt: Attempt) -> int:
@@ -233,11 +226,6 @@ def _quality_goal(run: Run, increase: float) -> Goal:
 
 def _weights(run: Run) -> int:
     return sum(math.prod(layout.shape) for layout in run.adapter.layouts.values())
-
-
-def _rows(run: Run) -> int:
-    layouts = run.adapter.layouts.values()
-    return sum(layout.parts * layout.matrix_shape[0] for layout in layouts)
 
 
 def _within(lmbda: float) -> float:

@@ -154,6 +154,17 @@ class CompressedDirectory:
                 return _stored(shard, name, shard.manifest.compressed[name], device, verify)
         raise KeyError(name)
 
+    def coded(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return words [any] uint32 and side data [any] uint8 of the compressed parameter `name`.
+
+        Raises:
+            KeyError: there is no such compressed parameter.
+        """
+        for shard in self._shards:
+            if name in shard.manifest.compressed:
+                return shard.tensor(f"{name}.words"), shard.tensor(f"{name}.side")
+        raise KeyError(name)
+
     def all_stored(
         self, names: Iterable[str], *, device: torch.device | str = "cpu", verify: bool = True
     ) -> list[StoredWeight]:
