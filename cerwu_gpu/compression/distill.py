@@ -213,8 +213,12 @@ class _Tuning:
             too_large = room is not None and added > room
             if unit is not None and (too_large or coarser_is_worse):
                 continue
-            self._show(self._best, unit)
-            objective = student.divergence() + price * added
+            if unit == UNITS[0]:
+                divergence = self.least
+            else:
+                self._show(self._best, unit)
+                divergence = student.divergence()
+            objective = divergence + price * added
             coarser_is_worse = objective >= least
             if objective < least:
                 least, chosen, growth = objective, codes, added

@@ -60,7 +60,7 @@ SENSITIVITY_TOKENS = 4096
 a small sample suffices."""
 JUDGING_TOKENS = 8192
 """Number of held-out tokens whose perplexity goes into a model card."""
-JUDGING_SAMPLES = 16
+JUDGING_SAMPLES = 8
 """Number of held-out samples that a distillation is judged by."""
 
 
