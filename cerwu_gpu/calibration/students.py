@@ -19,8 +19,8 @@ from cerwu_gpu.layout import WeightLayout
 Ends = Callable[[Tensor, Tensor], Tensor]
 """From tokens [batch, sequence] and the blocks' output to the logits of predictions [count,
 vocabulary]."""
-LOGITS = 2**25
-"""Approximate number of logits in memory at a time; at least those of one sequence."""
+LOGITS = 2**23
+"""Approximate number of logits in memory at a time."""
 
 
 def floats_of(module: nn.Module, compressed: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -56,6 +56,7 @@ class BlockwiseStudent(Student):
         device: torch.device,
         batch_size: int,
         vocabulary: int,
+        overlap: int | None = None,
         folder: Path | None = None,
     ) -> None:
         """Run the original model.
@@ -67,6 +68,8 @@ class BlockwiseStudent(Student):
             outer: a context in which all but the blocks are on the device.
             batch_size: samples per step.
             vocabulary: number of logits per token.
+            overlap: number of last positions of a sequence that predict nothing, where logits can
+                be had for a part of a sequence; None: they cannot.
             folder: where hidden states go that memory does not take.
         """
         self._backbone = backbone
@@ -85,7 +88,8 @@ class BlockwiseStudent(Student):
         self._training = torch.split(tokens, batch_size)
         self._judging = torch.split(held_out, batch_size)
         self.batches = len(self._training)
-        self._piece = max(1, LOGITS // (tokens.shape[1] * vocabulary))
+        self._positions = max(1, LOGITS // vocabulary)
+        self._overlap = overlap
         every = (*self._training, *self._judging)
         distinct = list({len(batch): batch for batch in every}.values())
         with torch.no_grad(), self._outer():
@@ -130,10 +134,10 @@ class BlockwiseStudent(Student):
                 with self._scaled(outside):
                     start = self._start(tokens)
                 hidden, _ = self._forward(start)
-                for piece, outputs, original in self._pieces(tokens, hidden, index):
-                    log_p = self._log_p(piece, original)
+                for piece in self._pieces(tokens):
+                    log_p = self._log_p(tokens, index, piece)
                     with self._scaled(outside):
-                        log_q = self._ends(piece, outputs).float().log_softmax(-1)
+                        log_q = self._ends(tokens[piece], hidden[piece]).float().log_softmax(-1)
                     total += float(_divergences(log_p, log_q).double().cpu().sum())
                     count += len(log_q)
         return total / count
@@ -147,32 +151,37 @@ class BlockwiseStudent(Student):
         outside: Mapping[str, Tensor],
     ) -> tuple[Tensor, int]:
         """Return the gradient of the sum of KLs at the blocks' output, and the number of KLs."""
-        gradients, count = [], 0
-        for piece, outputs, original in self._pieces(tokens, hidden, batch):
-            p = self._log_p(piece, original).exp_()
-            last = outputs.detach().requires_grad_()
+        gradient, count = torch.zeros_like(hidden), 0
+        for piece in self._pieces(tokens):
+            p = self._log_p(tokens, batch, piece).exp_()
+            last = hidden[piece].detach().requires_grad_()
             with torch.enable_grad(), self._scaled(outside):
-                logits = self._ends(piece, last)
+                logits = self._ends(tokens[piece], last)
             difference = logits.detach().float().softmax(-1).sub_(p)
             del p  # logits take most of the memory
-            gradients += sums.add(logits, outside, difference.to(logits.dtype), [last])
+            gradient[piece] += sums.add(logits, outside, difference.to(logits.dtype), [last])[0]
             count += len(difference)
-        return torch.cat(gradients), count
+        return gradient, count
 
-    def _pieces(
-        self, tokens: Tensor, hidden: Tensor, batch: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield a few sequences of a batch at a time: tokens, the blocks' output, and the
-        original's."""
-        teacher = self._teacher[batch].to(self._device)
-        parts = [torch.split(x, self._piece) for x in (tokens, hidden, teacher)]
-        yield from zip(*parts, strict=True)
+    def _pieces(self, tokens: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Yield parts of a batch [samples, sequence] whose logits fit into memory, with every
+        prediction in one of them."""
+        samples, length = tokens.shape
+        cut = self._overlap is not None and self._positions < length
+        rows = 1 if cut else max(1, self._positions // length)
+        for row in range(0, samples, rows):
+            if not cut or self._overlap is None:
+                yield slice(row, row + rows), slice(None)
+                continue
+            for first in range(0, length - self._overlap, self._positions):
+                yield slice(row, row + 1), slice(first, first + self._positions + self._overlap)
 
     @torch.no_grad()
-    def _log_p(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Return the original's log-probabilities [count, vocabulary] after its blocks."""
+    def _log_p(self, tokens: Tensor, batch: int, piece: tuple[slice, slice]) -> Tensor:
+        """Return the original's log-probabilities [count, vocabulary] on a part of a batch."""
+        hidden = self._teacher[batch][piece].to(self._device)
         with self._original_outside():
-            return self._ends(tokens, hidden).float().log_softmax(-1)
+            return self._ends(tokens[piece], hidden).float().log_softmax(-1)
 
     def _tunable(self) -> dict[str, Tensor]:
         """Return what is tuned, by name: parameters, and factors as leaves on the device."""

@@ -21,7 +21,7 @@ from cerwu_gpu.calibration.cache import (
 from cerwu_gpu.calibration.capture import Capture
 from cerwu_gpu.calibration.running import is_held_out
 from cerwu_gpu.calibration.sensitivity import blockwise_sensitivities
-from cerwu_gpu.calibration.students import LOGITS, BlockwiseStudent
+from cerwu_gpu.calibration.students import BlockwiseStudent
 from cerwu_gpu.compression.adapter import HELD_OUT_TEXT, Adapter
 from cerwu_gpu.compression.blocks import Blocks
 from cerwu_gpu.compression.distill import Student
@@ -62,6 +62,8 @@ JUDGING_TOKENS = 8192
 """Number of held-out tokens whose perplexity goes into a model card."""
 JUDGING_SAMPLES = 8
 """Number of held-out samples that a distillation is judged by."""
+LOGITS = 2**25
+"""Approximate number of logits in memory at a time; at least those of one sequence."""
 
 
 class CausalLM(Adapter):
@@ -223,6 +225,9 @@ class CausalLM(Adapter):
 
     run_options: Mapping[str, Any] = {"use_cache": False}
     """Arguments of the model besides the tokens."""
+    overlap: int | None = 1
+    """Number of last positions that predict nothing; None: predictions depend on where a sequence
+    begins."""
 
     def ends(self, captured: Capture) -> Ends:
         """Return the model without its blocks."""
@@ -318,6 +323,7 @@ class CausalLM(Adapter):
             device=self._device,
             batch_size=config.distillation.batch_size,
             vocabulary=self.vocabulary,
+            overlap=self.overlap,
             folder=self._work,
         )
 
