@@ -147,11 +147,13 @@ def main() -> None:
     settings |= {"model": Path(args.model).name, "compressed": args.compressed.name}
     settings |= {"calibration": Path(args.calibration).name}
     settings |= {"text": [Path(name).name for name in args.text]}
+    gained = distilled(args)
+    print(gained, flush=True)
     result = {
         "settings": settings,
-        "distillation": distilled(args),
-        "before": judged(args.compressed, args),
+        "distillation": gained,
         "after": judged(args.output, args),
+        "before": judged(args.compressed, args),
         "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
     }
     print(json.dumps(result, indent=2))

@@ -26,7 +26,7 @@ WARM_UP = 5
 """Number of steps over which the learning rate rises."""
 EVALUATIONS = 5
 """Approximate number of evaluations on held-out data."""
-PATIENCE = 2
+PATIENCE = 3
 """Number of evaluations without an improvement after which it stops."""
 GRADIENT_NORM = 1.0
 """Largest norm of a step's gradient; larger ones are scaled down."""
@@ -110,10 +110,10 @@ def distil(
 ) -> Distilled:
     """Tune floats and scales by AdamW; the result is never worse on held-out data.
 
-    The optimiser works on float32 copies, of the scales on logarithms, and gradients are those at
-    the stored values: after every step they are rounded as the file will have them (straight
-    through). In the end scales get the resolution at which KL and the price of their bits are
-    least. A bit costs 2 ln(2) KL / weights: KL falls by a factor 4 with each bit per weight.
+    The optimiser works on relative changes in float32, and gradients are those at the stored
+    values: after every step they are rounded as the file will have them (straight through). In the
+    end scales get the resolution at which KL and the price of their bits are least. A bit costs
+    2 ln(2) KL / weights: KL falls by a factor 4 with each bit per weight.
 
     Args:
         student: the compressed model.
@@ -153,7 +153,8 @@ def distil(
 
 
 class _Tuning:
-    """Values on their way through the optimiser.
+    """Values on their way through the optimiser: changes of vectors as shares of their root mean
+    square, which differs by orders of magnitude between norms, and changes of ln(scale).
 
     Attributes:
         step: number of steps so far.
@@ -169,10 +170,11 @@ class _Tuning:
         self._rows = rows
         self._settings = settings
         self._first = {name: p.detach().clone() for name, p in student.floats.items()}
-        self._masters = {name: p.float() for name, p in self._first.items()} | {
-            name: torch.zeros_like(factor) for name, factor in student.factors.items()
+        self._spread = {name: _root_mean_square(p) for name, p in self._first.items()}
+        self._masters = {
+            name: torch.zeros_like(x, dtype=torch.float32)
+            for name, x in (*self._first.items(), *student.factors.items())
         }
-        self._masters = {name: master.clone() for name, master in self._masters.items()}
         self._best = {name: master.clone() for name, master in self._masters.items()}
         self._best_step = 0
         self._optimizer = torch.optim.AdamW(
@@ -185,7 +187,8 @@ class _Tuning:
         share = _schedule(self.step, self._settings.steps)
         with one_thread():  # sums of all elements round by the number of threads
             for name, master in self._masters.items():
-                master.grad = gradients[name].to(master.device, torch.float32)
+                gradient = gradients[name].to(master.device, torch.float32)
+                master.grad = gradient * self._spread.get(name, 1.0)
             torch.nn.utils.clip_grad_norm_(self._masters.values(), GRADIENT_NORM)
             for group in self._optimizer.param_groups:
                 group["lr"] = self._settings.learning_rate * share
@@ -227,7 +230,7 @@ class _Tuning:
             after = student.divergence()
             if after < self.before:
                 return Distilled(self._best_step, self.before, after, growth)
-        self._store(self._first, rows.codes)
+        self._store({name: torch.zeros_like(x) for name, x in self._best.items()}, rows.codes)
         return Distilled(0, self.before, self.before, 0)
 
     def _codes(self, values: Mapping[str, Tensor], unit: int | None) -> dict[str, Tensor]:
@@ -246,17 +249,21 @@ class _Tuning:
     @torch.no_grad()
     def _show(self, values: Mapping[str, Tensor], unit: int | None) -> None:
         """Put values into the student, rounded as the file would have them."""
-        for name, parameter in self._student.floats.items():
-            parameter.copy_(values[name])
+        self._show_floats(values)
         for name, codes in self._codes(values, unit).items():
             ratio = step_values(codes) / step_values(self._rows.codes[name])
             self._student.factors[name].copy_(ratio)
 
     @torch.no_grad()
+    def _show_floats(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._student.floats.items():
+            change = values[name] * self._spread[name]
+            parameter.copy_(self._first[name].float() + change)
+
+    @torch.no_grad()
     def _store(self, values: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
         """Put values into the model and scales into the file."""
-        for name, parameter in self._student.floats.items():
-            parameter.copy_(values[name])
+        self._show_floats(values)
         for factor in self._student.factors.values():
             factor.fill_(1.0)
         self._rows.store(codes)
@@ -310,6 +317,11 @@ class _Tuning:
                 "exp_avg": tensors[f"mean.{name}"].to(master.device),
                 "exp_avg_sq": tensors[f"square.{name}"].to(master.device),
             }
+
+
+def _root_mean_square(x: Tensor) -> float:
+    """Return the root mean square of a tensor; 1 where all is 0."""
+    return float(x.double().square().mean().sqrt()) or 1.0
 
 
 def _order(batches: int, steps: int, seed: int) -> list[int]:

@@ -222,7 +222,7 @@ class Valley(Student):
 
 def test_held_out_data_decide_where_it_stops() -> None:
     student = Valley(goal=0.3)
-    result = distil(student, NoRows(), Distillation(steps=64, learning_rate=0.1))
+    result = distil(student, NoRows(), Distillation(steps=64, learning_rate=0.02))
     assert 0 < result.steps < 64 and len(student.seen) < 64
     assert abs(float(student.value.detach()) - 0.3) < 0.3
     assert result.after == pytest.approx(student.divergence()) and result.after < result.before
