@@ -253,14 +253,14 @@ def test_the_same_seed_sees_the_batches_in_the_same_order() -> None:
 
 
 class Slope(Student):
-    """Two rows whose scales want codes from which coarser resolutions lie farther away."""
+    """Three rows whose scales want codes from which coarser resolutions lie farther away."""
 
     batches = 1
     floats: Mapping[str, nn.Parameter] = {}
 
     def __init__(self) -> None:
-        self.factors = {"w": torch.ones(2)}
-        self.goal = (torch.tensor([20.2, -28.4]) - 7) * math.log(2) / 256
+        self.factors = {"w": torch.ones(3)}
+        self.goal = (torch.tensor([20.0, 24.0, 16.0]) - 7) * math.log(2) / 256
 
     def gradients(self, batch: int) -> dict[str, Tensor]:
         return {"w": self.factors["w"].log() - self.goal}
@@ -269,13 +269,13 @@ class Slope(Student):
         return 1e-3 + float((self.factors["w"].log() - self.goal).square().sum())
 
 
-class TwoRows(RowCodes):
+class ThreeRows(RowCodes):
     """Codes that take as many bytes as their resolution asks for."""
 
     weights = 10**9
 
     def __init__(self, student: Slope) -> None:
-        self.codes = {"w": torch.tensor([7, 7], dtype=torch.int16)}
+        self.codes = {"w": torch.tensor([7, 7, 7], dtype=torch.int16)}
         self.stored: Tensor | None = None
         self._student = student
 
@@ -295,7 +295,7 @@ def test_scales_get_the_finest_resolution_that_there_is_room_for(
     room: int | None, unit: int | None
 ) -> None:
     student = Slope()
-    rows = TwoRows(student)
+    rows = ThreeRows(student)
     result = distil(student, rows, Distillation(steps=200, learning_rate=5e-3), room=room)
     assert rows.stored is not None
     if unit is None:
@@ -311,7 +311,7 @@ def test_scales_get_the_finest_resolution_that_there_is_room_for(
 
 def test_scales_that_cost_more_than_they_gain_stay() -> None:
     student = Slope()
-    rows = TwoRows(student)
+    rows = ThreeRows(student)
     rows.weights = 1  # a bit is worth as much as the whole divergence
     result = distil(student, rows, Distillation(steps=50, learning_rate=5e-3))
     assert result.steps == 0 and rows.stored is not None
