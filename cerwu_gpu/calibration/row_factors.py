@@ -63,8 +63,8 @@ class RowFactors(TorchFunctionMode):
             return self._product(func, args, given)
         if func is functional.embedding and id(args[1]) in self._whole:
             factor = self._whole[id(args[1])][1]
-            rows: Tensor = _Looked.apply(func(*args, **given), args[0], factor)
-            return rows
+            looked: Any = _Looked
+            return looked.apply(func(*args, **given), args[0], factor)
         if func is torch.addmm and not given and id(args[2]) in self._whole:
             factor = self._whole[id(args[2])][1]
             return args[0] + _scaled(torch.mm(args[1], args[2]), factor, -1)
@@ -103,7 +103,8 @@ def _rest(args: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _scaled(output: Tensor, factor: Tensor, axis: int) -> Tensor:
-    scaled: Tensor = _Scaled.apply(output, factor, axis)
+    function: Any = _Scaled
+    scaled: Tensor = function.apply(output, factor, axis)
     return scaled
 
 

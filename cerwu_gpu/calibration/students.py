@@ -1,6 +1,6 @@
 """Gradients of KL(original || compressed) by what is tuned, block by block or whole."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,10 @@ class BlockwiseStudent(Student):
             for name, parameter in backbone.module.named_parameters()
             if not name.startswith(prefixes)
         }
+        tuned = (*self.floats, *self.factors)
+        self._inside = [
+            {n for n in tuned if n.startswith(f"{name}.")} for name, _ in backbone.blocks
+        ]
         self._originals = {name: p.detach().clone() for name, p in self._outside.items()}
         self._training = torch.split(tokens, batch_size)
         self._judging = torch.split(held_out, batch_size)
@@ -106,7 +110,7 @@ class BlockwiseStudent(Student):
         tokens = self._training[batch]
         with torch.inference_mode(False), self._outer(), _tracked(self.floats.values()):
             sums = _Sums(self._tunable())
-            outside = sums.select(lambda name: name in self._outside)
+            outside = sums.select(self._outside)
             with torch.enable_grad(), self._scaled(outside):
                 start = self._start(tokens)
             hidden, inputs = self._forward(start.detach())
@@ -114,8 +118,8 @@ class BlockwiseStudent(Student):
             gradient = gradient / count
             sums.divide(count)
             for index in reversed(range(len(self._backbone.blocks))):
-                name, block = self._backbone.blocks[index]
-                inside = sums.select(lambda n, prefix=f"{name}.": n.startswith(prefix))
+                block = self._backbone.blocks[index][1]
+                inside = sums.select(self._inside[index])
                 x = inputs[index].detach().requires_grad_()
                 with placed(block, self._device), self._scaled(inside):
                     with torch.enable_grad():
@@ -129,7 +133,7 @@ class BlockwiseStudent(Student):
     def divergence(self) -> float:
         total, count = 0.0, 0
         with self._outer():
-            outside = self._on_device(lambda name: name in self._outside)
+            outside = self._on_device(self._outside)
             for index, tokens in enumerate(self._judging, len(self._training)):
                 with self._scaled(outside):
                     start = self._start(tokens)
@@ -209,16 +213,16 @@ class BlockwiseStudent(Student):
     def _forward(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the last block's output and the blocks' inputs."""
         inputs = []
-        for index, (name, block) in enumerate(self._backbone.blocks):
+        for index, (_, block) in enumerate(self._backbone.blocks):
             inputs.append(hidden)
-            inside = self._on_device(lambda n, prefix=f"{name}.": n.startswith(prefix))
+            inside = self._on_device(self._inside[index])
             with placed(block, self._device), self._scaled(inside):
                 hidden = self._run(index, hidden)
         return hidden, inputs
 
-    def _on_device(self, chosen: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Return the factors whose names are chosen, on the device."""
-        return {n: x.to(self._device) for n, x in self.factors.items() if chosen(n)}
+    def _on_device(self, names: Container[str]) -> dict[str, Tensor]:
+        """Return the factors among `names`, on the device."""
+        return {n: x.to(self._device) for n, x in self.factors.items() if n in names}
 
     def _run(self, index: int, hidden: Tensor) -> Tensor:
         return self._calls[index][len(hidden)].run(self._backbone.blocks[index][1], hidden)
@@ -248,9 +252,9 @@ class _Sums:
         self.tunable = tunable
         self.gradients = {name: torch.zeros_like(x).detach() for name, x in tunable.items()}
 
-    def select(self, chosen: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Return those whose names are chosen."""
-        return {name: x for name, x in self.tunable.items() if chosen(name)}
+    def select(self, names: Container[str]) -> dict[str, Tensor]:
+        """Return those among `names`."""
+        return {name: x for name, x in self.tunable.items() if name in names}
 
     def add(
         self,

@@ -208,7 +208,8 @@ class _Tuning:
         student, rows = self._student, self._rows
         plain = rows.size(rows.codes)
         price = 8 * 2 * math.log(2) * self.before / max(rows.weights, 1)
-        least, chosen, growth = self.before, None, 0
+        least, growth = self.before, 0
+        chosen: dict[str, Tensor] | None = None
         coarser_is_worse = False
         for unit in (*UNITS, None) if self._best_step else ():
             codes = self._codes(self._best, unit)

@@ -36,7 +36,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, float]] | None:
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             values = json.loads(file.metadata()[_KEY])
             return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:

@@ -103,7 +103,7 @@ class DirectoryWriter:
         if key in self._tensors:
             return self._tensors[key]
         path = next(path for path, names, _ in self._shards if key in names)
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             words: Tensor = file.get_tensor(key)
         return words
 
