@@ -76,7 +76,7 @@ class RowFactors(TorchFunctionMode):
 
     def _product(self, func: Any, args: tuple[Any, ...], given: Mapping[str, Any]) -> Tensor:
         """Return a linear layer's or a convolution's output, its bias added behind the factors."""
-        named = dict(zip(_ARGUMENTS, args, strict=False)) | given
+        named = {**dict(zip(_ARGUMENTS, args, strict=False)), **given}
         weight, bias = named["weight"], named.pop("bias", None)
         found = self._whole.get(id(weight))
         factor = self._expert(weight) if found is None else found[1]
@@ -85,9 +85,9 @@ class RowFactors(TorchFunctionMode):
             return output
         axis = -1 if func is functional.linear else -3
         scaled = _scaled(func(**named, **_rest(args)), factor, axis)
-        if bias is None:
-            return scaled
-        return scaled + (bias if axis == -1 else bias[:, None, None])
+        if bias is not None:
+            scaled = scaled + (bias if axis == -1 else bias[:, None, None])
+        return scaled
 
     def _expert(self, matrix: Tensor) -> Tensor | None:
         """Return the factors of a matrix [m, n] that is one expert's slice."""
@@ -135,8 +135,9 @@ class _Scaled(torch.autograd.Function):
 def _summed_products(a: Tensor, b: Tensor) -> Tensor:
     """Return the sums over all but the last axis of a * b, float32, a few rows at a time."""
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    size = max(1, CHUNK // a.shape[1])
     total = a.new_zeros(a.shape[1], dtype=torch.float32)
-    for some, others in zip(*(x.split(max(1, CHUNK // x.shape[1])) for x in (a, b)), strict=True):
+    for some, others in zip(*(torch.split(x, size) for x in (a, b)), strict=True):
         total += (some.float() * others).sum(0)
     return total
 
