@@ -365,7 +365,7 @@ def test_threads_do_not_change_the_bytes_of_a_distillation(
             compress_flat(
                 language.toy("llama", hidden_size=64, intermediate_size=96, vocab_size=4096),
                 tmp_path / str(count),
-                config=configured(**{**FEW, "samples": 6, **STEPS}),
+                config=configured(**{**FEW, "samples": 4, **STEPS, "distill": 3}),
                 tokenizer=toy_tokenizer,
                 text=TEXT * 16,
                 progress=False,
