@@ -66,14 +66,15 @@ def _check_seed(seed: int) -> None:
         raise ConfigError(f"seed is {seed}: give an integer from 0 to 2**63 - 1.")
 
 
-def setting(default: Any, help: str, *, name: str | None = None) -> Any:
+def setting(default: Any, help: str, *, name: str | None = None, asked: bool = False) -> Any:
     """Return a dataclass field that is a setting of the command line.
 
     Args:
         help: one sentence for the command line.
         name: of the flat setting; default: the field's.
+        asked: the flat setting asks for the whole part, so that it has no default.
     """
-    return field(default=default, metadata={"help": help, "name": name})
+    return field(default=default, metadata={"help": help, "name": name, "asked": asked})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,13 +309,15 @@ class Batches:
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """Tuning of norms and biases toward the original model, after the integers are found."""
+    """Tuning of norms, biases and scales of rows toward the original model, after the integers are
+    found."""
 
     steps: int = setting(
-        MISSING,
-        "Number of distillation steps, which tune norms and biases after quantization; default: "
-        "none.",
+        80,
+        "Number of distillation steps, which tune norms, biases and scales of rows after "
+        "quantization; default: none.",
         name="distill",
+        asked=True,
     )
     learning_rate: float = setting(
         2e-3, "Learning rate of the distillation.", name="distill_learning_rate"
@@ -512,7 +515,8 @@ def all_settings() -> dict[str, Setting]:
     entries = {"method": method}
     for part in _PARTS:
         for entry in _setting_fields(part):
-            name, default = _name(entry), None if entry.default is MISSING else entry.default
+            name, unset = _name(entry), entry.default is MISSING or entry.metadata["asked"]
+            default = None if unset else entry.default
             setting = Setting(name, entry.type, default, entry.metadata["help"])
             entries.setdefault(name, setting)
     return entries

@@ -64,8 +64,8 @@ class LayerReport:
     bits_per_weight: float
     """Number of bits stored for the matrix, over m * n."""
     relative_loss: float
-    """Loss tr((W-Q) H (W-Q)^T) / tr(W H W^T), undamped H; with corrected drift of the moved target.
-    """
+    """Loss tr((W-Q) H (W-Q)^T) / tr(W H W^T), undamped H, before any distillation; with corrected
+    drift of the moved target."""
     words_bytes: int
     """Bytes of the entropy-coded symbols."""
     side_bytes: int
@@ -96,8 +96,8 @@ class Report:
     left: dict[str, str] = field(default_factory=dict)
     """Parameters with two axes or more that are stored as they are -> the reason."""
     distillation: dict[str, float] | None = None
-    """steps that were taken, and KL(original || compressed) on held-out data before and after them
-    [nats per prediction]; None: there was no distillation."""
+    """steps behind the result, KL(original || compressed) on held-out data before and after them
+    [nats per prediction], and bytes that the scales of rows added; None: there was none."""
 
     def to_dict(self) -> dict[str, object]:
         """Return the report as dictionaries, lists and numbers, ready for JSON."""

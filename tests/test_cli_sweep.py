@@ -67,8 +67,19 @@ def test_json_has_points_fronts_and_minimum(sweep: Command, tmp_path: Path) -> N
     assert summary["seconds"]["later_compressions"] < summary["seconds"]["later_points"]
 
 
+def test_distilled_points_join_a_table(sweep: Command, tmp_path: Path) -> None:
+    few = ("--methods", "waterfilled", "--lmbda", "1e-5")
+    assert sweep(*few).code == 0
+    code, out, err = sweep(*few, "--distill", "0,3")
+    assert code == 0, err
+    rows = read_table(tmp_path / "sweep" / "sweep.jsonl")
+    assert [(row.distill, row.seconds["distill"] > 0) for row in rows] == [(0, False), (3, True)]
+    assert "waterfilled scalar, distilled 3" in out
+
+
 WRONG: tuple[tuple[Sequence[str], str], ...] = (
     (("--methods", "gptq"), "gptq"),
+    (("--distill", "-1"), "distill"),
     (("--methods", "waterfilled,"), "methods"),
     (("--quantizer", "trellis64"), "trellis64"),
     (("--lmbda", "1e-9,small"), "lmbda"),

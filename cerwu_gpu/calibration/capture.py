@@ -82,6 +82,32 @@ def capture(
     return recorder.captured
 
 
+def first_input(
+    run: Callable[[Tensor], object],
+    blocks: Sequence[tuple[str, nn.Module]],
+    wrap: Callable[[Tensor], Any],
+    batch: Tensor,
+) -> Tensor:
+    """Return the first block's input for a batch, with its graph where gradients are on.
+
+    Args:
+        run, blocks: as of `capture`.
+        wrap: turns hidden states into a block's output (Capture).
+        batch: int64 [batch, sequence].
+    """
+    inputs: list[Tensor] = []
+
+    def stand_in(*arguments: Any, **keywords: Any) -> Any:
+        hidden = split(arguments, keywords)[0]
+        inputs.append(hidden)
+        return wrap(hidden)
+
+    modules = [block for _, block in blocks]
+    with replaced(modules, [stand_in] * len(modules)):
+        run(batch)
+    return inputs[0]
+
+
 @contextmanager
 def replaced(
     modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]

@@ -66,8 +66,22 @@ def report_rows(report: Report) -> list[tuple[str, str]]:
         ("compressed directory", size(report.directory_bytes)),
         ("original", size(report.original_bytes)),
         ("compressed / original", f"{report.directory_bytes / report.original_bytes:.2%}"),
+        *_distillation(report),
         *((f"seconds to {stage}", f"{value:.1f}") for stage, value in report.seconds.items()),
         ("seconds in all", f"{sum(report.seconds.values()):.1f}"),
+    ]
+
+
+def _distillation(report: Report) -> list[tuple[str, str]]:
+    """Return the rows of a distillation: what it gained, and the bytes of its scales."""
+    result = report.distillation
+    if result is None:
+        return []
+    before, after = result["before"], result["after"]
+    return [
+        ("distillation steps kept", f"{result['steps']:,}"),
+        ("held-out KL divergence", f"{before:.4f} -> {after:.4f} nats"),
+        ("row scales of distillation", size(int(result["bytes"]))),
     ]
 
 

@@ -12,7 +12,7 @@ from cerwu_gpu.cli import options
 from cerwu_gpu.cli.axes import take_axes, with_axes
 from cerwu_gpu.cli.output import print_json, set_verbosity
 from cerwu_gpu.cli.sweep_tables import minimum_table, points_table, summary, time_words
-from cerwu_gpu.config import Calibration, from_settings
+from cerwu_gpu.config import Calibration, Distillation, from_settings
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.sweep.points import Axes, check_available, grid_points
 from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
@@ -95,7 +95,12 @@ def sweep(
         },
     )
     with redirect_stdout(sys.stderr):  # stdout is for the result, not for a library's messages
-        base = replace(base, keep_head=all(axes.keep_heads))
+        steps = max(axes.distillations)
+        base = replace(
+            base,
+            keep_head=all(axes.keep_heads),
+            distillation=Distillation(steps=steps) if steps else None,
+        )
         shared: dict[str, Any] = {
             "device": device,
             "progress": not quiet,

@@ -14,6 +14,9 @@ from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 
+HELD_OUT_TEXT = "the held-out text"
+"""Entry of `Adapter.identity` for text that calibrates nothing."""
+
 
 class Adapter(ABC):
     """A model with its calibration data, ready to be compressed any number of times.

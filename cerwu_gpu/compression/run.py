@@ -12,6 +12,7 @@ from cerwu_gpu import __version__
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.distill import Distilled, distil
 from cerwu_gpu.compression.pipeline import compress_blocks
+from cerwu_gpu.compression.row_codes import WrittenRowCodes
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.journal import Journal
 from cerwu_gpu.container.reader import open_directory
@@ -22,6 +23,9 @@ from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 from cerwu_gpu.report import LayerReport, Report
+
+DISTILLATION_FILE = "distillation.safetensors"
+"""Name of the state of an unfinished distillation in the work directory."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,11 @@ class Run:
                 self._sensitivities = self.adapter.sensitivities(config)
         return self._sensitivities
 
-    def attempt(self, config: CompressionConfig) -> Attempt:
+    def attempt(self, config: CompressionConfig, *, room: int | None = None) -> Attempt:
         """Quantize the whole model from its original weights, which are restored first.
+
+        Args:
+            room: most bytes by which a distillation may enlarge the directory.
 
         Raises:
             CerwuError: a subclass that names the error.
@@ -147,7 +154,8 @@ class Run:
         )
         parameters = {name: adapter.module.get_parameter(name) for name in layouts}
         dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-        journal = Journal(self._work / f"lmbda-{config.lmbda!r}") if self._work else None
+        work = self._work / f"lmbda-{config.lmbda!r}" if self._work else None
+        journal = Journal(work) if work else None
         with clock.stage("calibrate"):
             blocks = adapter.blocks(config)
         layers = compress_blocks(
@@ -158,9 +166,17 @@ class Run:
         distilled = None
         if student is not None and config.distillation is not None:
             with clock.stage("distill"):
+                rows = WrittenRowCodes(writer, adapter.module)
                 distilled = distil(
-                    student, config.distillation, seed=config.seed, progress=self._progress
+                    student,
+                    rows,
+                    config.distillation,
+                    seed=config.seed,
+                    room=room,
+                    state=work / DISTILLATION_FILE if work else None,
+                    progress=self._progress,
                 )
+                layers = rows.reports(layers)
         loss = None if adapter.card is None else self._loss()
         with clock.stage("write"):
             for name, tensor in plain_tensors(adapter.module, layouts).items():

@@ -33,6 +33,8 @@ QUALITY_MARGIN, QUALITY_LEAST = 0.85, 0.6
 """Share of a loss increase that is aimed at, and the share that must be used."""
 PLAIN_HEADER, PART_HEADER = 180, 640
 """Approximate bytes of a file's header per plain tensor and per coded matrix."""
+MANIFEST_GROWTH = 16
+"""Maximum bytes by which a matrix's entry in the header grows with its side data."""
 TOLERANCE = 0.001
 """Relative accuracy of the search on the sample."""
 
@@ -49,6 +51,7 @@ class Goal:
         aim: returns the value to steer for, after the passes so far.
         accepts: whether an attempt meets the request, given its measurement; the last pass may stay
             further below it.
+        room: returns the most bytes by which an accepted attempt may grow; None: any number.
     """
 
     request: str
@@ -57,6 +60,7 @@ class Goal:
     falls: bool
     aim: Callable[[], float]
     accepts: Callable[[Attempt, float, bool], bool]
+    room: Callable[[Attempt], int | None] = lambda _: None
 
 
 def to_target(run: Run, config: CompressionConfig) -> Attempt:
@@ -68,7 +72,7 @@ def to_target(run: Run, config: CompressionConfig) -> Attempt:
             (SMALL_PASSES).
     """
     adapter, clock, final = run.adapter, run.clock, config
-    config = replace(config, distillation=None)  # which changes no bytes, and takes long
+    config = replace(config, distillation=None)  # which takes long, and only bytes that are left
     adapter.keep_originals()
     sensitivities = run.sensitivities(config)
     with clock.stage("calibrate"):
@@ -92,7 +96,8 @@ def to_target(run: Run, config: CompressionConfig) -> Attempt:
             measured = goal.on_attempt(attempt)
             accepted = goal.accepts(attempt, measured, number == passes)
         if accepted and final.distillation is not None:
-            return run.attempt(final.at(lmbda))  # its blocks are in the journal
+            # Its blocks are in the journal.
+            return run.attempt(final.at(lmbda), room=goal.room(attempt))
         if accepted:
             return attempt
         with clock.stage("target"):
@@ -123,7 +128,7 @@ def _solved(
 def _goal(run: Run, config: CompressionConfig) -> Goal:
     match config.target:
         case Bits(bits):
-            return _bits_goal(bits)
+            return _bits_goal(run, bits)
         case MaxSize(size):
             return _size_goal(run, size)
         case MaxPerplexityIncrease(share):
@@ -132,7 +137,12 @@ def _goal(run: Run, config: CompressionConfig) -> Goal:
             raise ValueError("a configuration without a target has no goal")
 
 
-def _bits_goal(bits: float) -> Goal:
+def _bits_goal(run: Run, bits: float) -> Goal:
+    weights = _weights(run)
+
+    def room(attempt: Attempt) -> int:
+        return int((bits + BITS_TOLERANCE) * weights / 8) - attempt.coded_bytes
+
     return Goal(
         request=f"bits {bits:g}",
         on_sample=lambda sample: sample.bits,
@@ -140,6 +150,7 @@ def _bits_goal(bits: float) -> Goal:
         falls=True,
         aim=lambda: bits,
         accepts=lambda _, value, __: abs(value - bits) <= BITS_TOLERANCE,
+        room=room,
     )
 
 
@@ -169,6 +180,9 @@ def _size_goal(run: Run, limit: int) -> Goal:
         least = 0.0 if last else SIZE_LEAST * limit
         return least <= attempt.directory_bytes <= limit
 
+    def room(attempt: Attempt) -> int:
+        return limit - attempt.directory_bytes - MANIFEST_GROWTH * len(attempt.layers)
+
     aim()
     return Goal(
         request=request,
@@ -177,6 +191,7 @@ def _size_goal(run: Run, limit: int) -> Goal:
         falls=True,
         aim=aim,
         accepts=accepts,
+        room=room,
     )
 
 

@@ -153,6 +153,17 @@ class CompressedDirectory:
                 return _stored(shard, name, shard.manifest.compressed[name], device, verify)
         raise KeyError(name)
 
+    def coded(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return words [any] uint32 and side data [any] uint8 of the compressed parameter `name`.
+
+        Raises:
+            KeyError: there is no such compressed parameter.
+        """
+        for shard in self._shards:
+            if name in shard.manifest.compressed:
+                return shard.tensor(f"{name}.words"), shard.tensor(f"{name}.side")
+        raise KeyError(name)
+
     def all_stored(
         self, names: Iterable[str], *, device: torch.device | str = "cpu", verify: bool = True
     ) -> list[StoredWeight]:
@@ -249,6 +260,19 @@ def _stored(
     if verify:
         _check_digest(f"{name}.words", words, entry.words_sha256)
         _check_digest(f"{name}.side", side, entry.side_sha256)
+    return stored_weight(name, entry, words, side, device)
+
+
+def stored_weight(
+    name: str, entry: Entry, words: Tensor, side: Tensor, device: torch.device | str = "cpu"
+) -> StoredWeight:
+    """Return a parameter of its entry, words [any] uint32 and side data [any] uint8, whose lengths
+    are the entry's, checked and ready to decode on `device`.
+
+    Raises:
+        CorruptionError: a stream is wrong.
+        FormatError: the side data is malformed or contradicts the entry.
+    """
     matrices = []
     first_word = first_side = 0
     blob = np.asarray(side).tobytes()

@@ -1,11 +1,15 @@
 """Collects coded and plain tensors and turns them into a finished directory, or into nothing."""
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cerwu_gpu.container.header import Entry, Manifest, Part
@@ -51,6 +55,8 @@ class DirectoryWriter:
         self._plain: dict[str, str] = {}
         self._bytes = 0
         self._shards: list[tuple[Path, list[str], int]] = []
+        self._sides: dict[str, Tensor] = {}
+        self._outdated: set[str] = set()
 
     def __enter__(self) -> "DirectoryWriter":
         return self
@@ -83,11 +89,40 @@ class DirectoryWriter:
         self._compressed[name] = Entry(
             tuple(shape), dtype_name(dtype), transposed, parts, checksum(words), checksum(side)
         )
+        self._sides[name] = side
         self._add({f"{name}.words": words, f"{name}.side": side})
+
+    @property
+    def sides(self) -> Mapping[str, tuple[Entry, Tensor]]:
+        """Entry and side data [any] uint8 of every compressed weight so far, by name."""
+        return {name: (self._compressed[name], side) for name, side in self._sides.items()}
+
+    def words(self, name: str) -> Tensor:
+        """Return the words [any] uint32 of a compressed weight."""
+        key = f"{name}.words"
+        if key in self._tensors:
+            return self._tensors[key]
+        path = next(path for path, names, _ in self._shards if key in names)
+        with safe_open(path, framework="pt") as file:
+            words: Tensor = file.get_tensor(key)
+        return words
+
+    def replace_side(self, name: str, parts: tuple[Part, ...], side: Tensor) -> None:
+        """Give a compressed weight other side data; files that hold it are written anew at the
+        end, its words as they are."""
+        key, entry = f"{name}.side", self._compressed[name]
+        self._compressed[name] = replace(entry, parts=parts, side_sha256=checksum(side))
+        if key in self._tensors:
+            self._bytes += side.numel() - self._tensors[key].numel()
+            self._tensors[key] = side
+        else:
+            self._outdated.add(name)
+        self._sides[name] = side
 
     def complete(self) -> None:
         """Write the remaining tensors and the index: the directory is whole, but still hidden."""
         self._flush()
+        self._renew()
         count = len(self._shards)
         weight_map = {}
         for number, (path, names, _) in enumerate(self._shards, start=1):
@@ -117,11 +152,30 @@ class DirectoryWriter:
         self._bytes += size
 
     def _flush(self) -> None:
-        compressed = {n: e for n, e in self._compressed.items() if f"{n}.words" in self._tensors}
-        plain = {n: digest for n, digest in self._plain.items() if n in self._tensors}
-        manifest = Manifest(self.generator, compressed, plain)
         path = self.folder / f"shard-{len(self._shards)}{TEMPORARY}"
-        with written(path):
-            write_shard(path, self._tensors, manifest.to_json())
+        self._write(path, self._tensors)
         self._shards.append((path, list(self._tensors), self._bytes))
         self._tensors, self._bytes = {}, 0
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        compressed = {n: e for n, e in self._compressed.items() if f"{n}.words" in tensors}
+        plain = {n: digest for n, digest in self._plain.items() if n in tensors}
+        manifest = Manifest(self.generator, compressed, plain)
+        with written(path):
+            write_shard(path, tensors, manifest.to_json())
+
+    def _renew(self) -> None:
+        """Write files again that hold outdated side data."""
+        for index, (path, names, _) in enumerate(self._shards):
+            outdated = [name for name in self._outdated if f"{name}.side" in names]
+            if outdated:
+                tensors = load_file(path)
+                tensors |= {f"{name}.side": self._sides[name] for name in outdated}
+                renewed = path.with_name(f"renewed-{index}{TEMPORARY}")
+                self._write(renewed, tensors)
+                size = sum(x.numel() * x.element_size() for x in tensors.values())
+                del tensors
+                with written(path):
+                    renewed.replace(path)
+                self._shards[index] = path, names, size
+        self._outdated = set()

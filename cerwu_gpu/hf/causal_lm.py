@@ -22,7 +22,7 @@ from cerwu_gpu.calibration.capture import Capture
 from cerwu_gpu.calibration.running import is_held_out
 from cerwu_gpu.calibration.sensitivity import blockwise_sensitivities
 from cerwu_gpu.calibration.students import BlockwiseStudent
-from cerwu_gpu.compression.adapter import Adapter
+from cerwu_gpu.compression.adapter import HELD_OUT_TEXT, Adapter
 from cerwu_gpu.compression.blocks import Blocks
 from cerwu_gpu.compression.distill import Student
 from cerwu_gpu.config import (
@@ -60,7 +60,7 @@ SENSITIVITY_TOKENS = 4096
 a small sample suffices."""
 JUDGING_TOKENS = 8192
 """Number of held-out tokens whose perplexity goes into a model card."""
-JUDGING_SAMPLES = 16
+JUDGING_SAMPLES = 8
 """Number of held-out samples that a distillation is judged by."""
 LOGITS = 2**25
 """Approximate number of logits in memory at a time; at least those of one sequence."""
@@ -99,6 +99,7 @@ class CausalLM(Adapter):
         self.cache: HessianCache | None = None
         self._sensitivity_cache: HessianCache | None = None
         self._batch_size = Calibration().batch_size
+        self._work: Path | None = None
         self._device = device
         self._progress = progress
         self._blocks = find_blocks(self.module, is_conv1d)
@@ -159,6 +160,7 @@ class CausalLM(Adapter):
                 tensors_digest([self.data.tokens]),
             )
             self.cache = HessianCache(hessian_cache, key)
+        self._work = work
         run_cache = HessianCache(work, "calibration") if work else None
         self._sensitivity_cache = self.cache or run_cache
 
@@ -223,6 +225,9 @@ class CausalLM(Adapter):
 
     run_options: Mapping[str, Any] = {"use_cache": False}
     """Arguments of the model besides the tokens."""
+    overlap: int | None = 1
+    """Number of last positions that predict nothing; None: predictions depend on where a sequence
+    begins."""
 
     def ends(self, captured: Capture) -> Ends:
         """Return the model without its blocks."""
@@ -297,8 +302,8 @@ class CausalLM(Adapter):
         )
 
     def student(self, config: CompressionConfig) -> Student:
-        """Return the model's norms and biases, to be tuned on the calibration tokens; held-out
-        ones, or else a share of them, judge."""
+        """Return the model with what is tuned on the calibration tokens; held-out ones, or else a
+        share of them, judge."""
         assert config.distillation is not None
         tokens, held_out = self.data.tokens, self.data.held_out
         if not len(held_out):
@@ -317,6 +322,9 @@ class CausalLM(Adapter):
             lambda: ends_placed(self.module, self._blocks, self._device),
             device=self._device,
             batch_size=config.distillation.batch_size,
+            vocabulary=self.vocabulary,
+            overlap=self.overlap,
+            folder=self._work,
         )
 
     def loss(self) -> float | None:
@@ -328,7 +336,8 @@ class CausalLM(Adapter):
     def identity(self) -> dict[str, str]:
         return {
             "the model": hessian_key(self.module, described(self.module), [], ""),
-            "the calibration text": tensors_digest([self.data.tokens, self.data.held_out]),
+            "the calibration text": tensors_digest([self.data.tokens, self.data.held_out[:0]]),
+            HELD_OUT_TEXT: tensors_digest([self.data.held_out]),
         }
 
     def write_files(self, folder: Path) -> None:
@@ -337,6 +346,12 @@ class CausalLM(Adapter):
             copy_files(self.loaded.files, folder, (*COPIED_FILES, *LICENCE_PATTERNS))
         else:
             save_text_files(self.module, self.loaded.tokenizer, folder)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of rows of the input embedding."""
+        embedding: Any = self.module.get_input_embeddings()
+        return int(embedding.weight.shape[0])
 
     @property
     def predictions(self) -> int:
@@ -358,8 +373,7 @@ class _Tail:
 
     def gradient(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Return the loss's gradient at the blocks' output, a few sequences at a time."""
-        embedding: Any = self._adapter.module.get_input_embeddings().weight
-        count = max(1, LOGITS // (tokens.shape[1] * embedding.shape[0]))
+        count = max(1, LOGITS // (tokens.shape[1] * self._adapter.vocabulary))
         gradients = []
         pieces = zip(torch.split(tokens, count), torch.split(hidden, count), strict=True)
         for piece, outputs in pieces:

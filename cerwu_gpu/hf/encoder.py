@@ -29,6 +29,7 @@ class MaskedLM(CausalLM):
     """An encoder with a masked-language-model head and its calibration text."""
 
     run_options: Mapping[str, Any] = {}
+    overlap = None
 
     def calibrate(self, config: CompressionConfig, **options: Any) -> None:
         if isinstance(config.calibration, Calibration) and config.calibration.source == SELF:

@@ -96,6 +96,7 @@ class ModuleAdapter(Adapter):
         self._loss = loss
         home = module.get_parameter(next(iter(self.layouts))).device
         self._device = device or home
+        self._work = work
         self._hessian_bytes = hessian_bytes
         self._progress = progress
         self._norms: FollowingNorms | None = None
@@ -182,8 +183,8 @@ class ModuleAdapter(Adapter):
             self._norms.follow()
 
     def student(self, config: CompressionConfig) -> Student:
-        """Return the module's norms and biases, to be tuned on the batches; held-out ones, or else
-        a share of them, judge.
+        """Return the module with what is tuned on the batches; held-out ones, or else a share of
+        them, judge.
 
         Raises:
             ConfigError: there is only one batch.
@@ -196,8 +197,9 @@ class ModuleAdapter(Adapter):
             batches,
             held_out,
             required_logits,
-            compressed=list(self.layouts),
+            layouts=list(self.layouts.values()),
             device=self._device,
+            folder=self._work,
         )
 
     @torch.no_grad()

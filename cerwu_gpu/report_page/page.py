@@ -23,7 +23,7 @@ STAGE_WORDS: dict[Stage, str] = {
     "load": "load the model",
     "calibrate": "calibrate: inputs and their Hessians",
     "sensitivity": "sensitivities: one backward pass",
-    "distill": "norms and biases tuned toward the original",
+    "distill": "norms, biases and row scales tuned toward the original",
     "target": "search for the target",
     "quantize": "quantize",
     "code": "wait for the entropy coder",

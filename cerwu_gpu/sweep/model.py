@@ -11,7 +11,7 @@ from torch import nn
 from cerwu_gpu.baselines.nncodec import pass_through_nncodec
 from cerwu_gpu.calibration.running import Batch
 from cerwu_gpu.calibration.sensitivity import Loss
-from cerwu_gpu.compression.adapter import Adapter
+from cerwu_gpu.compression.adapter import HELD_OUT_TEXT, Adapter
 from cerwu_gpu.compression.run import Run, directory_bytes, plain_bytes
 from cerwu_gpu.config import Batches, CompressionConfig
 from cerwu_gpu.container.reader import open_directory
@@ -84,8 +84,10 @@ class ModelSubject:
 
     def identity(self) -> Mapping[str, str]:
         self._adapter.restore()
+        identity = self._adapter.identity()
+        identity.pop(HELD_OUT_TEXT, None)  # so that points with a distillation join a table
         return {
-            **self._adapter.identity(),
+            **identity,
             **self._measure.description,
             "weights": f"{self._base.include} {self._base.exclude}",
         }

@@ -10,6 +10,7 @@ from typing import Literal, cast, get_args
 
 from cerwu_gpu.config import (
     CompressionConfig,
+    Distillation,
     GridMethod,
     Quantizer,
     RateModel,
@@ -84,6 +85,8 @@ class Point:
                 parts.append(f"{grid.rate_model} rate")
         if config.keep_head:
             parts.append("head kept")
+        if config.distillation is not None:
+            parts.append(f"distilled {config.distillation.steps}")
         return ", ".join(parts)
 
     @property
@@ -110,6 +113,7 @@ class Point:
             "correct_drift": config.drift == "correct",
             "keep_head": config.keep_head,
             "qp": self.qp,
+            "distill": 0 if config.distillation is None else config.distillation.steps,
         }
 
 
@@ -168,6 +172,11 @@ class Axes:
     keep_heads: tuple[bool, ...] = setting(
         (False,), "Embedding and output head: quantize, keep, or both.", name="head"
     )
+    distillations: tuple[int, ...] = setting(
+        (0,),
+        "Numbers of distillation steps, for all methods but nncodec; 0: none.",
+        name="distill",
+    )
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -193,12 +202,20 @@ def grid_points(axes: Axes, base: CompressionConfig) -> list[Point]:
         raise ConfigError("a sweep sets lmbda itself: drop bits, max_size or the like.")
     plain = replace(base, grid=Waterfilled(), drift="ignore")
     points = [
-        point
+        distilled
         for keep_head in axes.keep_heads
         for system in axes.systems
         for point in _of_system(system, axes, replace(plain, keep_head=keep_head))
+        for distilled in _distilled(point, axes)
     ]
     return list({point.key: point for point in points}.values())
+
+
+def _distilled(point: Point, axes: Axes) -> Iterator[Point]:
+    """Yield a point with each number of distillation steps."""
+    for steps in axes.distillations if point.qp is None else (0,):
+        distillation = Distillation(steps=steps) if steps else None
+        yield replace(point, config=replace(point.config, distillation=distillation))
 
 
 def _of_system(system: System, axes: Axes, plain: CompressionConfig) -> Iterator[Point]:

@@ -43,6 +43,8 @@ class Row:
     correct_drift: bool
     keep_head: bool
     qp: int | None
+    distill: int = 0
+    """Number of distillation steps; tables of earlier versions lack the column."""
     bits_per_weight: float
     directory_bytes: int
     original_bytes: int
@@ -190,4 +192,6 @@ def _parsed(line: bytes) -> Row:
         whole = type(value) is int and float in allowed
         if name != "seconds" and not (whole or type(value) in allowed or value in allowed):
             raise ValueError(name)
-    return replace(row, seconds={stage: float(row.seconds[stage]) for stage in STAGES})
+    if not row.seconds.keys() <= set(STAGES):
+        raise ValueError("seconds")
+    return replace(row, seconds={stage: float(row.seconds.get(stage, 0.0)) for stage in STAGES})

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,31 @@ def test_large_models_are_cut_into_files_with_an_index(tmp_path: Path):
     next((tmp_path / "out").glob("model-00001-*")).unlink()
     with pytest.raises(FormatError, match="not in the directory"):
         open_directory(tmp_path / "out")
+
+
+def test_side_data_can_be_replaced_until_the_end(tmp_path: Path):
+    """In memory and in files that are written already: as if it had been so from the beginning."""
+    first, last = quantized("scalar"), quantized("scalar")
+    last = replace(last, row_scale=torch.arange(24, dtype=torch.int16))
+    contents = []
+    for name, shard_bytes, replaced in (("a", 1, True), ("b", 1, False), ("c", 1 << 20, True)):
+        with DirectoryWriter(tmp_path / name, generator="t", shard_bytes=shard_bytes) as writer:
+            for weight in ("x", "y"):
+                add(writer, weight, [first if replaced else last])
+            assert writer.words("x").dtype == torch.uint32
+            if replaced:
+                encoded = encode_matrix(last, 0.5)
+                blob = torch.frombuffer(bytearray(encoded.side), dtype=torch.uint8)
+                for weight in ("x", "y"):
+                    assert torch.equal(writer.words(weight), torch.from_numpy(encoded.words))
+                    writer.replace_side(weight, (encoded.part,), blob)
+            writer.add_plain("z", torch.ones(3))
+            writer.complete()
+            writer.publish()
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+        for _, weight in open_directory(tmp_path / name).weights():
+            assert torch.equal(weight, last.weight(torch.float32))
+    assert contents[0] == contents[1]
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path):

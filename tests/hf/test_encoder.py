@@ -25,6 +25,7 @@ from cerwu_gpu import (
     Objective,
     Text,
 )
+from cerwu_gpu.config import Distillation
 from cerwu_gpu.hf import evaluation
 from cerwu_gpu.hf.encoder import MASKED_PERCENT, MaskedLM, _is_masked
 from cerwu_gpu.hf.kinds import kind_of
@@ -171,6 +172,29 @@ def test_about_a_share_of_the_tokens_is_masked_and_at_least_one() -> None:
     share = float(_is_masked(tokens).float().mean())
     assert abs(share - MASKED_PERCENT / 100) < 0.02
     assert bool(_is_masked(torch.randint(320, (50, 2))).any(dim=1).all())
+
+
+@each_family
+def test_it_is_distilled_on_its_masked_tokens(family: str, tokenizer: Any, tmp_path: Path) -> None:
+    """The norm behind the embeddings, which comes before the blocks, among the rest."""
+    model, plain = toy(family, tokenizer), toy(family, tokenizer)
+    objective = Objective(lmbda=1e-5)
+    cerwu_gpu.compress(
+        plain, tmp_path / "plain", config=config(tokenizer, objective=objective), progress=False
+    )
+    tuned = config(
+        tokenizer,
+        objective=objective,
+        distillation=Distillation(steps=10, learning_rate=5e-3),
+    )
+    report = cerwu_gpu.compress(model, tmp_path / "out", config=tuned, progress=False)
+    assert report.distillation is not None
+    assert report.distillation["after"] < report.distillation["before"]
+    name = next(n for n, _ in model.named_parameters() if "embeddings" in n and "orm.weight" in n)
+    assert not torch.equal(model.get_parameter(name), plain.get_parameter(name))
+    tokens = torch.arange(5, 65).view(2, 30)
+    loaded = cerwu_gpu.load_compressed(tmp_path / "out")
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
 def test_a_wanted_rate_is_met(tokenizer: Any, tmp_path: Path) -> None:

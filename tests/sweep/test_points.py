@@ -65,6 +65,12 @@ def test_labels_name_the_kind_and_what_is_unusual_about_it() -> None:
         scales=("per-tensor", "per-row"),
         keep_heads=(False, True),
     )
+    assert [point.label for point in grid_points(replace(axes, distillations=(0, 9)), BASE)][
+        :2
+    ] == [
+        "waterfilled scalar",
+        "waterfilled scalar, distilled 9",
+    ]
     labels = [point.label for point in grid_points(axes, BASE)]
     assert labels[:8] == [
         "waterfilled scalar",
@@ -97,6 +103,7 @@ def test_keys_tell_settings_apart_and_nothing_else() -> None:
         "block_size": 64,
         "keep_head": True,
         "drift": "correct",
+        "distill": 5,
     }
     others = [
         replace(point, config=from_settings(**{**values, name: value}))

@@ -13,6 +13,7 @@ import cerwu_gpu
 from cerwu_gpu import CompressionConfig, ConfigError
 from cerwu_gpu.api import text_subject
 from cerwu_gpu.baselines import nncodec
+from cerwu_gpu.config import Distillation
 from cerwu_gpu.sweep.model import ModelSubject
 from cerwu_gpu.sweep.points import Axes, Point, grid_points
 from tests.configs import compress_flat, configured
@@ -82,6 +83,29 @@ def test_a_point_is_what_compress_writes(
         max_windows=3,
     )
     assert outcome.quality == expected
+
+
+def test_a_distilled_point_is_what_compress_writes(
+    make: Callable[..., ModelSubject],
+    base: CompressionConfig,
+    toy_directory: Path,
+    tmp_path: Path,
+) -> None:
+    """With text held out for it, whose absence or presence is no other subject."""
+    subject = make(base=replace(base, distillation=Distillation(steps=4)))
+    assert subject.identity() == make().identity()
+    point = one(base, "waterfilled", lmbdas=(1e-5,), distillations=(4,))
+    subject.run(one(base, "waterfilled", lmbdas=(1e-5,)), tmp_path / "before")
+    outcome = subject.run(point, tmp_path / "point")
+    compress_flat(
+        toy_directory, tmp_path / "alone", config=point.config, device="cpu", progress=False
+    )
+    alone, ours, before = (
+        (tmp_path / name / "model.safetensors").read_bytes()
+        for name in ("alone", "point", "before")
+    )
+    assert ours == alone != before
+    assert outcome.seconds["distill"] > 0
 
 
 def test_calibration_and_sensitivities_are_done_once(
