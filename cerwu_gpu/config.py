@@ -197,10 +197,13 @@ class Objective:
         "row", "Weighting of output errors: uniform, or by layer, by row or both from gradients."
     )
     """Cost of a unit of output error in each layer or row (quantize/sensitivity.py)."""
-    damping: float = setting(
-        1e-3, "Damping added to the Hessian's diagonal, relative to the statistic of --damping-by."
+    damping: float | None = setting(
+        None,
+        "Damping added to the Hessian's diagonal, relative to the statistic of --damping-by; "
+        "default: by the number of calibration tokens for each column.",
     )
-    """Multiple of the diagonal's statistic that is added to H before it is factored."""
+    """Multiple of the diagonal's statistic that is added to H before it is factored; None: by the
+    numbers of tokens and columns of each input (quantize/objective.py, `usual_damping`)."""
     damping_by: DampingBy = setting(
         "median", "Statistic of the diagonal that damping is relative to; the paper uses the mean."
     )
@@ -214,7 +217,7 @@ class Objective:
         _check_choice("damping_by", self.damping_by, DampingBy)
         if not (math.isfinite(self.lmbda) and self.lmbda >= 0):
             raise ConfigError(f"lmbda is {self.lmbda}: give a finite number >= 0.")
-        if not 0 <= self.damping <= 1:
+        if self.damping is not None and not 0 <= self.damping <= 1:
             raise ConfigError(f"damping is {self.damping}: give a number from 0 to 1.")
         _check_counts(self, "passes", "block_size")
 
