@@ -31,7 +31,8 @@ class MaskedLM(CausalLM):
     run_options: Mapping[str, Any] = {}
 
     def calibrate(self, config: CompressionConfig, **options: Any) -> None:
-        if isinstance(config.calibration, Calibration) and config.calibration.source == SELF:
+        given = config.calibration
+        if isinstance(given, Calibration) and any(text == SELF for text, _ in given.sources):
             raise CalibrationError(
                 f"{type(self.module).__name__} generates no text: give a calibration text."
             )

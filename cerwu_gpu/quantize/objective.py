@@ -29,8 +29,6 @@ DAMPING_LIMIT = 1.0
 """Maximum damping, as a multiple of the diagonal: beyond, little of H would be left."""
 LEAST_DAMPING = 1e-3
 """Damping of a Hessian that is the mean of any number of inputs."""
-DAMPING_SHARE = 0.5
-"""Damping of a Hessian that is the mean of as many inputs as it has columns."""
 
 
 def check_finite(weight: Tensor, hessian: Tensor, sensitivities: Sequence[Tensor]) -> None:
@@ -84,7 +82,7 @@ def usual_damping(rows_seen: int | None, columns: int) -> float:
     """
     if not rows_seen:
         return LEAST_DAMPING
-    return min(max(DAMPING_SHARE * math.sqrt(columns / rows_seen), LEAST_DAMPING), DAMPING_LIMIT)
+    return min(max(math.sqrt(columns / rows_seen), LEAST_DAMPING), DAMPING_LIMIT)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
