@@ -155,7 +155,7 @@ class InputMoments:
         cross = self._crosses.pop(key, None)
         if cross is not None:
             cross = (2 / tokens * cross).float()
-        return InputStatistics(hessian.float(), tokens, cross)
+        return InputStatistics(hessian.float(), tokens, cross, tokens)
 
 
 def not_finite(what: str, x: Tensor, samples: range) -> str:
@@ -226,7 +226,6 @@ class ModuleMoments:
         self._seed = seed
         self._most = -(-ROWS // expected)
         self._sums: dict[str, Tensor] = {}
-        self._positions_of: dict[str, int] = {}
         self._samples = 0
         self._batches = 0
         self._products = 0
@@ -274,7 +273,6 @@ class ModuleMoments:
             self._sums[name] = torch.zeros(
                 layout.parts, n, n, dtype=torch.float64, device=product.x.device
             )
-        self._positions_of[name] = count if sampled is None else len(sampled)
         total = self._sums[name]
         added = total if sampled is None else torch.zeros_like(total)
         for rows in input_rows(product, sampled):
@@ -312,9 +310,7 @@ class ModuleMoments:
             for part, moment in enumerate(sums):
                 hessian = (moment + moment.T) / self._samples
                 key = self._layouts[name].key(part)
-                result[key] = InputStatistics(
-                    hessian.float(), self._samples, positions=self._positions_of[name]
-                )
+                result[key] = InputStatistics(hessian.float(), self._samples)
         return result
 
 

@@ -37,7 +37,7 @@ class Probe:
         weight: [k, n] float32.
         hessian: [n, n], undamped.
         sensitivity: [k] float32.
-        rows_seen: number of inputs that the Hessian is a mean of.
+        rows_seen: as of InputStatistics.
         weights, matrices: numbers of weights and matrices of the model that it represents.
     """
 
@@ -45,7 +45,7 @@ class Probe:
     weight: Tensor
     hessian: Tensor
     sensitivity: Tensor
-    rows_seen: int
+    rows_seen: int | None
     weights: float
     matrices: float
 
