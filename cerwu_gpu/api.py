@@ -30,7 +30,7 @@ from cerwu_gpu.hf.images import compare_on_images, load_images
 from cerwu_gpu.hf.kinds import KINDS, Kind, kind_of, load_kind
 from cerwu_gpu.hf.loading import load_compressed
 from cerwu_gpu.hf.models import LoadedModel, bytes_of_original, require_tokenizer
-from cerwu_gpu.hf.sources import calibration_files
+from cerwu_gpu.hf.sources import calibration_files, with_sources
 from cerwu_gpu.models.module import ModuleAdapter
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.report import Report
@@ -114,11 +114,16 @@ def compress(
             check_apart(places, {"the model": loaded.files})
             original_bytes = bytes_of_original(model, loaded.module)
         adapter = _adapter(loaded, calibrated, work.path, target, clock, card, progress)
+        # So that the report repeats the run as it was.
+        usual = adapter.usual_sources if isinstance(adapter, CausalLM) else ()
+        described = with_sources(config, usual)
+        if isinstance(described.calibration, Calibration):
+            texts = described.calibration.names
         if card:
             transformer = isinstance(loaded.module, PreTrainedModel)
             loader = (loaded.kind or KINDS[0]).loader if transformer else None
-            described = card_of(model, loaded.files, original_bytes, texts, loader)
-            adapter.card = partial(described.write_judged, predictions=adapter.predictions)
+            model_card = card_of(model, loaded.files, original_bytes, texts, loader)
+            adapter.card = partial(model_card.write_judged, predictions=adapter.predictions)
         work.begin({**settings_fingerprint(config, target), **adapter.identity()})
         with Run(
             adapter,
@@ -138,7 +143,7 @@ def compress(
     write_report(
         paths,
         result,
-        config,
+        described,
         target,
         model=str(model) if repeatable and not isinstance(model, nn.Module) else None,
         output=output,

@@ -293,15 +293,16 @@ def _named(source: str) -> tuple[str, float | None]:
 class Calibration:
     """Text that calibrates a language model."""
 
-    source: str | Text | tuple[str | Text, ...] = setting(
-        "wikitext2",
+    source: str | Text | tuple[str | Text, ...] | None = setting(
+        None,
         "Calibration data: wikitext2, a Hub dataset id, a text file, or self (text sampled from "
-        "the model); repeatable, with shares of the samples: --calibration wikitext2:0.5 "
-        "--calibration my.txt:0.5.",
+        "the model); repeatable, with shares of the samples: --calibration my.txt:0.7 "
+        "--calibration self:0.3; default: wikitext2:0.5 and self:0.5, for encoders wikitext2.",
         name="calibration",
     )
     """Name of a hub dataset (wikitext2 for short), a text file, or self (sampled from the model);
-    or a `Text`; or several of them, each "name:share" or a `Text` with its share."""
+    or a `Text`; or several of them, each "name:share" or a `Text` with its share. None: the
+    adapter's usual ones (hf/causal_lm.py)."""
     samples: int | None = setting(
         None, "Number of calibration sequences; default: by the columns of the widest matrix."
     )
@@ -313,7 +314,7 @@ class Calibration:
     """Tokenizer of a model in memory, or instead of the source's own."""
 
     def __post_init__(self) -> None:
-        count = len(self.sources)
+        count = max(1, len(self.sources))
         _check_counts(self, "batch_size")
         if self.samples is not None and self.samples < count:
             texts = "" if count == 1 else f", one for each of {count} texts"
@@ -324,7 +325,9 @@ class Calibration:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Texts and their shares."""
+        """Texts and their shares; none where the usual ones are asked for."""
+        if self.source is None:
+            return ()
         return _sources(self.source if isinstance(self.source, tuple) else (self.source,))
 
     @property

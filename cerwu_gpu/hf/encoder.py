@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cerwu_gpu.config import Calibration, CompressionConfig
+from cerwu_gpu.config import Calibration, CompressionConfig, Source
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.models import mask_token
@@ -29,6 +29,7 @@ class MaskedLM(CausalLM):
     """An encoder with a masked-language-model head and its calibration text."""
 
     run_options: Mapping[str, Any] = {}
+    usual_sources = (Source("wikitext2", 1.0),)
 
     def calibrate(self, config: CompressionConfig, **options: Any) -> None:
         given = config.calibration

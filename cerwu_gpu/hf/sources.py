@@ -1,7 +1,7 @@
 """Tokens that calibrate a language model, from one text or from several with shares."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,18 @@ def calibration_files(config: CompressionConfig) -> dict[str, Path | None]:
     if len(files) < 2:
         return {"the calibration text": files[0] if files else None}
     return {f"calibration text {number}": path for number, path in enumerate(files, start=1)}
+
+
+def with_sources(config: CompressionConfig, usual: Sequence[Source]) -> CompressionConfig:
+    """Return the configuration with the usual texts where it asks for them."""
+    calibration = config.calibration
+    if not (usual and isinstance(calibration, Calibration) and calibration.source is None):
+        return config
+    given = tuple(
+        f"{source.text}:{source.share:g}" for source in usual if isinstance(source.text, str)
+    )
+    only = usual[0].text if len(usual) == 1 else given
+    return replace(config, calibration=replace(calibration, source=only))
 
 
 def usual_samples(columns: int, sequence_length: int) -> int:
@@ -81,6 +93,7 @@ def calibration_tokens(
     parts = [
         _tokens(source.text, model, tokenizer, windows, count, apart, progress)
         for source, count, apart in zip(sources, counts, held_out, strict=True)
+        if count
     ]
     return CalibrationTokens(
         alternating([part.tokens for part in parts]),

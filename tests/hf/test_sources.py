@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerwu_gpu.config import Calibration, ConfigError, Source, Text, from_settings, settings
+from cerwu_gpu.config import (
+    Calibration,
+    CompressionConfig,
+    ConfigError,
+    Source,
+    Text,
+    from_settings,
+    settings,
+)
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.hf.sources import (
     TOKENS,
@@ -14,6 +22,7 @@ from cerwu_gpu.hf.sources import (
     apportioned,
     calibration_tokens,
     usual_samples,
+    with_sources,
 )
 from cerwu_gpu.hf.text import token_windows
 from tests.hf.toys import toy
@@ -169,3 +178,20 @@ def test_names_with_shares_make_the_round_trip_through_flat_settings():
 def test_a_wide_matrix_asks_for_more_text():
     assert usual_samples(64, 512) == usual_samples(1536, 512) == TOKENS // 512
     assert usual_samples(100_000, 512) == -(-800_000 // 512)
+
+
+def test_usual_texts_are_named_where_none_is_given():
+    usual = (Source("wikitext2", 0.5), Source("self", 0.5))
+    told = with_sources(CompressionConfig(), usual)
+    assert told.text.names == ("wikitext2", "self")
+    assert told.text.sources == usual
+    assert with_sources(CompressionConfig(), usual[:1]).text.source == "wikitext2"
+    mine = CompressionConfig(calibration=Calibration(source="my.txt"))
+    assert with_sources(mine, usual) == mine
+
+
+def test_one_sample_comes_from_the_first_of_two_usual_texts(toy_tokenizer):
+    sources = Calibration(source=(Text(BOATS), "self")).sources
+    one = Windows(samples=1, sequence_length=16, seed=1, batch_size=2)
+    data = calibration_tokens(sources, toy("llama"), toy_tokenizer, one)
+    assert torch.equal(data.tokens, token_windows(BOATS, toy_tokenizer, 1, 16, 1).tokens)
