@@ -31,8 +31,8 @@ from scripts.demo import model_file
 
 LAYERS = ("1.self_attn.q_proj", "1.mlp.down_proj", "14.self_attn.q_proj", "14.mlp.down_proj")
 LAYERS += ("29.self_attn.q_proj", "29.mlp.down_proj")
-TOKENS_PER_COLUMN = (0.25, 1.0, 4.0, 16.0, 64.0)
-DAMPINGS = (1e-3, 1e-2, 3e-2, 0.1, 0.2, 0.4, 1.0)
+TOKENS_PER_COLUMN = (0.25, 1.0, 4.0, 10.0)
+DAMPINGS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 BITS = 2.5
 """Bits per weight at which dampings are compared."""
 WINDOW, JUDGING = 512, 24
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="damping", description="How much damping H needs.")
     parser.add_argument("calibration", help="text file of the Hessians that are damped")
     parser.add_argument("evaluation", help="text file of the Hessian that judges")
-    parser.add_argument("--samples", type=int, default=48, help=f"windows of {WINDOW} tokens")
+    parser.add_argument("--samples", type=int, default=30, help=f"windows of {WINDOW} tokens")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     loaded = load_model(model_file(), dtype=torch.bfloat16)
@@ -116,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in LAYERS:
         weight = loaded.model.get_submodule(f"model.layers.{name}").weight.detach().float()
         (judge,) = judging[name].values()
-        lmbda = usual_lmbda(weight, judge)
+        *_, whole = seen[name].values()
+        lmbda = usual_lmbda(weight, whole)
         for tokens, hessian in seen[name].items():
             costs = [cost(weight, hessian, judge, lmbda, damping)[0] for damping in DAMPINGS]
             columns = weight.shape[1]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,21 +91,19 @@ def calibration_tokens(
     """
     counts = apportioned(windows.samples, [share for _, share in sources])
     held_out = apportioned(windows.held_out, [share for _, share in sources])
-    parts = [
-        _tokens(source.text, model, tokenizer, windows, count, apart, progress)
-        for source, count, apart in zip(sources, counts, held_out, strict=True)
-        if count
-    ]
+    parts: list[CalibrationTokens] = []
+    events: list[str] = []
+    for (text, _), count, apart in zip(sources, counts, held_out, strict=True):
+        if not count:
+            continue
+        part = _tokens(text, model, tokenizer, windows, count, apart, progress)
+        named = f"{text}: " if len(sources) > 1 and isinstance(text, str) else ""
+        events += [f"{named}{event}" for event in part.events]
+        parts.append(part)
     return CalibrationTokens(
         alternating([part.tokens for part in parts]),
         alternating([part.held_out for part in parts]),
-        tuple(
-            event
-            if len(sources) == 1 or isinstance(source.text, Text)
-            else f"{source.text}: {event}"
-            for source, part in zip(sources, parts, strict=True)
-            for event in part.events
-        ),
+        tuple(events),
     )
 
 
@@ -132,7 +131,9 @@ def _tokens(
         judging = draw(samples=held_out, seed=seed + 1) if held_out else tokens[:0]
         return CalibrationTokens(tokens, judging)
     content = text.content if isinstance(text, Text) else load_text(text)
-    return token_windows(content, tokenizer, samples, length, seed, held_out)
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = int(embedding.weight.shape[0])
+    return token_windows(content, tokenizer, samples, length, seed, held_out, vocabulary)
 
 
 def apportioned(count: int, shares: Sequence[float]) -> list[int]:

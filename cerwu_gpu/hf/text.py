@@ -141,6 +141,13 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None if begins_alike else int(whole[0])
 
 
+def _known_first(tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> int | None:
+    """Return the token that a text begins with, if the model has an embedding for it."""
+    first = first_token(tokenizer)
+    known = first is not None and (vocabulary is None or first < vocabulary)
+    return first if known else None
+
+
 def token_windows(
     text: str,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -148,18 +155,20 @@ def token_windows(
     sequence_length: int,
     seed: int,
     held_out: int = 0,
+    vocabulary: int | None = None,
 ) -> CalibrationTokens:
     """Return disjoint windows of a text at seeded random places, in the text's order, each behind
     the token that a text begins with, where the tokenizer has one (`first_token`).
 
     `samples` of them calibrate, `held_out` others are held out; fewer than `samples` is an event.
+    A first token beyond the model's `vocabulary` is left out.
 
     Raises:
         CalibrationError: the text is empty or shorter than one window.
         ModelError: there is no tokenizer.
     """
     tokenizer = require_tokenizer(tokenizer)
-    ids, first = tokenized(text, tokenizer, special=False), first_token(tokenizer)
+    ids, first = tokenized(text, tokenizer, special=False), _known_first(tokenizer, vocabulary)
     length = sequence_length - (first is not None)
     available = len(ids) // length
     if available == 0:

@@ -77,6 +77,13 @@ def test_without_a_first_token_windows_are_the_text_alone(toy_tokenizer):
     assert [place_of(window, ids) % 20 for window in windows] == [0, 0, 0]
 
 
+def test_a_first_token_that_the_model_does_not_have_is_left_out(toy_tokenizer):
+    first = toy_tokenizer.bos_token_id
+    windows = token_windows(WORDS, toy_tokenizer, 3, 20, seed=3, vocabulary=first).tokens
+    assert not bool((windows == first).any())
+    assert bool((token_windows(WORDS, toy_tokenizer, 3, 20, seed=3).tokens[:, 0] == first).all())
+
+
 def test_a_token_that_the_tokenizer_adds_itself_is_there_once(toy_tokenizer):
     adding = with_special(toy_tokenizer, bos_token=None)
     first = toy_tokenizer.bos_token_id
