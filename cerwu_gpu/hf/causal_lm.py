@@ -78,8 +78,8 @@ class CausalLM(Adapter):
     drifts = True
     module: PreTrainedModel
     usual_sources: tuple[Source, ...] = (Source("wikitext2", 0.5), Source(SELF, 0.5))
-    """Texts that calibrate where none is given: of all that were tried, with these the model comes
-    nearest to the original on texts of other kinds (docs/method.md)."""
+    """Texts that calibrate where none is given: of those tried, with these the model came nearest
+    to the original on a text of another kind (docs/method.md)."""
 
     def __init__(
         self,
