@@ -30,7 +30,7 @@ from cerwu_gpu.hf.images import compare_on_images, load_images
 from cerwu_gpu.hf.kinds import KINDS, Kind, kind_of, load_kind
 from cerwu_gpu.hf.loading import load_compressed
 from cerwu_gpu.hf.models import LoadedModel, bytes_of_original, require_tokenizer
-from cerwu_gpu.hf.text import text_file
+from cerwu_gpu.hf.sources import calibration_files, with_sources
 from cerwu_gpu.models.module import ModuleAdapter
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.report import Report
@@ -85,11 +85,11 @@ def compress(
     paths = report_paths(output, None if report is None else Path(report))
     places = output_places(output)
     calibration = config.calibration
-    text = calibration.named if isinstance(calibration, Calibration) else None
+    texts = calibration.names if isinstance(calibration, Calibration) else None
     images = calibration.source if isinstance(calibration, ImageCalibration) else None
     read = {
         "the model": None if isinstance(model, nn.Module) else model,
-        "the calibration text": None if text is None else text_file(text),
+        **calibration_files(config),
         "the images": images,
         "the Hessian cache": config.hessian_cache,
         "the report": None if report is None else paths[0],
@@ -97,7 +97,7 @@ def compress(
     check_apart(places, read)
     check_reports(paths)
     check_output(output, overwrite=overwrite)
-    if config.drift == "auto" and text is not None and not config.corrects_drift:
+    if config.drift == "auto" and texts is not None and not config.corrects_drift:
         config = replace(config, drift="ignore")  # so that the report repeats the run as it was
     if isinstance(model, nn.Module):
         check_calibration(model, config)
@@ -114,11 +114,16 @@ def compress(
             check_apart(places, {"the model": loaded.files})
             original_bytes = bytes_of_original(model, loaded.module)
         adapter = _adapter(loaded, calibrated, work.path, target, clock, card, progress)
+        # So that the report repeats the run as it was.
+        usual = adapter.usual_sources if isinstance(adapter, CausalLM) else ()
+        described = with_sources(config, usual)
+        if isinstance(described.calibration, Calibration):
+            texts = described.calibration.names
         if card:
             transformer = isinstance(loaded.module, PreTrainedModel)
             loader = (loaded.kind or KINDS[0]).loader if transformer else None
-            described = card_of(model, loaded.files, original_bytes, text, loader)
-            adapter.card = partial(described.write_judged, predictions=adapter.predictions)
+            model_card = card_of(model, loaded.files, original_bytes, texts, loader)
+            adapter.card = partial(model_card.write_judged, predictions=adapter.predictions)
         work.begin({**settings_fingerprint(config, target), **adapter.identity()})
         with Run(
             adapter,
@@ -134,11 +139,11 @@ def compress(
             )
             attempt.writer.publish()
             result = run.report(attempt, original_bytes)
-    repeatable = (text is not None or images is not None) and calibration.tokenizer is None
+    repeatable = (texts is not None or images is not None) and calibration.tokenizer is None
     write_report(
         paths,
         result,
-        config,
+        described,
         target,
         model=str(model) if repeatable and not isinstance(model, nn.Module) else None,
         output=output,

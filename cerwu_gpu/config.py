@@ -6,12 +6,13 @@ settings of a command line, and `settings` is its inverse; both are derived from
 """
 
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from cerwu_gpu.errors import ConfigError
 
@@ -27,6 +28,10 @@ Drift = Literal["auto", "correct", "ignore", "sequential"]
 GRADIENT_BASED: tuple[Sensitivity, ...] = ("layer", "row", "balanced")
 """Sensitivities that come from gradients."""
 LEVELS_LIMIT = 4096
+SHARE = re.compile(r"0?\.\d+|1(\.0*)?")
+"""Pattern of a share behind the name of a calibration text."""
+SHARES_TOLERANCE = 0.015
+"""Maximum difference from 1 of a sum of shares: thirds are typed with two digits."""
 LEAST_LMBDA = 1e-14
 LEAST_REACH = 1e-20
 TRELLIS_STATES: dict[Quantizer, int] = {
@@ -204,10 +209,13 @@ class Objective:
         "row", "Weighting of output errors: uniform, or by layer, by row or both from gradients."
     )
     """Cost of a unit of output error in each layer or row (quantize/sensitivity.py)."""
-    damping: float = setting(
-        1e-3, "Damping added to the Hessian's diagonal, relative to the statistic of --damping-by."
+    damping: float | None = setting(
+        None,
+        "Damping added to the Hessian's diagonal, relative to the statistic of --damping-by; "
+        "default: by the number of calibration tokens for each column.",
     )
-    """Multiple of the diagonal's statistic that is added to H before it is factored."""
+    """Multiple of the diagonal's statistic that is added to H before it is factored; None: by the
+    numbers of tokens and columns of each input (quantize/objective.py, `usual_damping`)."""
     damping_by: DampingBy = setting(
         "median", "Statistic of the diagonal that damping is relative to; the paper uses the mean."
     )
@@ -221,31 +229,91 @@ class Objective:
         _check_choice("damping_by", self.damping_by, DampingBy)
         if not (math.isfinite(self.lmbda) and self.lmbda >= 0):
             raise ConfigError(f"lmbda is {self.lmbda}: give a finite number >= 0.")
-        if not 0 <= self.damping <= 1:
+        if self.damping is not None and not 0 <= self.damping <= 1:
             raise ConfigError(f"damping is {self.damping}: give a number from 0 to 1.")
         _check_counts(self, "passes", "block_size")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A calibration text itself, instead of its name."""
+    """A calibration text itself, instead of its name.
+
+    Attributes:
+        share: of the samples that come from it, where there are several texts.
+    """
 
     content: str = field(repr=False)
+    share: float | None = None
+
+
+class Source(NamedTuple):
+    """One of the texts that calibrate.
+
+    Attributes:
+        text: its name, or a `Text`.
+        share: of the samples, above 0; shares sum to 1.
+    """
+
+    text: str | Text
+    share: float
+
+
+def _sources(given: tuple[str | Text, ...]) -> tuple[Source, ...]:
+    """Return the texts with their shares: equal ones where none is given.
+
+    Raises:
+        ConfigError: there is no text, or one twice; shares are given for some texts only, are not
+            above 0, or do not sum to 1.
+    """
+    if not given:
+        raise ConfigError("calibration is empty: give a name, or a Text.")
+    texts, shares = [], []
+    for source in given:
+        if not isinstance(source, str | Text):
+            raise ConfigError(f"calibration is {source!r}: give a name, or a Text.")
+        text, share = (source, source.share) if isinstance(source, Text) else _named(source)
+        if text in texts:
+            raise ConfigError(f"calibration names {text!r} twice: add up its shares.")
+        texts.append(text)
+        shares.append(share)
+    known = [share for share in shares if share is not None]
+    if not known:
+        return tuple(Source(text, 1 / len(texts)) for text in texts)
+    if len(known) < len(shares):
+        raise ConfigError("calibration has a share for some texts only: give each one, or none.")
+    if min(known) <= 0 or abs(sum(known) - 1) > SHARES_TOLERANCE:
+        raise ConfigError(
+            f"calibration has shares that sum to {sum(known):g}: give shares above 0 that sum to 1."
+        )
+    return tuple(Source(*pair) for pair in zip(texts, (x / sum(known) for x in known), strict=True))
+
+
+def _named(source: str) -> tuple[str, float | None]:
+    """Return the name and the share in "name:share"; a name alone has none."""
+    name, _, tail = source.rpartition(":")
+    if name and SHARE.fullmatch(tail):
+        return name, float(tail)
+    return source, None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Text that calibrates a language model."""
 
-    source: str | Text = setting(
-        "wikitext2",
+    source: str | Text | tuple[str | Text, ...] | None = setting(
+        None,
         "Calibration data: wikitext2, a Hub dataset id, a text file, or self (text sampled from "
-        "the model).",
+        "the model); repeatable, with shares of the samples: --calibration my.txt:0.7 "
+        "--calibration self:0.3; default: wikitext2:0.5 and self:0.5, for encoders wikitext2.",
         name="calibration",
     )
     """Name of a hub dataset (wikitext2 for short), a text file, or self (sampled from the model);
-    or a `Text`."""
-    samples: int = setting(128, "Number of calibration sequences.")
+    or a `Text`; or several of them, each "name:share" or a `Text` with its share. None: the
+    adapter's usual ones (hf/causal_lm.py)."""
+    samples: int | None = setting(
+        None, "Number of calibration sequences; default: by the columns of the widest matrix."
+    )
+    """Number of sequences; None: by the columns of the widest matrix (hf/sources.py)."""
     sequence_length: int = setting(512, "Tokens per calibration sequence.")
     batch_size: int = setting(8, "Calibration sequences per forward pass.")
     seed: int = setting(0, "Random seed.")
@@ -253,17 +321,27 @@ class Calibration:
     """Tokenizer of a model in memory, or instead of the source's own."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.source, str | Text):
-            raise ConfigError(f"calibration is {self.source!r}: give a name, or a Text.")
-        _check_counts(self, "samples", "batch_size")
+        count = max(1, len(self.sources))
+        _check_counts(self, "batch_size")
+        if self.samples is not None and self.samples < count:
+            texts = "" if count == 1 else f", one for each of {count} texts"
+            raise ConfigError(f"samples is {self.samples}: give at least {count}{texts}.")
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length is {self.sequence_length}: give at least 2.")
         _check_seed(self.seed)
 
     @property
-    def named(self) -> str | None:
-        """Name of the text; None for a `Text`."""
-        return None if isinstance(self.source, Text) else self.source
+    def sources(self) -> tuple[Source, ...]:
+        """Texts and their shares; none where the usual ones are asked for."""
+        if self.source is None:
+            return ()
+        return _sources(self.source if isinstance(self.source, tuple) else (self.source,))
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Names of the texts; None where one of them is a `Text`."""
+        names = [text for text, _ in self.sources if isinstance(text, str)]
+        return tuple(names) if len(names) == len(self.sources) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -539,7 +617,8 @@ def settings(config: CompressionConfig) -> dict[str, Any]:
         if part is not None:
             values.update(_values_of(part))
     if isinstance(calibration, Calibration):
-        values.update({**_values_of(calibration), "calibration": calibration.named})
+        source = None if calibration.names is None else calibration.source
+        values.update({**_values_of(calibration), "calibration": source})
     elif isinstance(calibration, ImageCalibration):
         values.update({"calibration": None, **_values_of(calibration)})
     else:
@@ -555,6 +634,8 @@ def from_settings(**given: Any) -> CompressionConfig:
             other.
     """
     known = all_settings()
+    if isinstance(given.get("calibration"), tuple) and len(given["calibration"]) == 1:
+        given["calibration"] = given["calibration"][0]
     extra = {"hessian_cache", "verify", "complete_square", "tokenizer"}
     for name in given:
         if name not in known and name not in extra:

@@ -51,6 +51,18 @@ def test_compress_ends_with_a_table(
         assert re.search(rf"^{line}", out, re.MULTILINE), line
 
 
+def test_two_calibration_texts_are_in_the_command_that_repeats_the_run(
+    command: Command, toy_directory: Path, toy_text: Path, tmp_path: Path
+) -> None:
+    texts = ("--calibration", f"{toy_text}:0.75", "--calibration", "self:0.25")
+    code, _, _ = command("compress", toy_directory, "-o", tmp_path / "small", *texts, *FEW)
+    assert code == 0
+    report = json.loads((tmp_path / "small.report.json").read_text(encoding="utf-8"))
+    assert report["settings"]["calibration"] == [f"{toy_text}:0.75", "self:0.25"]
+    assert " ".join(texts) in report["command"]
+    assert f"calibration=('{toy_text}:0.75', 'self:0.25')" in report["python"]
+
+
 def test_quiet_leaves_stderr_empty_of_the_libraries_bars_too(
     toy_directory: Path, toy_text: Path, tmp_path: Path
 ) -> None:

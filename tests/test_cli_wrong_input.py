@@ -51,6 +51,7 @@ WRONG_SETTINGS: tuple[tuple[Sequence[str], str], ...] = (
     (("--grid", "0,1", "--levels", "5"), "levels"),
     (("--include", "no.such.weight"), "no.such.weight"),
     (("--calibration", "no-such-text.txt"), "no-such-text.txt"),
+    (("--calibration", "self:0.5"), "share"),
     (("--device", "no-such-device"), "no-such-device"),
 )
 

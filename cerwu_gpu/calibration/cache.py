@@ -19,7 +19,7 @@ from cerwu_gpu.layout import Label, WeightLayout
 from cerwu_gpu.progress import note
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 
-VERSION = 2
+VERSION = 3
 """Version of the files' contents; part of every key."""
 METADATA_KEY = "cerwu_hessians"
 
@@ -108,7 +108,7 @@ class HessianCache:
         contents = {
             "name": name,
             "inputs": [[name, part, key] for (name, part), key in inputs.items()],
-            "tokens": {key: value.tokens for key, value in statistics.items()},
+            "tokens": {key: [value.tokens, value.rows_seen] for key, value in statistics.items()},
         }
         hessians = {key: value.hessian.cpu() for key, value in statistics.items()}
         self._write(self.file(index), hessians, contents)
@@ -134,8 +134,8 @@ class HessianCache:
         """
         with self._opened(self.file(index), device) as (file, contents):
             statistics = {
-                key: InputStatistics(file.get_tensor(key), tokens)
-                for key, tokens in contents["tokens"].items()
+                key: InputStatistics(file.get_tensor(key), tokens, None, rows_seen)
+                for key, (tokens, rows_seen) in contents["tokens"].items()
             }
             inputs = {(name, part): key for name, part, key in contents["inputs"]}
             block = str(contents["name"])

@@ -155,7 +155,7 @@ class InputMoments:
         cross = self._crosses.pop(key, None)
         if cross is not None:
             cross = (2 / tokens * cross).float()
-        return InputStatistics(hessian.float(), tokens, cross)
+        return InputStatistics(hessian.float(), tokens, cross, tokens)
 
 
 def not_finite(what: str, x: Tensor, samples: range) -> str:

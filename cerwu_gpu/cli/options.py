@@ -123,8 +123,8 @@ def _parameter(setting: Setting) -> inspect.Parameter:
         kind, metavar = str, PARSED[setting.name][0]
     elif get_origin(kind) is tuple:
         kind, metavar, default = list[str], "GLOB", None
-    elif get_origin(kind) in (Union, UnionType):
-        kind = str  # the source of a calibration, by name
+    elif get_origin(kind) in (Union, UnionType):  # the sources of a calibration, by name
+        kind, metavar, default = list[str], "NAME[:SHARE]", None
     name = f"--{setting.name.replace('_', '-')}"
     declared = (name,) if kind is bool else ()
     option = typer.Option(*declared, help=setting.help, metavar=metavar)

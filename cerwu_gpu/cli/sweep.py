@@ -12,7 +12,7 @@ from cerwu_gpu.cli import options
 from cerwu_gpu.cli.axes import take_axes, with_axes
 from cerwu_gpu.cli.output import print_json, set_verbosity
 from cerwu_gpu.cli.sweep_tables import minimum_table, points_table, summary, time_words
-from cerwu_gpu.config import Calibration, Distillation, from_settings
+from cerwu_gpu.config import Distillation, from_settings
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.sweep.points import Axes, check_available, grid_points
 from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
@@ -81,15 +81,15 @@ def sweep(
     check_available(points)
     set_verbosity(quiet=quiet)
     from cerwu_gpu.api import image_subject, text_subject  # after the settings: torch takes seconds
+    from cerwu_gpu.hf.sources import calibration_files
     from cerwu_gpu.hf.text import load_text, text_file
 
     output = output.expanduser()
-    named = base.calibration.named if isinstance(base.calibration, Calibration) else None
     check_folder(
         output,
         {
             "the model": model,
-            "the calibration text": text_file(named) if named else None,
+            **calibration_files(base),
             "the evaluation text": text_file(text or TEXT),
             "the images": images,
         },

@@ -40,11 +40,14 @@ class InputStatistics:
         tokens: p.
         cross: [n, n] float32, (2/p) X X_hat^T of the original model's inputs X and the compressed
             model's X_hat; `hessian` is then that of X_hat. None: X is both.
+        rows_seen: number of inputs x that the Hessian is a mean of, from which its damping follows;
+            None: so many that it does not matter (whole modules: samples of many positions).
     """
 
     hessian: Tensor
     tokens: int
     cross: Tensor | None = None
+    rows_seen: int | None = None
 
 
 class Block(Protocol):

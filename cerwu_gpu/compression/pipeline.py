@@ -234,11 +234,11 @@ class _Pass:
             if seen.cross is not None:
                 moved = drift_target(torch.cat(targets), hessian=hessian, cross=seen.cross)
                 targets = list(torch.split(moved, [len(target) for target in targets]))
-            quantized = quantize_stack(targets, hessian, config, alpha)
+            quantized = quantize_stack(targets, hessian, config, alpha, seen.rows_seen)
         except CerwuError as error:
             raise type(error)(f"{name}: {error}") from error
-        if quantized.damping != config.objective.damping:
-            events.append(f"its Hessian needed a damping of {quantized.damping:.3g}")
+        if quantized.more_damping is not None:
+            events.append(f"its Hessian needed a damping of {quantized.more_damping:.3g}")
         if events and config.strict:
             raise CalibrationError(
                 f"{name}: {events[0]} (strict): give more calibration text, or exclude it."
@@ -305,7 +305,7 @@ def with_additions(
         plain = statistics[name]
         added = sensitivities.hessian_additions[name].to(plain.hessian)
         cross = None if plain.cross is None else plain.cross + added
-        joined[name] = InputStatistics(plain.hessian + added, plain.tokens, cross)
+        joined[name] = replace(plain, hessian=plain.hessian + added, cross=cross)
     return joined
 
 

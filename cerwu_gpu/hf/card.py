@@ -1,6 +1,7 @@
 """The model card of a compressed directory: README.md as the Hugging Face Hub reads it."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ class Card:
         source: licence and language of the original, by the names of the hub's metadata; see
             CARRIED_OVER.
         original_bytes: of the original's weights.
-        text: public name of the calibration text; None: it has none.
+        text: public names of the calibration texts; None: one of them has none.
         loader: instructions for loading its kind; None: a plain module.
     """
 
@@ -206,7 +207,7 @@ def card_of(
     model: str | Path | nn.Module,
     files: Path | None,
     original_bytes: int,
-    calibration: str | None = None,
+    calibration: Sequence[str] | None = None,
     loader: Loader | None = None,
 ) -> Card:
     """Return the card of a compressed `model`.
@@ -215,21 +216,19 @@ def card_of(
         model: as `compress` takes it.
         files: local directory of the original, None where there is none.
         original_bytes: of the original's weights.
-        calibration: name of the calibration text, as it was given; None: it was at hand.
+        calibration: names of the calibration texts; None: not all have one.
         loader: instructions for loading the kind of model; None: a plain module.
     """
     source = {} if files is None else _carried_over(files)
-    name = _public_name(calibration)
-    return Card(_base_model(model), source, original_bytes, name, loader)
+    return Card(_base_model(model), source, original_bytes, _public_names(calibration), loader)
 
 
-def _public_name(calibration: str | None) -> str | None:
-    """Return a dataset's name on the hub; None for files and given strings, which have none."""
-    if calibration is None or Path(calibration).expanduser().exists():
+def _public_names(calibration: Sequence[str] | None) -> str | None:
+    """Return the datasets' names on the hub; None for files and given strings, which have none."""
+    if calibration is None or any(Path(name).expanduser().exists() for name in calibration):
         return None
-    if calibration == SELF:
-        return "text sampled from the original"
-    return SHORT_NAMES.get(calibration, calibration)
+    known = {SELF: "text sampled from the original", **SHORT_NAMES}
+    return " and ".join(known.get(name, name) for name in calibration)
 
 
 def _base_model(model: str | Path | nn.Module) -> str | None:

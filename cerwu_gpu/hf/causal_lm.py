@@ -30,7 +30,7 @@ from cerwu_gpu.config import (
     Calibration,
     CompressionConfig,
     MaxPerplexityIncrease,
-    Text,
+    Source,
 )
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.hf.companions import (
@@ -45,7 +45,8 @@ from cerwu_gpu.hf.ends import Ends, ends_placed
 from cerwu_gpu.hf.evaluation import mean_loss
 from cerwu_gpu.hf.head import HeadBlocks, HeadGradients, head_layouts
 from cerwu_gpu.hf.models import LoadedModel, check_tokens, is_conv1d, mask_token
-from cerwu_gpu.hf.text import CalibrationTokens, batched_tokens, calibration_tokens
+from cerwu_gpu.hf.sources import Windows, calibration_tokens, usual_samples
+from cerwu_gpu.hf.text import SELF, CalibrationTokens, batched_tokens
 from cerwu_gpu.layout import Label
 from cerwu_gpu.models.selection import (
     Selection,
@@ -76,6 +77,9 @@ class CausalLM(Adapter):
 
     drifts = True
     module: PreTrainedModel
+    usual_sources: tuple[Source, ...] = (Source("wikitext2", 0.5), Source(SELF, 0.5))
+    """Texts that calibrate where none is given: of those tried, with these the model came nearest
+    to the original on a text of another kind (docs/method.md)."""
 
     def __init__(
         self,
@@ -165,22 +169,23 @@ class CausalLM(Adapter):
         self._sensitivity_cache = self.cache or run_cache
 
     def _text_tokens(self, calibration: Calibration, judged: bool) -> CalibrationTokens:
-        """Return tokens of the calibration text, with held-out ones if `judged`."""
-        self._batch_size = calibration.batch_size
-        source = calibration.source
-        data = calibration_tokens(
-            calibration.named or "",
-            self.module,
-            self.loaded.tokenizer,
-            samples=calibration.samples,
-            sequence_length=calibration.sequence_length,
+        """Return tokens of the calibration texts, with held-out ones if `judged`."""
+        self._batch_size, length = calibration.batch_size, calibration.sequence_length
+        columns = max(layout.matrix_shape[1] for layout in self.layouts.values())
+        windows = Windows(
+            samples=calibration.samples or usual_samples(columns, length),
+            sequence_length=length,
             seed=calibration.seed,
             batch_size=calibration.batch_size,
-            held_out=-(-JUDGING_TOKENS // calibration.sequence_length) if judged else 0,
-            text=source.content if isinstance(source, Text) else None,
+            held_out=-(-JUDGING_TOKENS // length) if judged else 0,
+        )
+        return calibration_tokens(
+            calibration.sources or self.usual_sources,
+            self.module,
+            self.loaded.tokenizer,
+            windows,
             progress=self._progress,
         )
-        return data
 
     def take(self, data: CalibrationTokens) -> None:
         """Replace the calibration tokens.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cerwu_gpu.config import Calibration, CompressionConfig
+from cerwu_gpu.config import Calibration, CompressionConfig, Source
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.models import mask_token
@@ -30,9 +30,11 @@ class MaskedLM(CausalLM):
 
     run_options: Mapping[str, Any] = {}
     overlap = None
+    usual_sources = (Source("wikitext2", 1.0),)
 
     def calibrate(self, config: CompressionConfig, **options: Any) -> None:
-        if isinstance(config.calibration, Calibration) and config.calibration.source == SELF:
+        given = config.calibration
+        if isinstance(given, Calibration) and any(text == SELF for text, _ in given.sources):
             raise CalibrationError(
                 f"{type(self.module).__name__} generates no text: give a calibration text."
             )

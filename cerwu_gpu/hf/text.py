@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cerwu_gpu.errors import CalibrationError, reason
@@ -35,45 +35,6 @@ class CalibrationTokens(NamedTuple):
     tokens: Tensor
     held_out: Tensor
     events: tuple[str, ...] = ()
-
-
-def calibration_tokens(
-    name: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    samples: int,
-    sequence_length: int,
-    seed: int,
-    batch_size: int,
-    held_out: int = 0,
-    text: str | None = None,
-    progress: bool = False,
-) -> CalibrationTokens:
-    """Return at most `samples` windows to calibrate with, and at most `held_out` held-out ones.
-
-    They are windows of `text` where it is given, else of the text named `name` (`load_text`); for
-    the name self they are sampled from the model.
-
-    Raises:
-        CalibrationError: the text is missing or too short.
-        ModelError: there is no tokenizer for a text.
-    """
-    if text is None and name == SELF:
-        bos = None if tokenizer is None else tokenizer.bos_token_id
-        draw = partial(
-            sampled_tokens,
-            model,
-            bos,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        tokens = draw(samples=samples, seed=seed)
-        judging = draw(samples=held_out, seed=seed + 1) if held_out else tokens[:0]
-        return CalibrationTokens(tokens, judging)
-    text = load_text(name) if text is None else text
-    return token_windows(text, tokenizer, samples, sequence_length, seed, held_out)
 
 
 def batched_tokens(batches: Iterable[Any]) -> Tensor:
@@ -149,8 +110,11 @@ def _dataset_text(name: str, split: str) -> str:
     return "\n\n".join(rows["text"])
 
 
-def tokenized(text: str, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """Return the ids of a text, int64 [tokens], with the tokenizer's own special tokens.
+def tokenized(
+    text: str, tokenizer: PreTrainedTokenizerBase | None, *, special: bool = True
+) -> Tensor:
+    """Return the ids of a text, int64 [tokens], with the tokenizer's own special tokens if
+    `special`.
 
     Raises:
         CalibrationError: the text is empty.
@@ -160,8 +124,28 @@ def tokenized(text: str, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
     if not text.strip():
         raise CalibrationError("the text is empty: give one with words in it.")
     # verbose=False: a text longer than the model's context is cut into windows later.
-    ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = tokenizer(text, return_attention_mask=False, verbose=False, add_special_tokens=special)[
+        "input_ids"
+    ]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of the token that a text begins with: the tokenizer's BOS, or else the special
+    token that it puts before a text (CLS); None: it has neither."""
+    if tokenizer.bos_token_id is not None:
+        return int(tokenizer.bos_token_id)
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    begins_alike = whole[: len(plain)] == plain
+    return None if begins_alike else int(whole[0])
+
+
+def _known_first(tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> int | None:
+    """Return the token that a text begins with, if the model has an embedding for it."""
+    first = first_token(tokenizer)
+    known = first is not None and (vocabulary is None or first < vocabulary)
+    return first if known else None
 
 
 def token_windows(
@@ -171,24 +155,32 @@ def token_windows(
     sequence_length: int,
     seed: int,
     held_out: int = 0,
+    vocabulary: int | None = None,
 ) -> CalibrationTokens:
-    """Return disjoint windows of a text at seeded random places, in the text's order.
+    """Return disjoint windows of a text at seeded random places, in the text's order, each behind
+    the token that a text begins with, where the tokenizer has one (`first_token`).
 
     `samples` of them calibrate, `held_out` others are held out; fewer than `samples` is an event.
+    A first token beyond the model's `vocabulary` is left out.
 
     Raises:
         CalibrationError: the text is empty or shorter than one window.
         ModelError: there is no tokenizer.
     """
-    ids = tokenized(text, tokenizer)
-    available = len(ids) // sequence_length
+    tokenizer = require_tokenizer(tokenizer)
+    ids, first = tokenized(text, tokenizer, special=False), _known_first(tokenizer, vocabulary)
+    length = sequence_length - (first is not None)
+    available = len(ids) // length
     if available == 0:
-        shorter = f" or a sequence length of at most {len(ids)}" if len(ids) > 1 else ""
+        longest = len(ids) + (first is not None)
+        shorter = f" or a sequence length of at most {longest}" if len(ids) > 1 else ""
         raise CalibrationError(
             f"the calibration text has {len(ids)} tokens, fewer than one sequence of "
             f"{sequence_length}: give a longer text{shorter}."
         )
-    windows = ids[: available * sequence_length].view(available, sequence_length)
+    windows = ids[: available * length].view(available, length)
+    if first is not None:
+        windows = functional.pad(windows, (1, 0), value=first)
     if available < samples:
         event = (
             f"the calibration text has {len(ids)} tokens: {available} samples of "

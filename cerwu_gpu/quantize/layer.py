@@ -19,6 +19,7 @@ from cerwu_gpu.quantize.objective import (
     check_finite,
     factor_with_damping,
     quadratic_error,
+    usual_damping,
 )
 from cerwu_gpu.quantize.problem import Problem
 from cerwu_gpu.quantize.refit import Quadratic, refit
@@ -36,7 +37,8 @@ class QuantizedStack:
     Attributes:
         matrices: in the order given.
         relative_losses: tr((W-Q) H (W-Q)^T) / tr(W H W^T) of each, with the undamped H.
-        damping: the damping that the factorisation needed.
+        more_damping: the damping that the factorisation needed where that of the settings was not
+            enough; else None.
         find_limits: functions that return the fewest bits per weight for each matrix's loss,
             weighted by the sensitivities (limit.py), from the eigenvalues of a matrix [n, n]; None
             where no limit was asked for, or the loss is 0.
@@ -44,7 +46,7 @@ class QuantizedStack:
 
     matrices: tuple[QuantizedMatrix, ...]
     relative_losses: tuple[float, ...]
-    damping: float
+    more_damping: float | None
     find_limits: tuple[Callable[[], float | None], ...]
 
     @property
@@ -59,6 +61,7 @@ def quantize_stack(
     hessian: Tensor,
     config: CompressionConfig,
     sensitivities: Sequence[Tensor] | None = None,
+    rows_seen: int | None = None,
 ) -> QuantizedStack:
     """Quantize matrices [m_k, n] float32 that see the same inputs, in one pass.
 
@@ -68,6 +71,8 @@ def quantize_stack(
         config: method, grid, rate and trade-off.
         sensitivities: alpha [m_k] float32 > 0 of each matrix, the cost of a unit of squared
             error in each row; None: 1 everywhere.
+        rows_seen: number of inputs that the Hessian is a mean of, from which its damping follows
+            unless the configuration gives one; None: many.
 
     Raises:
         FactorizationError: the Hessian cannot be factored.
@@ -75,7 +80,7 @@ def quantize_stack(
     """
     # Operations on wide matrices are large enough for all of torch's threads.
     with one_thread() if len(hessian) <= NARROW_COLUMNS else nullcontext():
-        return _quantize(weights, hessian, config, sensitivities)
+        return _quantize(weights, hessian, config, sensitivities, rows_seen)
 
 
 def _quantize(
@@ -83,6 +88,7 @@ def _quantize(
     hessian: Tensor,
     config: CompressionConfig,
     sensitivities: Sequence[Tensor] | None,
+    rows_seen: int | None,
 ) -> QuantizedStack:
     weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
     check_finite(weight, hessian, sensitivities or ())
@@ -92,11 +98,13 @@ def _quantize(
     alpha = weight.new_ones(len(weight)) if sensitivities is None else torch.cat([*sensitivities])
     if not isinstance(config.grid, Waterfilled) and config.grid.method == "rtn":
         symbols, grid, classes = _round_to_nearest(weight, config.grid)
-        damping = config.objective.damping
+        more_damping = None
     else:
-        damped, upper, damping = factor_with_damping(
-            hessian, config.objective.damping, config.objective.damping_by
-        )
+        damping = config.objective.damping
+        if damping is None:
+            damping = usual_damping(rows_seen, len(hessian))
+        damped, upper, used = factor_with_damping(hessian, damping, config.objective.damping_by)
+        more_damping = used if used != damping else None
         problem = Problem.build(weight, alpha, damped, upper, bounds, config)
         symbols, grid, classes = problem.solve(), problem.grid, problem.classes
         if not config.bounded:
@@ -120,7 +128,7 @@ def _quantize(
         loss = float((alpha[rows] * errors).sum())
         finds = partial(_limit, weight[rows], hessian, alpha[rows], loss)
         limits.append(finds if weight.shape[1] <= config.limit_columns else _no_limit)
-    return QuantizedStack(tuple(matrices), tuple(losses), damping, tuple(limits))
+    return QuantizedStack(tuple(matrices), tuple(losses), more_damping, tuple(limits))
 
 
 def _limit(weight: Tensor, hessian: Tensor, alpha: Tensor, loss: float) -> float | None:

@@ -28,6 +28,8 @@ TRIANGLE = 192
 """Columns up to which a triangular matrix is inverted by LAPACK at once."""
 DAMPING_LIMIT = 1.0
 """Maximum damping, as a multiple of the diagonal: beyond, little of H would be left."""
+LEAST_DAMPING = 1e-3
+"""Damping of a Hessian that is the mean of any number of inputs."""
 
 
 def check_finite(weight: Tensor, hessian: Tensor, sensitivities: Sequence[Tensor]) -> None:
@@ -71,6 +73,17 @@ def damp(hessian: Tensor, damping: float, by: DampingBy) -> Tensor:
     else:
         diagonal.fill_(1.0)
     return damped
+
+
+def usual_damping(rows_seen: int | None, columns: int) -> float:
+    """Return the damping of a Hessian [columns, columns] that is the mean of `rows_seen` inputs.
+
+    The fewer inputs there are for each column, the more of H is theirs alone, and a matrix that is
+    quantized against it does badly on any other text. None: so many that it does not matter.
+    """
+    if not rows_seen:
+        return LEAST_DAMPING
+    return min(max(math.sqrt(columns / rows_seen), LEAST_DAMPING), DAMPING_LIMIT)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:

@@ -140,7 +140,8 @@ def test_a_text_is_named_as_its_readers_know_it(
     calibration: str | None, name: str, compressed: tuple[Path, Any], tmp_path: Path
 ) -> None:
     shutil.copytree(compressed[0], tmp_path / "small")
-    card = card_of("someone/model", None, 1, calibration)
+    names = None if calibration is None else (calibration,)
+    card = card_of("someone/model", None, 1, names)
     card.write(tmp_path / "small", Quality(35.2094, float("inf"), 8176))
     text = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
     assert f"| perplexity on 8,176 tokens {name} did not calibrate it | 35.21 | inf |" in text

@@ -1,15 +1,16 @@
-"""Text for calibration, its windows, and text that the model writes itself."""
+"""Text for calibration, and its windows."""
 
 import re
+from copy import deepcopy
 from itertools import combinations, pairwise
 
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from cerwu_gpu.errors import CalibrationError, ModelError
-from cerwu_gpu.hf.text import calibration_tokens, demo_text, load_text, token_windows
-from tests.hf.toys import toy
+from cerwu_gpu.hf.text import demo_text, load_text, token_windows
 
 WORDS = " ".join(f"boat {number} and gull {7 * number};" for number in range(200))
 
@@ -18,14 +19,20 @@ def ids_of(tokenizer):
     return torch.tensor(tokenizer(WORDS)["input_ids"])
 
 
+def place_of(window, ids):
+    """Where a window of a text begins."""
+    return int((ids.unfold(0, len(window), 1) == window).all(dim=1).nonzero()[0])
+
+
 def test_windows_are_disjoint_pieces_of_the_text_in_its_order(toy_tokenizer):
     ids = ids_of(toy_tokenizer)
     windows, _, events = token_windows(WORDS, toy_tokenizer, 7, 20, seed=3)
     assert events == ()
     assert windows.shape == (7, 20)
     assert windows.dtype == torch.int64
-    places = [int((ids.unfold(0, 20, 1) == window).all(dim=1).nonzero()[0]) for window in windows]
-    assert all(b - a >= 20 for a, b in pairwise(places))
+    assert windows[:, 0].tolist() == [toy_tokenizer.bos_token_id] * 7
+    places = [place_of(window[1:], ids) for window in windows]
+    assert all(b - a >= 19 for a, b in pairwise(places))
 
 
 def test_the_seed_decides_the_windows(toy_tokenizer):
@@ -37,7 +44,7 @@ def test_the_seed_decides_the_windows(toy_tokenizer):
 def test_fewer_windows_than_asked_are_used_and_said(toy_tokenizer):
     ids = ids_of(toy_tokenizer)
     windows, _, events = token_windows(WORDS, toy_tokenizer, 10**6, 50, seed=0)
-    assert torch.equal(windows.flatten(), ids[: len(ids) // 50 * 50])
+    assert torch.equal(windows[:, 1:].flatten(), ids[: len(ids) // 49 * 49])
     assert len(events) == 1
     assert f"{len(ids)} tokens: {len(windows)} samples of 50 tokens" in events[0]
     assert "instead of 1000000" in events[0]
@@ -50,13 +57,46 @@ def test_unseen_windows_change_nothing_and_overlap_nothing(toy_tokenizer):
     assert chosen.held_out.shape == (5, 20)
     ids = ids_of(toy_tokenizer)
     windows = [*chosen.tokens, *chosen.held_out]
-    places = [int((ids.unfold(0, 20, 1) == window).all(dim=1).nonzero()[0]) for window in windows]
-    assert all(abs(a - b) >= 20 for a, b in combinations(places, 2))
-    assert len(token_windows(WORDS, toy_tokenizer, len(ids) // 20 - 1, 20, 3, 5).held_out) == 1
+    places = [place_of(window[1:], ids) for window in windows]
+    assert all(abs(a - b) >= 19 for a, b in combinations(places, 2))
+    assert len(token_windows(WORDS, toy_tokenizer, len(ids) // 19 - 1, 20, 3, 5).held_out) == 1
+
+
+def with_special(tokenizer, **settings):
+    """A copy of the tokenizer with other special tokens."""
+    changed = deepcopy(tokenizer)
+    for name, token in settings.items():
+        setattr(changed, name, token)
+    return changed
+
+
+def test_without_a_first_token_windows_are_the_text_alone(toy_tokenizer):
+    plain = with_special(toy_tokenizer, bos_token=None)
+    windows = token_windows(WORDS, plain, 3, 20, seed=3).tokens
+    ids = ids_of(plain)
+    assert [place_of(window, ids) % 20 for window in windows] == [0, 0, 0]
+
+
+def test_a_first_token_that_the_model_does_not_have_is_left_out(toy_tokenizer):
+    first = toy_tokenizer.bos_token_id
+    windows = token_windows(WORDS, toy_tokenizer, 3, 20, seed=3, vocabulary=first).tokens
+    assert not bool((windows == first).any())
+    assert bool((token_windows(WORDS, toy_tokenizer, 3, 20, seed=3).tokens[:, 0] == first).all())
+
+
+def test_a_token_that_the_tokenizer_adds_itself_is_there_once(toy_tokenizer):
+    adding = with_special(toy_tokenizer, bos_token=None)
+    first = toy_tokenizer.bos_token_id
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", first), ("</s>", toy_tokenizer.eos_token_id)]
+    )
+    windows = token_windows(WORDS, adding, 5, 20, seed=3).tokens
+    assert torch.equal(windows, token_windows(WORDS, toy_tokenizer, 5, 20, seed=3).tokens)
+    assert int((windows == first).sum()) == 5
 
 
 def test_exactly_enough_windows_need_no_event(toy_tokenizer):
-    available = len(ids_of(toy_tokenizer)) // 50
+    available = len(ids_of(toy_tokenizer)) // 49
     windows, _, events = token_windows(WORDS, toy_tokenizer, available, 50, seed=0)
     assert (len(windows), events) == (available, ())
 
@@ -72,7 +112,7 @@ def test_a_text_that_is_too_short_says_how_long_it_is_and_what_to_do(toy_tokeniz
     with pytest.raises(CalibrationError) as error:
         token_windows("the ropes sing", toy_tokenizer, 1, 64, seed=0)
     assert f"has {count} tokens, fewer than one sequence of 64" in str(error.value)
-    assert f"at most {count}" in str(error.value)
+    assert f"at most {count + 1}" in str(error.value)
 
 
 def test_a_text_needs_a_tokenizer():
@@ -138,57 +178,6 @@ def test_dataset_names_configurations_and_splits(hub, name, part, asked):
 def test_a_dataset_without_text_is_refused(hub):
     with pytest.raises(CalibrationError, match="no column text but words"):
         load_text("owner/texts:bare")
-
-
-def sample(model, tokenizer, **changes):
-    settings = {"samples": 5, "sequence_length": 12, "seed": 3, "batch_size": 2} | changes
-    return calibration_tokens("self", model, tokenizer, **settings)
-
-
-def test_text_sampled_from_the_model_begins_with_bos_and_depends_on_the_seed(toy_tokenizer):
-    model = toy("llama")
-    tokens, unseen, events = sample(model, toy_tokenizer)
-    assert (len(unseen), events) == (0, ())
-    assert tokens.shape == (5, 12)
-    assert tokens.dtype == torch.int64
-    assert tokens[:, 0].tolist() == [toy_tokenizer.bos_token_id] * 5
-    assert not bool((tokens == toy_tokenizer.eos_token_id).any())
-    assert len({tuple(row) for row in tokens.tolist()}) == 5
-    assert torch.equal(sample(model, toy_tokenizer)[0], tokens)
-    assert not torch.equal(sample(model, toy_tokenizer, seed=4)[0], tokens)
-    judged = sample(model, toy_tokenizer, held_out=3)
-    assert torch.equal(judged.tokens, tokens)
-    assert judged.held_out.shape == (3, 12)
-    assert not {tuple(row) for row in judged.held_out.tolist()} & {
-        tuple(row) for row in tokens.tolist()
-    }
-
-
-def test_sampling_needs_no_tokenizer_and_leaves_the_random_state_alone():
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    assert sample(toy("llama"), None)[0].shape == (5, 12)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_sampling_follows_the_models_distribution_not_its_chat_settings(toy_tokenizer):
-    model = toy("llama")
-    model.generation_config.temperature = 0.01
-    model.generation_config.top_k = 1
-    assert torch.equal(sample(model, toy_tokenizer)[0], sample(toy("llama"), toy_tokenizer)[0])
-
-
-def test_a_model_that_names_no_first_token_cannot_be_sampled():
-    model = toy("llama", bos_token_id=None, eos_token_id=None)
-    with pytest.raises(CalibrationError, match="no token to begin"):
-        sample(model, None)
-
-
-def test_a_given_text_wins_over_the_name(toy_tokenizer):
-    settings = {"samples": 3, "sequence_length": 16, "seed": 1, "batch_size": 2}
-    tokens, _, _ = calibration_tokens("self", toy("llama"), toy_tokenizer, text=WORDS, **settings)
-    assert torch.equal(tokens, token_windows(WORDS, toy_tokenizer, 3, 16, 1)[0])
 
 
 def test_the_demos_texts_share_no_paragraph_and_are_long_enough():

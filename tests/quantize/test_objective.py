@@ -2,15 +2,20 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cerwu_gpu.quantize.objective import (
+    DAMPING_LIMIT,
     DRIFT_SHARE,
+    LEAST_DAMPING,
     complete_square,
     damp,
     drift_target,
     factor_with_damping,
     inverse_factor,
     inverse_upper,
+    usual_damping,
 )
 
 
@@ -57,6 +62,15 @@ def test_damping_grows_until_there_is_a_factor() -> None:
     hessian = torch.tensor([[1.0, 1.2], [1.2, 1.0]])
     _, _, used = factor_with_damping(hessian, 1e-3, "mean")
     assert used == pytest.approx(1.0)
+
+
+@given(rows=st.integers(1, 10**7), columns=st.integers(1, 20_000))
+def test_fewer_inputs_for_each_column_are_damped_more(rows: int, columns: int) -> None:
+    damping = usual_damping(rows, columns)
+    assert LEAST_DAMPING <= damping <= DAMPING_LIMIT
+    assert usual_damping(4 * rows, columns) <= damping
+    assert usual_damping(rows, columns) == pytest.approx(usual_damping(3 * rows, 3 * columns))
+    assert usual_damping(None, columns) == LEAST_DAMPING
 
 
 def test_without_drift_the_target_is_the_weight() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.quantize import layer
-from cerwu_gpu.quantize.objective import OutputLoss, damp, quadratic_error
+from cerwu_gpu.quantize.objective import OutputLoss, damp, quadratic_error, usual_damping
 from cerwu_gpu.quantize.refit import Quadratic, refit
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.steps import step_values
@@ -47,7 +47,8 @@ def objective(matrix: QuantizedMatrix, problem: Quadratic) -> float:
 def posed(
     weight: torch.Tensor, hessian: torch.Tensor, config: CompressionConfig, lmbda: float
 ) -> Quadratic:
-    damped = damp(hessian, config.objective.damping, config.objective.damping_by)
+    damping = usual_damping(None, len(hessian))
+    damped = damp(hessian, damping, config.objective.damping_by)
     raised = (damped - hessian).diagonal().to(torch.float32)
     return Quadratic(OutputLoss.of(weight, hessian), raised, torch.ones(len(weight)), lmbda)
 
