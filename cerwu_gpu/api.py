@@ -30,11 +30,14 @@ from cerwu_gpu.hf.images import compare_on_images, load_images
 from cerwu_gpu.hf.kinds import KINDS, Kind, kind_of, load_kind
 from cerwu_gpu.hf.loading import load_compressed
 from cerwu_gpu.hf.models import LoadedModel, bytes_of_original, require_tokenizer
-from cerwu_gpu.hf.text import text_file
+from cerwu_gpu.hf.text import SELF, text_file
 from cerwu_gpu.models.module import ModuleAdapter
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.report import Report
 from cerwu_gpu.sweep.model import Measure, ModelSubject, shared_hessians
+
+WHOLE = "the model is whole in memory, because it generates its calibration text token by token"
+"""Event of a model that calibrates itself."""
 
 
 def compress(
@@ -155,12 +158,14 @@ class _Source:
     Attributes:
         kind: of a transformers model; None: any other module.
         files: local directory of the source's files; None for a model that was in memory.
+        events: what did not go as planned.
     """
 
     module: Any
     kind: Kind | None
     tokenizer: PreTrainedTokenizerBase | None
     files: Path | None
+    events: tuple[str, ...] = ()
 
     @property
     def takes_text(self) -> bool:
@@ -177,10 +182,13 @@ def _loaded(
     given = config.calibration.tokenizer
     if isinstance(model, nn.Module):
         return _in_memory(model, given)
-    kind, loaded = load_kind(model, trust_remote_code=trust_remote_code)
+    calibration = config.calibration
+    itself = isinstance(calibration, Calibration) and calibration.source == SELF
+    kind, loaded = load_kind(model, trust_remote_code=trust_remote_code, stream=not itself)
+    events = (*loaded.events, WHOLE) if itself else loaded.events
     if given is None:
-        return _Source(loaded.model, kind, loaded.tokenizer, loaded.files)
-    return _Source(loaded.model, kind, given, None)
+        return _Source(loaded.model, kind, loaded.tokenizer, loaded.files, events)
+    return _Source(loaded.model, kind, given, None, events)
 
 
 def _in_memory(module: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> _Source:
@@ -251,7 +259,7 @@ def _adapter(
     if source.takes_text:
         kind: Any = CausalLM if source.kind is None else source.kind.adapter
         with clock.stage("load"):
-            loaded = LoadedModel(source.module, source.tokenizer, source.files)
+            loaded = LoadedModel(source.module, source.tokenizer, source.files, source.events)
             language: CausalLM = kind(loaded, config, device=device, progress=progress)
         with clock.stage("calibrate"):
             language.calibrate(config, hessian_cache=cache, work=work, judged=card)

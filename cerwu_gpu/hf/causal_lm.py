@@ -1,7 +1,7 @@
 """Causal language models: blocks calibrated one by one, a loss per token, a head, a tokenizer."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from cerwu_gpu.calibration.cache import (
     tensors_digest,
 )
 from cerwu_gpu.calibration.capture import Capture
-from cerwu_gpu.calibration.running import is_held_out
+from cerwu_gpu.calibration.running import is_held_out, weight_source
 from cerwu_gpu.calibration.sensitivity import blockwise_sensitivities
 from cerwu_gpu.calibration.students import BlockwiseStudent
 from cerwu_gpu.compression.adapter import Adapter
@@ -32,7 +32,9 @@ from cerwu_gpu.config import (
     MaxPerplexityIncrease,
     Text,
 )
+from cerwu_gpu.container.journal import Journal
 from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.files import checksum
 from cerwu_gpu.hf.companions import (
     COPIED_FILES,
     LICENCE_PATTERNS,
@@ -45,6 +47,7 @@ from cerwu_gpu.hf.ends import Ends, ends_placed
 from cerwu_gpu.hf.evaluation import mean_loss
 from cerwu_gpu.hf.head import HeadBlocks, HeadGradients, head_layouts
 from cerwu_gpu.hf.models import LoadedModel, check_tokens, is_conv1d, mask_token
+from cerwu_gpu.hf.streaming import WeightsOnDisk
 from cerwu_gpu.hf.text import CalibrationTokens, batched_tokens, calibration_tokens
 from cerwu_gpu.layout import Label
 from cerwu_gpu.models.selection import (
@@ -94,6 +97,8 @@ class CausalLM(Adapter):
         super().__init__()
         self.loaded = loaded
         self.module = loaded.model.train(False)
+        source = weight_source(self.module)
+        self._disk = source if isinstance(source, WeightsOnDisk) else None
         empty = torch.empty(0, 0, dtype=torch.int64)
         self.data = CalibrationTokens(empty, empty)
         self.cache: HessianCache | None = None
@@ -108,7 +113,8 @@ class CausalLM(Adapter):
         selection = select(self.module, config.include, config.exclude, head=not config.keep_head)
         self.layouts = {layout.name: layout for layout in selection.chosen}
         self.left = selection.left
-        self.events = (*selection.events(strict=config.strict), *self.data.events)
+        chosen = selection.events(strict=config.strict)
+        self.events = (*self.loaded.events, *chosen, *self.data.events)
 
     def calibrate(
         self,
@@ -323,7 +329,32 @@ class CausalLM(Adapter):
         if not len(self.data.held_out):
             return None
         mask = mask_token(self.module, self.loaded.tokenizer)
-        return mean_loss(self.module, self.data.held_out, mask=mask)
+        with nullcontext() if self._disk is None else self._disk.running():
+            return mean_loss(self.module, self.data.held_out, mask=mask)
+
+    # A model whose blocks are on disk has neither their original nor their quantized weights.
+
+    def keep_originals(self) -> None:
+        if self._disk is None:
+            super().keep_originals()
+
+    def restore(self) -> None:
+        super().restore()
+        if self._disk is not None:
+            self._disk.restore()
+
+    def quantized(self, journal: Journal | None) -> None:
+        if self._disk is not None:
+            assert journal is not None, "a run of a model on disk has a work directory"
+            self._disk.quantized(journal)
+
+    def value(self, name: str, tensor: Tensor) -> Tensor:
+        value = None if self._disk is None else self._disk.value(name)
+        return tensor if value is None else value
+
+    def holds(self, name: str, weight: Tensor) -> bool:
+        digest = None if self._disk is None else self._disk.replaced(name)
+        return super().holds(name, weight) if digest is None else checksum(weight) == digest
 
     def identity(self) -> dict[str, str]:
         return {

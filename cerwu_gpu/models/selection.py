@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from cerwu_gpu.calibration.running import weight_source
 from cerwu_gpu.container.header import DTYPES
 from cerwu_gpu.errors import ConfigError, ModelError
 from cerwu_gpu.files import dtype_name
@@ -319,8 +320,14 @@ def require_finite(module: nn.Module, names: Iterable[str]) -> None:
     Raises:
         ModelError: there is one; it is named.
     """
-    for name in names:
-        if not bool(torch.isfinite(module.get_parameter(name)).all()):
+    chosen, source = list(names), weight_source(module)
+    values: Iterable[tuple[str, Tensor]] = (
+        ((name, module.get_parameter(name)) for name in chosen)
+        if source is None
+        else ((name, value) for name, value in source.state() if name in chosen)
+    )
+    for name, value in values:
+        if not bool(torch.isfinite(value).all()):
             raise ModelError(
                 f"{name} holds weights that are NaN or infinite: fetch the model again, "
                 "or exclude it."
