@@ -98,6 +98,7 @@ class CausalLM(Adapter):
         self.loaded = loaded
         self.module = loaded.model.train(False)
         source = weight_source(self.module)
+        self._work: Path | None = None
         self._disk = source if isinstance(source, WeightsOnDisk) else None
         empty = torch.empty(0, 0, dtype=torch.int64)
         self.data = CalibrationTokens(empty, empty)
@@ -136,6 +137,7 @@ class CausalLM(Adapter):
             CalibrationError: the text cannot be used, or the settings contradict each other.
             ModelError: a weight to compress is NaN or infinite.
         """
+        self._work = work
         require_finite(self.module, self.layouts)
         # For a perplexity increase, some of the calibration samples are held out anyway.
         holding_out = isinstance(config.target, MaxPerplexityIncrease)
@@ -268,6 +270,7 @@ class CausalLM(Adapter):
             to_inputs=head is not None,
             device=self._device,
             batch_size=batch_size,
+            spool=None if self._disk is None else self._work,
             progress=self._progress,
         )
         additions: dict[str, Tensor] = {}

@@ -77,7 +77,11 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(
-        self, files: Sequence[Path], model: PreTrainedModel, settings: Any, blocks: Mapping[str, int]
+        self,
+        files: Sequence[Path],
+        model: PreTrainedModel,
+        settings: Any,
+        blocks: Mapping[str, int],
     ) -> None:
         """Find out which parameter every tensor belongs to.
 
@@ -244,9 +248,7 @@ class WeightsOnDisk:
             values |= self._converted(index, [name for name in names if name not in values])
         return values
 
-    def _converted(
-        self, index: int, names: Sequence[str], report: Any = None
-    ) -> dict[str, Tensor]:
+    def _converted(self, index: int, names: Sequence[str], report: Any = None) -> dict[str, Tensor]:
         """Return those of the parameters of a block that its conversion gives.
 
         Args:
@@ -267,7 +269,9 @@ class WeightsOnDisk:
             report.conversion_errors |= result.conversion_errors
             report.error_msgs += result.error_msgs
         elif problems:
-            raise ModelError(f"block {index} cannot be read again ({problems[0]}): fetch the model.")
+            raise ModelError(
+                f"block {index} cannot be read again ({problems[0]}): fetch the model."
+            )
         return values
 
     def _in_outline(self, entries: Entries, settings: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -423,7 +427,12 @@ def blocks_on_disk() -> Iterator[list[str]]:
     with tensors_in_file() as gguf:
 
         def load(
-            model: PreTrainedModel, entries: Any, files: Any, settings: Any, *rest: Any, **options: Any
+            model: PreTrainedModel,
+            entries: Any,
+            files: Any,
+            settings: Any,
+            *rest: Any,
+            **options: Any,
         ) -> Any:
             whole = convert.__func__
             streamable = entries is None and _are_safetensors(files)
@@ -470,6 +479,7 @@ def _matrices(model: PreTrainedModel, blocks: Sequence[tuple[str, nn.Module]]) -
     return {
         name: min(places[id(parameter)])
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and len(places[id(parameter)]) == 1
+        if parameter.dim() > 1
+        and len(places[id(parameter)]) == 1
         and OUTSIDE not in places[id(parameter)]
     }
