@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
@@ -61,7 +61,7 @@ def stack(folder: Path | None) -> Iterator[Stack]:
     if folder is None:
         yield []
         return
-    with written(folder):
-        file = cast(BinaryIO, tempfile.TemporaryFile(dir=folder))
-    with file:
-        yield FileStack(file, folder)
+    with ExitStack() as opened:
+        with written(folder):
+            file = opened.enter_context(tempfile.TemporaryFile(dir=folder))
+        yield FileStack(cast(BinaryIO, file), folder)

@@ -257,7 +257,7 @@ class WeightsOnDisk:
         Raises:
             ModelError: it has problems, and there is no report.
         """
-        outline, mapping = self._outline, deepcopy(self._settings.weight_mapping)
+        mapping = deepcopy(self._settings.weight_mapping)
         places = None if report is None else {"": "meta"}  # a trial computes nothing
         settings = replace(self._settings, device_map=places, weight_mapping=mapping)
         with self._checkpoint.block(index) as entries:
@@ -422,7 +422,8 @@ def blocks_on_disk() -> Iterator[list[str]]:
     The model's blocks get a source (running.weight_source). The list receives the reason where a
     model is read whole instead.
     """
-    convert: Any = PreTrainedModel.__dict__["_load_pretrained_model"]
+    base: Any = PreTrainedModel
+    convert = base.__dict__["_load_pretrained_model"]
     reasons: list[str] = []
     with tensors_in_file() as gguf:
 
@@ -458,11 +459,11 @@ def blocks_on_disk() -> Iterator[list[str]]:
                 attach_source(module, source)
             return result
 
-        setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(load))
+        base._load_pretrained_model = staticmethod(load)
         try:
             yield reasons
         finally:
-            setattr(PreTrainedModel, "_load_pretrained_model", convert)
+            base._load_pretrained_model = convert
 
 
 def _are_safetensors(files: Any) -> bool:
