@@ -2,7 +2,8 @@ r"""Sensitivities: mean squared gradients of a model's loss by each output.
 
 **Block by block** (`blockwise_sensitivities`): one backward pass in which each block is run again
 on its stored input, so that memory holds the graph of one block. One batch's hidden states between
-the blocks are in memory or in a file. The adapter supplies the computation after the last block (`Tail`).
+the blocks are in memory or in a file. The adapter supplies the computation after the last block
+(`Tail`).
 
 **Whole modules** (`module_sensitivities`). With a loss of the user's, L is its sum over the
 samples. Without one the output is taken for the logits of classes, and L for the negative log
