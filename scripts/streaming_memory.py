@@ -75,6 +75,7 @@ def make(folder: Path, layers: int, sizes: argparse.Namespace) -> None:
         architectures=["LlamaForCausalLM"],
         dtype="float32",
     )
+    folder.mkdir()
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -115,7 +116,8 @@ def measure(folder: Path, sizes: argparse.Namespace) -> dict[str, Any]:
     config = CompressionConfig(calibration=Batches(inputs=[tokens]))
     imports = anonymous_bytes()
     with Peak() as peak:
-        report = compress(folder, folder / "small", config=config, device="cpu", progress=False)
+        output = folder.with_name("small")
+        report = compress(folder, output, config=config, device="cpu", progress=False)
     hidden, inner = sizes.hidden, sizes.intermediate
     block = 4 * (4 * hidden**2 + 3 * hidden * inner)
     hessians = 4 * (3 * hidden**2 + inner**2)
@@ -157,8 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
     results = {}
     for layers in given.layers:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            make(Path(folder), layers, given)
-            results[layers] = in_process(Path(folder), layers, given)
+            model = Path(folder) / "model"
+            make(model, layers, given)
+            results[layers] = in_process(model, layers, given)
         peak, most = (x / MEGABYTE for x in (results[layers]["peak"], bound(results[layers])))
         print(f"{layers} layers: peak {peak:.0f} MB of RssAnon, bound {most:.0f} MB", flush=True)
     peaks = [result["peak"] for result in results.values()]
@@ -179,7 +182,7 @@ def in_process(folder: Path, layers: int, given: argparse.Namespace) -> dict[str
     """Return what `measure` returns in a new process."""
     options = [x for name in SIZES for x in (f"--{name}", str(getattr(given, name)))]
     command = [sys.executable, __file__, "--one", str(layers), "--folder", str(folder), *options]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
 

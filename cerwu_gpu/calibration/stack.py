@@ -1,6 +1,5 @@
 """Hidden states in front of every block, kept in a file between a forward and a backward pass."""
 
-import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -45,10 +44,10 @@ class FileStack:
     def pop(self) -> Tensor:
         """Return the last tensor."""
         self._end, shape, dtype, device = self._entries.pop()
-        content = bytearray(math.prod(shape) * dtype.itemsize)
+        content = torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8)
         self._file.seek(self._end)
-        self._file.readinto(content)  # type: ignore[attr-defined]
-        return torch.frombuffer(content, dtype=dtype).reshape(shape).to(device)
+        self._file.readinto(content.numpy())  # type: ignore[attr-defined]
+        return content.view(dtype).reshape(shape).to(device)
 
 
 @contextmanager

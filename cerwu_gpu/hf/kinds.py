@@ -5,7 +5,7 @@ A new kind is an adapter, an entry in KINDS, and tests.
 
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,10 @@ def load_kind(
         source = local_directory(source)
         kind = _kind_of_directory(source) or kind
     options: dict[str, Any] = {"auto": kind.auto, "what": kind.name}
-    with blocks_on_disk() if stream and kind.takes_text else nullcontext([]) as reasons:
+    streaming: AbstractContextManager[list[str]] = nullcontext([])
+    if stream and kind.takes_text:
+        streaming = blocks_on_disk()
+    with streaming as reasons:
         loaded = load_model(source, trust_remote_code=trust_remote_code, **options)
     whole = tuple(f"the model is whole in memory, because {reason}" for reason in reasons)
     return kind, replace(loaded, events=(*loaded.events, *whole))

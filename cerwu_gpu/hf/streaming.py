@@ -46,6 +46,9 @@ Conversion = Callable[..., Any]
 
 OUTSIDE = -1
 """Number of no block."""
+NO_SAFETENSORS = "its weights are in no safetensors files"
+WHOLE_GGUF = "transformers decodes a .gguf file of this architecture by itself"
+"""Reasons to read a model whole."""
 HOME = torch.device("cpu")
 """Device of what stays in memory."""
 
@@ -224,7 +227,7 @@ class WeightsOnDisk:
     def _kept_on_disk(self, report: Any) -> set[str]:
         """Return the parameters on disk that can be read; add to `report` what is wrong with
         others."""
-        read = set()
+        read: set[str] = set()
         for index in range(len(self._modules)):
             names = self._of_block(index)
             values = self._checkpoint.direct(names)
@@ -348,7 +351,8 @@ class WeightsOnDisk:
     def _put(self, name: str, value: Tensor) -> None:
         """Give a parameter new values; it stays the same object for all that know it."""
         parameter = self._model.get_parameter(name)
-        swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
+        swap: Any = swap_tensors
+        swap(parameter, nn.Parameter(value, parameter.requires_grad))
 
     # Passes.
 
@@ -406,13 +410,14 @@ def _move(module: nn.Module, device: torch.device) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hide transformers' progress bars inside the context."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    bars: Any = logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
 
 
 @contextmanager
@@ -438,7 +443,7 @@ def blocks_on_disk() -> Iterator[list[str]]:
             whole = convert.__func__
             streamable = entries is None and _are_safetensors(files)
             if not streamable and not gguf:
-                reasons.append("its weights are in no safetensors files")
+                reasons.append(WHOLE_GGUF if entries is not None else NO_SAFETENSORS)
                 return whole(model, entries, files, settings, *rest, **options)
             try:
                 blocks = find_blocks(model, is_conv1d)

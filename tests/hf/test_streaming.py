@@ -10,12 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cerwu_gpu import CompressionConfig, ModelError, compress
+from cerwu_gpu.calibration.cache import HessianCache
 from cerwu_gpu.calibration.running import placed, state_of, weight_source
 from cerwu_gpu.calibration.stack import stack
+from cerwu_gpu.compression.estimate import sample_stacks
+from cerwu_gpu.compression.run import Run
 from cerwu_gpu.config import Batches
+from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.kinds import load_kind
-from cerwu_gpu.hf.models import is_conv1d, load_model
+from cerwu_gpu.hf.models import LoadedModel, is_conv1d, load_model
+from cerwu_gpu.hf.text import CalibrationTokens
 from cerwu_gpu.models.selection import find_blocks
+from cerwu_gpu.progress import Clock
+from cerwu_gpu.quantize.sensitivity import Sensitivities
 from tests.configs import compress_flat, configured
 from tests.hf.toys import FAMILIES, toy, toy_tokens
 
@@ -117,16 +124,12 @@ SETTINGS = {
     "rows": {"sensitivity": "row", "drift": "ignore"},
     "without gradients": {"sensitivity": "none", "drift": "sequential"},
     "some weights": {"exclude": ("*.0.*", "*down_proj*"), "keep_head": True},
-    "bits": {"bits": 3.0},
-    "perplexity": {"max_perplexity_increase": 0.5},
 }
 
 
 def compressed(model, output: Path, **settings) -> dict[str, bytes]:
     """The files of a compressed directory that hold weights and configuration."""
-    if not settings.keys() & {"bits", "max_perplexity_increase"}:
-        settings = {"lmbda": 1e-6, **settings}
-    config = configured(**settings)
+    config = configured(**{"lmbda": 1e-6, **settings})
     compress_flat(model, output, config=config, batches=[toy_tokens(8)], progress=False)
     return {
         path.name: path.read_bytes()
@@ -142,7 +145,47 @@ def test_a_model_on_disk_is_compressed_to_the_same_bytes(settings, tmp_path):
     assert streamed == compressed(load_model(source).model, tmp_path / "whole", **settings)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gpt2", "gemma2"])
+def passes(model, folder: Path) -> tuple[list[float | None], dict[str, bytes]]:
+    """The held-out losses of the original and after each of two passes; the second's files."""
+    config = configured(lmbda=1e-3, sensitivity="none", drift="ignore")
+    adapter = CausalLM(LoadedModel(model, None, None), config, device=torch.device("cpu"))
+    adapter.take(CalibrationTokens(toy_tokens(6), toy_tokens(2)))
+    losses = [adapter.loss()]
+    (folder / "work").mkdir(parents=True)
+    adapter.keep_originals()
+    with Run(adapter, folder / "small", clock=Clock(), work=folder / "work") as run:
+        for lmbda in (1e-3, 1e-6):
+            attempt = run.attempt(config.at(lmbda))
+            losses.append(adapter.loss())
+        folder = attempt.writer.folder
+        return losses, {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_each_pass_begins_with_the_original_weights_and_ends_with_the_quantized(tmp_path):
+    source = saved("llama", tmp_path / "model")
+    streamed = passes(load_kind(source, stream=True)[1].model, tmp_path / "streamed")
+    assert streamed == passes(load_model(source).model, tmp_path / "whole")
+    original, coarse, fine = streamed[0]
+    assert original != fine != coarse
+
+
+def test_an_estimate_sees_the_weights_of_models_on_disk(tmp_path):
+    source = saved("llama", tmp_path / "model")
+    config = configured(sensitivity="none", drift="ignore")
+    samples = []
+    for model in (load_model(source).model, load_kind(source, stream=True)[1].model):
+        adapter = CausalLM(LoadedModel(model, None, None), config, device=torch.device("cpu"))
+        adapter.take(CalibrationTokens(toy_tokens(6), toy_tokens(0)))
+        adapter.cache = HessianCache(tmp_path, "key")  # calibrated first, then read
+        samples.append(
+            sample_stacks(adapter.blocks(config, sampling=True), config, Sensitivities())
+        )
+    for whole, streamed in zip(*samples, strict=True):
+        assert whole.name == streamed.name
+        assert torch.equal(whole.weight, streamed.weight)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gpt2"])
 def test_converted_and_unusual_weights_are_compressed_to_the_same_bytes(family, tmp_path):
     source = saved(family, tmp_path / "model")
     streamed = compressed(source, tmp_path / "streamed")
