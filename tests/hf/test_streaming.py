@@ -268,7 +268,7 @@ def test_a_stack_gives_back_what_it_was_given_last(dtype, in_file, tmp_path):
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
     target = tmp_path / "memory.json"
     sizes = ["--layers", "2", "10", "--hidden", "384", "--intermediate", "1024"]
-    sizes += ["--samples", "2", "--sequence", "64"]
+    sizes += ["--samples", "2", "--sequence", "32"]
     script = ROOT / "scripts" / "streaming_memory.py"
     subprocess.run(
         [sys.executable, str(script), *sizes, "--vocabulary", "256", "--json", str(target)],
@@ -276,5 +276,4 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
         cwd=ROOT,
     )
     few, many = json.loads(target.read_text())["layers"].values()
-    added = 8 * few["block in float32"]
-    assert many["peak"] - few["peak"] < 0.3 * added
+    assert many["peak"] - few["peak"] < 0.5 * 8 * few["block in float32"]
