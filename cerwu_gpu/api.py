@@ -60,8 +60,9 @@ def compress(
     layers and 2-D convolutions are compressed, by batches of their inputs (`Batches`).
 
     Args:
-        model: hub name, local directory, .gguf file, or a model in memory, which is changed in
-            place: afterwards it holds the quantized weights.
+        model: hub name, local directory or .gguf file, of which a language model is read block by
+            block; or a model in memory, which is changed in place: afterwards it holds the
+            quantized weights.
         output: directory to write; it appears when it is complete.
         config: objective, grid and calibration data; default CompressionConfig().
         device: of the work; default: the GPU where there is one, else the CPU.

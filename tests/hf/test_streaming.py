@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cerwu_gpu import CompressionConfig, ModelError, compress
-from cerwu_gpu.calibration.cache import HessianCache
+from cerwu_gpu.calibration.cache import HessianCache, hessian_key
 from cerwu_gpu.calibration.running import placed, state_of, weight_source
 from cerwu_gpu.calibration.stack import stack
 from cerwu_gpu.compression.estimate import sample_stacks
@@ -78,6 +78,7 @@ def check_streamed(source: Path) -> None:
     values = dict(state_of(streamed))
     assert values.keys() == expected.keys()
     assert all(torch.equal(values[name], expected[name]) for name in expected)
+    assert hessian_key(streamed, None, [], "") == hessian_key(whole, None, [], "")
     assert {n: p.dtype for n, p in streamed.named_parameters()} == {
         n: p.dtype for n, p in whole.named_parameters()
     }
