@@ -26,7 +26,11 @@ METADATA_KEY = "cerwu_hessians"
 
 
 def hessian_key(
-    module: nn.Module, description: object, layouts: Sequence[WeightLayout], inputs: str
+    module: nn.Module,
+    description: object,
+    layouts: Sequence[WeightLayout],
+    inputs: str,
+    state: str | None = None,
 ) -> str:
     """Return the SHA-256 (hexadecimal) of everything the Hessians depend on.
 
@@ -35,21 +39,23 @@ def hessian_key(
         description: further properties of the module (its configuration), ready for JSON.
         layouts: the weights to compress.
         inputs: a digest of the calibration inputs, or of how they are sampled.
+        state: digest of the module's state (state_digest), where it is known.
     """
     weights = [[w.name, w.shape, w.parts, w.transposed] for w in layouts]
     header = {"version": VERSION, "module": description, "weights": weights, "inputs": inputs}
     digest = hashlib.sha256(json.dumps(header, sort_keys=True, default=str).encode())
-    digest.update(_pairs_digest(state_of(module)).encode())
+    digest.update((state or state_digest(state_of(module))).encode())
     return digest.hexdigest()
 
 
 def tensors_digest(tensors: Mapping[str, Any] | Iterable[Tensor]) -> str:
     """Return the SHA-256 (hexadecimal) of tensors, with names if they have some."""
     named = tensors.items() if isinstance(tensors, Mapping) else (("", x) for x in tensors)
-    return _pairs_digest(named)
+    return state_digest(named)
 
 
-def _pairs_digest(pairs: Iterable[tuple[str, Any]]) -> str:
+def state_digest(pairs: Iterable[tuple[str, Any]]) -> str:
+    """Return the SHA-256 (hexadecimal) of the tensors among names and values."""
     digest = hashlib.sha256()
     for name, tensor in pairs:
         if isinstance(tensor, Tensor):

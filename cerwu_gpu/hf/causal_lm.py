@@ -16,6 +16,7 @@ from cerwu_gpu.calibration.cache import (
     HessianCache,
     cached_sensitivities,
     hessian_key,
+    state_digest,
     tensors_digest,
 )
 from cerwu_gpu.calibration.capture import Capture
@@ -53,6 +54,7 @@ from cerwu_gpu.layout import Label
 from cerwu_gpu.models.selection import (
     Selection,
     find_blocks,
+    finite,
     require_finite,
     select_in_blocks,
 )
@@ -99,6 +101,7 @@ class CausalLM(Adapter):
         self.module = loaded.model.train(False)
         source = weight_source(self.module)
         self._work: Path | None = None
+        self._state: str | None = None
         self._disk = source if isinstance(source, WeightsOnDisk) else None
         empty = torch.empty(0, 0, dtype=torch.int64)
         self.data = CalibrationTokens(empty, empty)
@@ -138,7 +141,10 @@ class CausalLM(Adapter):
             ModelError: a weight to compress is NaN or infinite.
         """
         self._work = work
-        require_finite(self.module, self.layouts)
+        if self._disk is None:
+            require_finite(self.module, self.layouts)
+        else:  # reading the model may take long: once is enough
+            self._state = state_digest(finite(self._disk.state(), self.layouts))
         # For a perplexity increase, some of the calibration samples are held out anyway.
         holding_out = isinstance(config.target, MaxPerplexityIncrease)
         if isinstance(config.calibration, Batches):
@@ -165,6 +171,7 @@ class CausalLM(Adapter):
                 described(self.module),
                 list(self.layouts.values()),
                 tensors_digest([self.data.tokens]),
+                self._state,
             )
             self.cache = HessianCache(hessian_cache, key)
         run_cache = HessianCache(work, "calibration") if work else None
@@ -361,7 +368,7 @@ class CausalLM(Adapter):
 
     def identity(self) -> dict[str, str]:
         return {
-            "the model": hessian_key(self.module, described(self.module), [], ""),
+            "the model": hessian_key(self.module, described(self.module), [], "", self._state),
             "the calibration text": tensors_digest([self.data.tokens, self.data.held_out]),
         }
 

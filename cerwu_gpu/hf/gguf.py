@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import pre_tokenizers
@@ -112,17 +113,23 @@ class GgufTensors:
         """Return the tensors outside of the blocks, and the vectors inside."""
         return self._read(lambda x: not x.name.startswith("blk.") or len(x.shape) == 1)
 
-    def block(self, index: int) -> dict[str, Tensor]:
-        """Return the tensors of block number `index`."""
-        return self._read(lambda x: x.name.startswith(f"blk.{index}."))
+    def block(self, index: int, *, decoded: bool = True) -> dict[str, Tensor]:
+        """Return the tensors of block number `index`; zeros of their shapes unless `decoded`."""
+        return self._read(lambda x: x.name.startswith(f"blk.{index}."), decoded)
 
     def all(self) -> dict[str, Tensor]:
         """Return all tensors."""
         return self._read(lambda _: True)
 
-    def _read(self, chosen: Callable[[Any], bool]) -> dict[str, Tensor]:
-        part = SimpleNamespace(fields=self._fields, tensors=list(filter(chosen, self._tensors)))
-        changes = {"GGUFReader": lambda _: part, "get_tensor_name_map": self._names}
+    def _read(self, chosen: Callable[[Any], bool], decoded: bool = True) -> dict[str, Tensor]:
+        tensors = list(filter(chosen, self._tensors))
+        changes = {
+            "GGUFReader": lambda _: SimpleNamespace(fields=self._fields, tensors=tensors),
+            "get_tensor_name_map": self._names,
+        }
+        if not decoded:
+            shapes = iter([tuple(map(int, reversed(x.shape))) for x in tensors])
+            changes["dequantize"] = lambda *_: np.zeros(next(shapes), np.float32)
         with ExitStack() as stack:
             for name, value in changes.items():
                 stack.enter_context(_replaced(self._gguf, name, value))
@@ -130,8 +137,8 @@ class GgufTensors:
             content = self._load(
                 self._path, return_tensors=True, model_to_load=self._model, torch_dtype=self._dtype
             )
-        tensors: dict[str, Tensor] = content["tensors"]
-        return tensors
+        result: dict[str, Tensor] = content["tensors"]
+        return result
 
 
 @contextmanager

@@ -60,8 +60,9 @@ class Checkpoint(Protocol):
         """Yield the tensors outside of the blocks, and at least the vectors inside."""
         ...
 
-    def block(self, index: int) -> AbstractContextManager[Entries]:
-        """Yield the tensors of a block, which a conversion has to see."""
+    def block(self, index: int, *, trial: bool = False) -> AbstractContextManager[Entries]:
+        """Yield the tensors of a block, which a conversion has to see; on a trial their values do
+        not matter."""
         ...
 
     def direct(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -112,7 +113,7 @@ class SafetensorsCheckpoint:
     def outer(self) -> AbstractContextManager[Entries]:
         return self._opened(self._outer)
 
-    def block(self, index: int) -> AbstractContextManager[Entries]:
+    def block(self, index: int, *, trial: bool = False) -> AbstractContextManager[Entries]:
         return self._opened(self._blocks.get(index, ()))
 
     def direct(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -164,8 +165,8 @@ class GgufCheckpoint:
         yield self._tensors.outer()
 
     @contextmanager
-    def block(self, index: int) -> Iterator[Entries]:
-        yield self._tensors.block(index)
+    def block(self, index: int, *, trial: bool = False) -> Iterator[Entries]:
+        yield self._tensors.block(index, decoded=not trial)
 
     def direct(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {}
@@ -261,9 +262,10 @@ class WeightsOnDisk:
             ModelError: it has problems, and there is no report.
         """
         mapping = deepcopy(self._settings.weight_mapping)
-        places = None if report is None else {"": "meta"}  # a trial computes nothing
+        trial = report is not None
+        places = {"": "meta"} if trial else None  # a trial computes nothing
         settings = replace(self._settings, device_map=places, weight_mapping=mapping)
-        with self._checkpoint.block(index) as entries:
+        with self._checkpoint.block(index, trial=trial) as entries:
             result, parameters = self._in_outline(entries, settings)
         values = {name: parameters[name] for name in names if name not in result.missing_keys}
         problems = (*result.mismatched_keys, *result.conversion_errors, *result.error_msgs)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from cerwu_gpu.calibration.running import weight_source
 from cerwu_gpu.container.header import DTYPES
 from cerwu_gpu.errors import ConfigError, ModelError
 from cerwu_gpu.files import dtype_name
@@ -320,15 +319,24 @@ def require_finite(module: nn.Module, names: Iterable[str]) -> None:
     Raises:
         ModelError: there is one; it is named.
     """
-    chosen, source = list(names), weight_source(module)
-    values: Iterable[tuple[str, Tensor]] = (
-        ((name, module.get_parameter(name)) for name in chosen)
-        if source is None
-        else ((name, value) for name, value in source.state() if name in chosen)
-    )
-    for name, value in values:
-        if not bool(torch.isfinite(value).all()):
+    chosen = list(names)
+    for _ in finite(((name, module.get_parameter(name)) for name in chosen), chosen):
+        pass
+
+
+def finite(
+    tensors: Iterable[tuple[str, Tensor]], names: Iterable[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors, but refuse NaN and infinity in those of `names`.
+
+    Raises:
+        ModelError: there is one; it is named.
+    """
+    chosen = set(names)
+    for name, tensor in tensors:
+        if name in chosen and not bool(torch.isfinite(tensor).all()):
             raise ModelError(
                 f"{name} holds weights that are NaN or infinite: fetch the model again, "
                 "or exclude it."
             )
+        yield name, tensor
