@@ -154,7 +154,7 @@ def compress(
 
 @dataclass(frozen=True)
 class _Source:
-    """A model in memory, with its tokenizer and files.
+    """A model with its tokenizer and files.
 
     Attributes:
         kind: of a transformers model; None: any other module.
