@@ -31,6 +31,7 @@ from cerwu_gpu.hf.kinds import KINDS, Kind, kind_of, load_kind
 from cerwu_gpu.hf.loading import load_compressed
 from cerwu_gpu.hf.models import LoadedModel, bytes_of_original, require_tokenizer
 from cerwu_gpu.hf.sources import calibration_files, with_sources
+from cerwu_gpu.hf.text import SELF
 from cerwu_gpu.models.module import ModuleAdapter
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.report import Report
@@ -57,8 +58,9 @@ def compress(
     layers and 2-D convolutions are compressed, by batches of their inputs (`Batches`).
 
     Args:
-        model: hub name, local directory, .gguf file, or a model in memory, which is changed in
-            place: afterwards it holds the quantized weights.
+        model: hub name, local directory or .gguf file, of which a language model is read block by
+            block; or a model in memory, which is changed in place: afterwards it holds the
+            quantized weights.
         output: directory to write; it appears when it is complete.
         config: objective, grid and calibration data; default CompressionConfig().
         device: of the work; default: the GPU where there is one, else the CPU.
@@ -155,17 +157,19 @@ def compress(
 
 @dataclass(frozen=True)
 class _Source:
-    """A model in memory, with its tokenizer and files.
+    """A model with its tokenizer and files.
 
     Attributes:
         kind: of a transformers model; None: any other module.
         files: local directory of the source's files; None for a model that was in memory.
+        events: what did not go as planned.
     """
 
     module: Any
     kind: Kind | None
     tokenizer: PreTrainedTokenizerBase | None
     files: Path | None
+    events: tuple[str, ...] = ()
 
     @property
     def takes_text(self) -> bool:
@@ -182,10 +186,25 @@ def _loaded(
     given = config.calibration.tokenizer
     if isinstance(model, nn.Module):
         return _in_memory(model, given)
-    kind, loaded = load_kind(model, trust_remote_code=trust_remote_code)
+    kind, loaded = load_kind(
+        model, trust_remote_code=trust_remote_code, stream=not _runs_whole(config)
+    )
+    events = loaded.events
     if given is None:
-        return _Source(loaded.model, kind, loaded.tokenizer, loaded.files)
-    return _Source(loaded.model, kind, given, None)
+        return _Source(loaded.model, kind, loaded.tokenizer, loaded.files, events)
+    return _Source(loaded.model, kind, given, None, events)
+
+
+def _runs_whole(config: CompressionConfig) -> bool:
+    """Return whether the model must be whole in memory: to write its calibration text token by
+    token, which would read it once for each, or to tune the scales of rows of all blocks."""
+    calibration = config.calibration
+    if config.distillation is not None:
+        return True
+    if not isinstance(calibration, Calibration):
+        return False
+    texts = calibration.sources or CausalLM.usual_sources
+    return any(text == SELF for text, _ in texts)
 
 
 def _in_memory(module: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> _Source:
@@ -256,7 +275,7 @@ def _adapter(
     if source.takes_text:
         kind: Any = CausalLM if source.kind is None else source.kind.adapter
         with clock.stage("load"):
-            loaded = LoadedModel(source.module, source.tokenizer, source.files)
+            loaded = LoadedModel(source.module, source.tokenizer, source.files, source.events)
             language: CausalLM = kind(loaded, config, device=device, progress=progress)
         with clock.stage("calibrate"):
             language.calibrate(config, hessian_cache=cache, work=work, judged=card)

@@ -200,7 +200,8 @@ class CalibratedBlocks:
 
     def __iter__(self) -> Iterator[Block]:
         backbone = self._backbone
-        captured = backbone.capture(self._batches, self._device)
+        with placed(backbone.blocks[0][1], backbone.home):  # capture runs the first block
+            captured = backbone.capture(self._batches, self._device)
         stream = Stream(backbone, self._batches, captured.hidden, self._device, self._drift)
         needed = self._needed()
         with counted(

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cerwu_gpu.calibration.running import placed, state_of, weight_source
 from cerwu_gpu.compression.blocks import Block, Blocks, BlockWeights, InputStatistics, KnownBlock
 from cerwu_gpu.errors import CalibrationError, OutputError
 from cerwu_gpu.files import atomic, tensor_bytes
@@ -25,7 +26,11 @@ METADATA_KEY = "cerwu_hessians"
 
 
 def hessian_key(
-    module: nn.Module, description: object, layouts: Sequence[WeightLayout], inputs: str
+    module: nn.Module,
+    description: object,
+    layouts: Sequence[WeightLayout],
+    inputs: str,
+    state: str | None = None,
 ) -> str:
     """Return the SHA-256 (hexadecimal) of everything the Hessians depend on.
 
@@ -34,18 +39,24 @@ def hessian_key(
         description: further properties of the module (its configuration), ready for JSON.
         layouts: the weights to compress.
         inputs: a digest of the calibration inputs, or of how they are sampled.
+        state: digest of the module's state (state_digest), where it is known.
     """
     weights = [[w.name, w.shape, w.parts, w.transposed] for w in layouts]
     header = {"version": VERSION, "module": description, "weights": weights, "inputs": inputs}
     digest = hashlib.sha256(json.dumps(header, sort_keys=True, default=str).encode())
-    digest.update(tensors_digest(dict(module.state_dict())).encode())
+    digest.update((state or state_digest(state_of(module))).encode())
     return digest.hexdigest()
 
 
 def tensors_digest(tensors: Mapping[str, Any] | Iterable[Tensor]) -> str:
     """Return the SHA-256 (hexadecimal) of tensors, with names if they have some."""
+    named = tensors.items() if isinstance(tensors, Mapping) else (("", x) for x in tensors)
+    return state_digest(named)
+
+
+def state_digest(pairs: Iterable[tuple[str, Any]]) -> str:
+    """Return the SHA-256 (hexadecimal) of the tensors among names and values."""
     digest = hashlib.sha256()
-    pairs = tensors.items() if isinstance(tensors, Mapping) else (("", x) for x in tensors)
     for name, tensor in pairs:
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -262,4 +273,14 @@ class CachedBlocks:
             names = {name for name, _ in inputs}
             layouts = [layout for layout in self._layouts if layout.name in names]
             weights = BlockWeights(self._module, layouts, self._device)
-            yield KnownBlock(block, weights, inputs, statistics)
+            with self._weights_at_hand(block):
+                yield KnownBlock(block, weights, inputs, statistics)
+
+    @contextmanager
+    def _weights_at_hand(self, block: str) -> Iterator[None]:
+        """Read the weights of a block that has a source of them."""
+        if weight_source(self._module) is None:  # other blocks need not be modules
+            yield
+            return
+        with placed(self._module.get_submodule(block), self._device):
+            yield

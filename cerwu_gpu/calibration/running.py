@@ -1,8 +1,8 @@
 """Runs of a whole module on batches of inputs, and the device of modules meanwhile."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +109,49 @@ def evaluating(module: nn.Module, device: torch.device) -> Iterator[None]:
             child.training = True
 
 
+class WeightSource(Protocol):
+    """The place of weights that a module holds only while it is `placed`."""
+
+    def placed(self, module: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+        """Keep a part of the model, with its weights, on `device` inside the context."""
+        ...
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the whole model's state dict with its original values, a block in memory at a
+        time."""
+        ...
+
+
+_SOURCE = "cerwu_gpu_weight_source"
+"""Attribute of a module whose weights have a source."""
+
+
+def attach_source(module: nn.Module, source: WeightSource) -> None:
+    """Make `placed` take the module's weights from a source."""
+    setattr(module, _SOURCE, source)
+
+
+def weight_source(module: nn.Module) -> WeightSource | None:
+    """Return the source of a module's weights; None where the module holds them itself."""
+    source: WeightSource | None = getattr(module, _SOURCE, None)
+    return source
+
+
+def state_of(module: nn.Module) -> Iterable[tuple[str, Any]]:
+    """Return names and values of a module's state dict, read from its source where it has one."""
+    source = weight_source(module)
+    return module.state_dict().items() if source is None else source.state()
+
+
 @contextmanager
 def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Keep the module on `device` inside the context."""
+    """Keep the module on `device` inside the context, with weights from its source if it has
+    one."""
+    source = weight_source(module)
+    if source is not None:
+        with source.placed(module, device):
+            yield
+        return
     home = next(module.parameters()).device
     module.to(device)
     try:

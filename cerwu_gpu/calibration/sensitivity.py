@@ -1,8 +1,9 @@
 r"""Sensitivities: mean squared gradients of a model's loss by each output.
 
 **Block by block** (`blockwise_sensitivities`): one backward pass in which each block is run again
-on its stored input, so that memory holds the graph of one block and one batch's hidden states
-between the blocks. The adapter supplies the computation after the last block (`Tail`).
+on its stored input, so that memory holds the graph of one block. One batch's hidden states between
+the blocks are in memory or in a file. The adapter supplies the computation after the last block
+(`Tail`).
 
 **Whole modules** (`module_sensitivities`). With a loss of the user's, L is its sum over the
 samples. Without one the output is taken for the logits of classes, and L for the negative log
@@ -28,6 +29,7 @@ per sample, or with independent gradients, it is the mean of g_i^2.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -44,6 +46,7 @@ from cerwu_gpu.calibration.products import (
     positions,
 )
 from cerwu_gpu.calibration.running import Batch, Runner, evaluating, placed, samples
+from cerwu_gpu.calibration.stack import stack
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.layout import Label, WeightLayout
 from cerwu_gpu.progress import tracked
@@ -155,6 +158,7 @@ def blockwise_sensitivities(
     to_inputs: bool,
     device: torch.device | str | None = None,
     batch_size: int = 8,
+    spool: Path | None = None,
     progress: bool = False,
 ) -> dict[Label, Tensor]:
     """Return alpha_i = mean over tokens of (dL/dy_i)^2 for every output y_i of every chosen matrix
@@ -172,6 +176,8 @@ def blockwise_sensitivities(
         to_inputs: carry the gradient to the first block's input for `tail`.
         device: of the work; None: the model's.
         batch_size: samples that run through a block together.
+        spool: directory for a file that keeps a batch's hidden states in front of all blocks until
+            its backward pass; None: they stay in memory.
         progress: show a bar over the batches on stderr.
 
     Returns:
@@ -185,7 +191,7 @@ def blockwise_sensitivities(
             "sensitivities need sequences of at least 2 tokens: give a longer text."
         )
     work = backbone.home if device is None else torch.device(device)
-    backward = _Backward(backbone, tail, work, to_inputs)
+    backward = _Backward(backbone, tail, work, to_inputs, spool)
     batches = torch.split(tokens, batch_size)
     with torch.inference_mode(False), outer:
         for batch in tracked(batches, what="sensitivities", unit="batch", shown=progress):
@@ -202,8 +208,10 @@ class _Backward:
         tail: Callable[[Capture], Tail],
         device: torch.device,
         to_inputs: bool,
+        spool: Path | None,
     ) -> None:
         self._backbone = backbone
+        self._spool = spool
         self._tail = tail
         self._device = device
         self.squares = SquaredGradients()
@@ -221,14 +229,14 @@ class _Backward:
         tail = self._tail(captured)
         calls = [calls[len(tokens)] for calls in captured.calls]
         hidden = captured.hidden[0]
-        inputs = []
-        with backbone.single_products():
+        with backbone.single_products(), stack(self._spool) as inputs:
             for (name, block), call in zip(blocks, calls, strict=True):
                 inputs.append(hidden)
                 with placed(block, self._device), torch.no_grad():
-                    hidden = call.run(block, hidden)
-                    if not bool(torch.isfinite(hidden).all()):
-                        self._blame(name, block, call, inputs[-1], hidden)
+                    output = call.run(block, hidden)
+                    if not bool(torch.isfinite(output).all()):
+                        self._blame(name, block, call, hidden, output)
+                hidden = output
             self._samples += len(tokens)
             gradient = tail.gradient(tokens, hidden)
             for index in reversed(range(self._first, len(blocks))):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cerwu_gpu.compression.blocks import Blocks
 from cerwu_gpu.compression.distill import Student
 from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.container.journal import Journal
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.quantize.sensitivity import Sensitivities
@@ -85,6 +86,19 @@ class Adapter(ABC):
         """Put back the weights that `keep_originals` copied, if any."""
         for name, original in self._originals.items():
             self.module.get_parameter(name).copy_(original)
+
+    def quantized(self, journal: Journal | None) -> None:  # noqa: B027
+        """Take the quantized weights of a pass's blocks from its journal from now on, where the
+        module does not hold them itself."""
+
+    def value(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the values of an entry of the module's state dict that is not compressed."""
+        return tensor
+
+    def holds(self, name: str, weight: Tensor) -> bool:
+        """Return whether the quantized weight of this name is, bit for bit, `weight`."""
+        parameter = self.module.get_parameter(name).detach().cpu()
+        return torch.equal(weight, parameter.reshape(weight.shape))
 
     def finish(self, config: CompressionConfig) -> None:  # noqa: B027
         """Adapt the tensors that are stored as floats to the quantized weights."""

@@ -1,11 +1,10 @@
 """Full passes over a model: all weights quantized, coded and stored, not yet published."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from cerwu_gpu import __version__
@@ -152,8 +151,7 @@ class Run:
                 inside=self._work,
             )
         )
-        parameters = {name: adapter.module.get_parameter(name) for name in layouts}
-        dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+        dtypes = {name: adapter.module.get_parameter(name).dtype for name in layouts}
         work = self._work / f"lmbda-{config.lmbda!r}" if self._work else None
         journal = Journal(work) if work else None
         with clock.stage("calibrate"):
@@ -161,6 +159,7 @@ class Run:
         layers = compress_blocks(
             blocks, layouts, dtypes, writer, config, clock, sensitivities, journal
         )
+        adapter.quantized(journal)
         with clock.stage("quantize"):
             adapter.finish(config)
         distilled = None
@@ -180,7 +179,7 @@ class Run:
         loss = None if adapter.card is None else self._loss()
         with clock.stage("write"):
             for name, tensor in plain_tensors(adapter.module, layouts).items():
-                writer.add_plain(name, tensor)
+                writer.add_plain(name, adapter.value(name, tensor))
             writer.complete()
             adapter.write_files(writer.folder)
             if adapter.card is not None:
@@ -188,7 +187,7 @@ class Run:
                     adapter.card(writer.folder, self._original_loss, loss)
         if self._verify:
             with clock.stage("verify"):
-                check_stored(writer.folder, parameters, progress=self._progress)
+                check_stored(writer.folder, layouts, adapter.holds, progress=self._progress)
         size = directory_bytes(writer.folder)
         return Attempt(config.lmbda, tuple(layers), size, writer, distilled)
 
@@ -241,8 +240,18 @@ def directory_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def check_stored(folder: Path, parameters: Mapping[str, Tensor], *, progress: bool = False) -> None:
-    """Check the checksums of plain tensors, and compare decoded weights with those in memory.
+def check_stored(
+    folder: Path,
+    names: Iterable[str],
+    holds: Callable[[str, Tensor], bool],
+    *,
+    progress: bool = False,
+) -> None:
+    """Check the checksums of plain tensors, and compare decoded weights with those of the model.
+
+    Args:
+        names: of the compressed parameters.
+        holds: returns whether the model's parameter of a name has this value, bit for bit.
 
     Raises:
         CorruptionError: a tensor differs.
@@ -250,11 +259,11 @@ def check_stored(folder: Path, parameters: Mapping[str, Tensor], *, progress: bo
     directory = open_directory(folder)
     for _ in directory.plain():
         pass
-    missing = parameters.keys() - directory.compressed().keys()
+    missing = set(names) - directory.compressed().keys()
     if missing:
         raise CorruptionError(f"{min(missing)} was not written: please report it.")
     for name, weight in directory.weights(progress=progress):
-        if not torch.equal(weight, parameters[name].detach().cpu().reshape(weight.shape)):
+        if not holds(name, weight):
             raise CorruptionError(
                 f"{name} does not decode to the weight that was quantized: "
                 "this is a defect of cerwu_gpu; please report it."

@@ -1,7 +1,7 @@
 """Causal language models: blocks calibrated one by one, a loss per token, a head, a tokenizer."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from cerwu_gpu.calibration.cache import (
     HessianCache,
     cached_sensitivities,
     hessian_key,
+    state_digest,
     tensors_digest,
 )
 from cerwu_gpu.calibration.capture import Capture
-from cerwu_gpu.calibration.running import is_held_out
+from cerwu_gpu.calibration.running import is_held_out, weight_source
 from cerwu_gpu.calibration.sensitivity import blockwise_sensitivities
 from cerwu_gpu.calibration.students import BlockwiseStudent
 from cerwu_gpu.compression.adapter import HELD_OUT_TEXT, Adapter
@@ -32,7 +33,9 @@ from cerwu_gpu.config import (
     MaxPerplexityIncrease,
     Source,
 )
+from cerwu_gpu.container.journal import Journal
 from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.files import checksum
 from cerwu_gpu.hf.companions import (
     COPIED_FILES,
     LICENCE_PATTERNS,
@@ -46,11 +49,13 @@ from cerwu_gpu.hf.evaluation import mean_loss
 from cerwu_gpu.hf.head import HeadBlocks, HeadGradients, head_layouts
 from cerwu_gpu.hf.models import LoadedModel, check_tokens, is_conv1d, mask_token
 from cerwu_gpu.hf.sources import Windows, calibration_tokens, usual_samples
+from cerwu_gpu.hf.streaming import WeightsOnDisk
 from cerwu_gpu.hf.text import SELF, CalibrationTokens, batched_tokens
 from cerwu_gpu.layout import Label
 from cerwu_gpu.models.selection import (
     Selection,
     find_blocks,
+    finite,
     require_finite,
     select_in_blocks,
 )
@@ -98,6 +103,10 @@ class CausalLM(Adapter):
         super().__init__()
         self.loaded = loaded
         self.module = loaded.model.train(False)
+        source = weight_source(self.module)
+        self._work: Path | None = None
+        self._state: str | None = None
+        self._disk = source if isinstance(source, WeightsOnDisk) else None
         empty = torch.empty(0, 0, dtype=torch.int64)
         self.data = CalibrationTokens(empty, empty)
         self.cache: HessianCache | None = None
@@ -113,7 +122,8 @@ class CausalLM(Adapter):
         selection = select(self.module, config.include, config.exclude, head=not config.keep_head)
         self.layouts = {layout.name: layout for layout in selection.chosen}
         self.left = selection.left
-        self.events = (*selection.events(strict=config.strict), *self.data.events)
+        chosen = selection.events(strict=config.strict)
+        self.events = (*self.loaded.events, *chosen, *self.data.events)
 
     def calibrate(
         self,
@@ -135,7 +145,11 @@ class CausalLM(Adapter):
             CalibrationError: the text cannot be used, or the settings contradict each other.
             ModelError: a weight to compress is NaN or infinite.
         """
-        require_finite(self.module, self.layouts)
+        self._work = work
+        if self._disk is None:
+            require_finite(self.module, self.layouts)
+        else:  # reading the model may take long: once is enough
+            self._state = state_digest(finite(self._disk.state(), self.layouts))
         # For a perplexity increase, some of the calibration samples are held out anyway.
         holding_out = isinstance(config.target, MaxPerplexityIncrease)
         if isinstance(config.calibration, Batches):
@@ -162,6 +176,7 @@ class CausalLM(Adapter):
                 described(self.module),
                 list(self.layouts.values()),
                 tensors_digest([self.data.tokens]),
+                self._state,
             )
             self.cache = HessianCache(hessian_cache, key)
         self._work = work
@@ -272,6 +287,7 @@ class CausalLM(Adapter):
             to_inputs=head is not None,
             device=self._device,
             batch_size=batch_size,
+            spool=None if self._disk is None else self._work,
             progress=self._progress,
         )
         additions: dict[str, Tensor] = {}
@@ -336,11 +352,36 @@ class CausalLM(Adapter):
         if not len(self.data.held_out):
             return None
         mask = mask_token(self.module, self.loaded.tokenizer)
-        return mean_loss(self.module, self.data.held_out, mask=mask)
+        with nullcontext() if self._disk is None else self._disk.running():
+            return mean_loss(self.module, self.data.held_out, mask=mask)
+
+    # A model whose blocks are on disk has neither their original nor their quantized weights.
+
+    def keep_originals(self) -> None:
+        if self._disk is None:
+            super().keep_originals()
+
+    def restore(self) -> None:
+        super().restore()
+        if self._disk is not None:
+            self._disk.restore()
+
+    def quantized(self, journal: Journal | None) -> None:
+        if self._disk is not None:
+            assert journal is not None, "a run of a model on disk has a work directory"
+            self._disk.quantized(journal)
+
+    def value(self, name: str, tensor: Tensor) -> Tensor:
+        value = None if self._disk is None else self._disk.value(name)
+        return tensor if value is None else value
+
+    def holds(self, name: str, weight: Tensor) -> bool:
+        digest = None if self._disk is None else self._disk.replaced(name)
+        return super().holds(name, weight) if digest is None else checksum(weight) == digest
 
     def identity(self) -> dict[str, str]:
         return {
-            "the model": hessian_key(self.module, described(self.module), [], ""),
+            "the model": hessian_key(self.module, described(self.module), [], "", self._state),
             "the calibration text": tensors_digest([self.data.tokens, self.data.held_out[:0]]),
             HELD_OUT_TEXT: tensors_digest([self.data.held_out]),
         }

@@ -3,20 +3,24 @@
 import importlib.util
 import os
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
 
 from cerwu_gpu.errors import ModelError, reason
@@ -82,6 +86,93 @@ def gguf_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         raise ModelError(f"{path} cannot be read as a model: {reason(error)}") from error
     _forget_quantization(model)
     return model
+
+
+class GgufTensors:
+    """The tensors of a .gguf file as transformers decodes and names them, read in parts."""
+
+    def __init__(
+        self, load: Callable[..., Any], path: Any, model: PreTrainedModel, dtype: torch.dtype | None
+    ) -> None:
+        """Open the file.
+
+        Args:
+            load: transformers' `load_gguf_checkpoint`.
+            model: whose parameters the tensors become.
+            dtype: of the decoded tensors.
+        """
+        self._gguf: Any = importlib.import_module("gguf")
+        self._load, self._path, self._model, self._dtype = load, path, model, dtype
+        full = self._gguf.GGUFReader(path)
+        self._tensors = full.tensors
+        # The vocabulary takes most of the time to read, and no tensor depends on it.
+        self._fields = {k: v for k, v in full.fields.items() if not k.startswith("tokenizer.")}
+        self._names = cache(self._gguf.get_tensor_name_map)
+
+    def outer(self) -> dict[str, Tensor]:
+        """Return the tensors outside of the blocks, and the vectors inside."""
+        return self._read(lambda x: not x.name.startswith("blk.") or len(x.shape) == 1)
+
+    def block(self, index: int, *, decoded: bool = True) -> dict[str, Tensor]:
+        """Return the tensors of block number `index`; zeros of their shapes unless `decoded`."""
+        return self._read(lambda x: x.name.startswith(f"blk.{index}."), decoded)
+
+    def all(self) -> dict[str, Tensor]:
+        """Return all tensors."""
+        return self._read(lambda _: True)
+
+    def _read(self, chosen: Callable[[Any], bool], decoded: bool = True) -> dict[str, Tensor]:
+        tensors = list(filter(chosen, self._tensors))
+        changes = {
+            "GGUFReader": lambda _: SimpleNamespace(fields=self._fields, tensors=tensors),
+            "get_tensor_name_map": self._names,
+        }
+        if not decoded:
+            shapes = iter([tuple(map(int, reversed(x.shape))) for x in tensors])
+            changes["dequantize"] = lambda *_: np.zeros(next(shapes), np.float32)
+        with ExitStack() as stack:
+            for name, value in changes.items():
+                stack.enter_context(_replaced(self._gguf, name, value))
+            stack.enter_context(_replaced(modeling_gguf_pytorch_utils, "tqdm", lambda x, **_: x))
+            content = self._load(
+                self._path, return_tensors=True, model_to_load=self._model, torch_dtype=self._dtype
+            )
+        result: dict[str, Tensor] = content["tensors"]
+        return result
+
+
+@contextmanager
+def tensors_in_file() -> Iterator[list[GgufTensors]]:
+    """Make transformers leave the tensors of .gguf files where they are inside the context; the
+    list receives them instead."""
+    load: Any = modeling_gguf_pytorch_utils.load_gguf_checkpoint
+    opened: list[GgufTensors] = []
+
+    def parsed(
+        path: Any,
+        return_tensors: bool = False,
+        model_to_load: Any = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> dict[str, Any]:
+        content: dict[str, Any] = load(path)
+        if return_tensors:
+            opened.append(GgufTensors(load, path, model_to_load, torch_dtype))
+            content["tensors"] = {}
+        return content
+
+    with _replaced(modeling_gguf_pytorch_utils, "load_gguf_checkpoint", parsed):
+        yield opened
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a module another value of a name inside the context."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

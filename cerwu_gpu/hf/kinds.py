@@ -5,7 +5,8 @@ A new kind is an adapter, an entry in KINDS, and tests.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.classifier import ImageClassifier
 from cerwu_gpu.hf.encoder import MaskedLM
 from cerwu_gpu.hf.models import LoadedModel, is_gguf, load_model, local_directory
+from cerwu_gpu.hf.streaming import blocks_on_disk
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,14 @@ def model_class(config: PretrainedConfig, architectures: object) -> type[PreTrai
     return classes[0][1]
 
 
-def load_kind(source: str | Path, *, trust_remote_code: bool = False) -> tuple[Kind, LoadedModel]:
+def load_kind(
+    source: str | Path, *, trust_remote_code: bool = False, stream: bool = False
+) -> tuple[Kind, LoadedModel]:
     """Load a model of the kind of the architecture in its config.json, or else of its model type;
     by default a causal language model.
+
+    Args:
+        stream: leave the blocks of a language model on disk (hf/streaming.py).
 
     Raises:
         ModelError: as `load_model`.
@@ -145,8 +152,14 @@ def load_kind(source: str | Path, *, trust_remote_code: bool = False) -> tuple[K
     if not is_gguf(source):
         source = local_directory(source)
         kind = _kind_of_directory(source) or kind
-    loaded = load_model(source, trust_remote_code=trust_remote_code, auto=kind.auto, what=kind.name)
-    return kind, loaded
+    options: dict[str, Any] = {"auto": kind.auto, "what": kind.name}
+    streaming: AbstractContextManager[list[str]] = nullcontext([])
+    if stream and kind.takes_text:
+        streaming = blocks_on_disk()
+    with streaming as reasons:
+        loaded = load_model(source, trust_remote_code=trust_remote_code, **options)
+    whole = tuple(f"the model is whole in memory, because {reason}" for reason in reasons)
+    return kind, replace(loaded, events=(*loaded.events, *whole))
 
 
 def _kind_of_directory(folder: Path) -> Kind | None:

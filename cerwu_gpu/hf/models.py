@@ -52,11 +52,13 @@ class LoadedModel:
         model: in eval mode, on the CPU.
         tokenizer: None where the source has none.
         files: local directory of the source's own tokenizer and generation files; None for GGUF.
+        events: what did not go as planned.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     files: Path | None
+    events: tuple[str, ...] = ()
 
 
 def load_model(

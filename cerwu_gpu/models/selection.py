@@ -319,9 +319,24 @@ def require_finite(module: nn.Module, names: Iterable[str]) -> None:
     Raises:
         ModelError: there is one; it is named.
     """
-    for name in names:
-        if not bool(torch.isfinite(module.get_parameter(name)).all()):
+    chosen = list(names)
+    for _ in finite(((name, module.get_parameter(name)) for name in chosen), chosen):
+        pass
+
+
+def finite(
+    tensors: Iterable[tuple[str, Tensor]], names: Iterable[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors, but refuse NaN and infinity in those of `names`.
+
+    Raises:
+        ModelError: there is one; it is named.
+    """
+    chosen = set(names)
+    for name, tensor in tensors:
+        if name in chosen and not bool(torch.isfinite(tensor).all()):
             raise ModelError(
                 f"{name} holds weights that are NaN or infinite: fetch the model again, "
                 "or exclude it."
             )
+        yield name, tensor
