@@ -112,7 +112,6 @@ class CausalLM(Adapter):
         self.cache: HessianCache | None = None
         self._sensitivity_cache: HessianCache | None = None
         self._batch_size = Calibration().batch_size
-        self._work: Path | None = None
         self._device = device
         self._progress = progress
         self._blocks = find_blocks(self.module, is_conv1d)
