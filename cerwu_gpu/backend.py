@@ -31,7 +31,6 @@ __all__ = [
     "decode_weights",
     "dequantize",
     "form",
-    "magnitude_counts",
     "quantize_block",
     "quantize_block_trellis",
     "symbol_counts",
@@ -100,13 +99,6 @@ def symbol_counts(
     counted: Tensor = run(
         symbols, row_class, column_class, tables=tables, second=second, **alphabet
     )
-    return counted
-
-
-def magnitude_counts(symbols: Tensor, limit: int) -> Tensor:
-    """Count the magnitudes of symbols: reference.counts.magnitude_counts, or its faster form."""
-    run = _form_of("counts", counts.magnitude_counts, symbols.device, kernel=False)
-    counted: Tensor = run(symbols, limit)
     return counted
 
 

@@ -130,10 +130,11 @@ def _scan(
 
 
 # The sizes of an alphabet differ from layer to layer: none of them is worth a compilation.
-@triton.jit(do_not_specialize=["rows", "stride_rates", "lowest", "size"])
+@triton.jit(do_not_specialize=["rows", "stride_problem", "stride_rates", "lowest", "size"])
 def quantize_block_kernel(
+    # Of each problem of the batch, one after the other but for p_rates and p_levels:
     p_x,  # [rows, columns] float32, row stride stride_x
-    p_factor,  # [columns, columns] float32, row stride stride_factor
+    p_factor,  # [columns, columns] float32, row stride stride_factor, stride_problem between them
     p_rates,  # [T, stride_rates] float32
     p_levels,  # [size] float32; read only with LEVELS
     p_row_class,  # [rows] int64
@@ -147,6 +148,7 @@ def quantize_block_kernel(
     columns,
     stride_x,
     stride_factor,
+    stride_problem,
     stride_rates,
     lowest,
     size,
@@ -158,6 +160,16 @@ def quantize_block_kernel(
     EXHAUSTIVE: tl.constexpr,
 ):
     i_tile = tl.program_id(0).to(tl.int64)
+    i_problem = tl.program_id(1).to(tl.int64)
+    p_factor += i_problem * stride_problem
+    p_column_class += i_problem * columns
+    p_importance += i_problem * columns
+    p_curvature += i_problem * columns
+    p_x += i_problem * rows * stride_x
+    p_row_class += i_problem * rows
+    p_lmbda += i_problem * rows
+    p_symbols += i_problem * rows * columns
+    p_error += i_problem * rows * columns
     o_r = i_tile * BR + tl.arange(0, BR)  # [BR]
     m_r = o_r < rows
     b_class = tl.load(p_row_class + o_r, mask=m_r, other=0)  # [BR]
@@ -224,7 +236,8 @@ def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, 
     if rows == 0 or columns == 0:
         return symbols, error
     levels = alphabet.levels
-    quantize_block_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
+    height = rows // problem.batch
+    quantize_block_kernel[(triton.cdiv(height, BLOCK_ROWS), problem.batch)](
         x,
         factor,
         rates,
@@ -236,10 +249,11 @@ def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, 
         problem.curvature.contiguous(),
         symbols,
         error,
-        rows,
+        height,
         columns,
         x.stride(0),
-        factor.stride(0),
+        factor.stride(-2),
+        factor.stride(0) if factor.ndim == 3 else 0,
         rates.stride(0),
         alphabet.lowest,
         alphabet.size,
@@ -257,5 +271,5 @@ def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, 
 
 
 def contiguous_rows(matrix: Tensor) -> Tensor:
-    """Return the matrix [m, n] itself if each of its rows is contiguous, else a copy."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    """Return the matrix [..., m, n] itself if each of its rows is contiguous, else a copy."""
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()

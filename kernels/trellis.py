@@ -25,6 +25,8 @@ and column x_j, the way by parity p costs
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -156,10 +158,13 @@ def _keep(
     tl.store(p_origin + STATE, b_o, mask=m_r)
 
 
-@triton.jit(do_not_specialize=["rows", "stride_rates", "lowest", "size", "commit"])
+@triton.jit(
+    do_not_specialize=["rows", "stride_problem", "stride_rates", "lowest", "size", "commit"]
+)
 def quantize_block_trellis_kernel(
+    # Of each problem of the launch, one after the other but for p_rates:
     p_x,  # [rows, columns] float32, row stride stride_x
-    p_factor,  # [columns, columns] float32, row stride stride_factor
+    p_factor,  # [columns, columns] float32, row stride stride_factor, stride_problem between them
     p_rates,  # [T * 2, stride_rates] float32
     p_row_class,  # [rows] int64
     p_column_class,  # [columns] int64
@@ -176,6 +181,7 @@ def quantize_block_trellis_kernel(
     commit,
     stride_x,
     stride_factor,
+    stride_problem,
     stride_rates,
     lowest,
     size,
@@ -184,6 +190,22 @@ def quantize_block_trellis_kernel(
     BC: tl.constexpr,
 ):
     i_tile = tl.program_id(0).to(tl.int64)
+    i_problem = tl.program_id(1).to(tl.int64)
+    committed = tl.cdiv(commit, BC)
+    groups = committed + tl.cdiv(columns - commit, BC)
+    p_factor += i_problem * stride_problem
+    p_column_class += i_problem * columns
+    p_importance += i_problem * columns
+    p_curvature += i_problem * columns
+    p_x += i_problem * rows * stride_x
+    p_row_class += i_problem * rows
+    p_lmbda += i_problem * rows
+    p_start += i_problem * rows
+    p_best += i_problem * rows
+    paths = i_problem * groups * rows * STATES
+    p_path_error += paths * BC
+    p_path_symbol += paths * BC
+    p_origin += paths
     o_r = i_tile * BR + tl.arange(0, BR)  # [BR]
     o_b = tl.arange(0, BC)  # [BC]
     m_r = o_r < rows
@@ -204,8 +226,6 @@ def quantize_block_trellis_kernel(
         c7 = tl.where(b_start == 7, 0.0, far)  # [BR]
     b_zero = tl.zeros([BR], tl.int32)
     b_none = tl.zeros([BR, BC], tl.int32)
-    committed = tl.cdiv(commit, BC)
-    groups = committed + tl.cdiv(columns - commit, BC)
     p_row = p_factor  # row j of the factor
     for i_group in range(0, groups):
         first, last = group_columns(i_group, committed, commit, columns, BC)
@@ -278,6 +298,7 @@ def quantize_block_trellis_kernel(
 
 @triton.jit(do_not_specialize=["rows", "columns", "commit"])
 def trace_back_kernel(
+    # Of each problem of the launch, one after the other:
     p_path_error,  # [groups, rows, STATES, BC] float32
     p_path_symbol,  # [groups, rows, STATES, BC] int32
     p_origin,  # [groups, rows, STATES] int32
@@ -292,12 +313,20 @@ def trace_back_kernel(
     BC: tl.constexpr,
 ):
     i_tile = tl.program_id(0).to(tl.int64)
+    i_problem = tl.program_id(1).to(tl.int64)
+    committed = tl.cdiv(commit, BC)
+    groups = committed + tl.cdiv(columns - commit, BC)
+    p_state += i_problem * rows
+    p_symbols += i_problem * rows * commit
+    p_error += i_problem * rows * commit
+    paths = i_problem * groups * rows * STATES
+    p_path_error += paths * BC
+    p_path_symbol += paths * BC
+    p_origin += paths
     o_r = i_tile * BR + tl.arange(0, BR)  # [BR]
     o_b = tl.arange(0, BC)  # [BC]
     m_r = o_r < rows
     b_state = tl.load(p_state + o_r, mask=m_r, other=0)  # [BR]
-    committed = tl.cdiv(commit, BC)
-    groups = committed + tl.cdiv(columns - commit, BC)
     for i_back in range(0, groups):
         i_group = groups - 1 - i_back
         first, last = group_columns(i_group, committed, commit, columns, BC)
@@ -335,55 +364,53 @@ def quantize_block_trellis(
     """
     problem.check_trellis(states, start, commit)
     rows, columns = problem.x.shape
-    alphabet = problem.alphabet
+    alphabet, height = problem.alphabet, rows // problem.batch
     x, factor = contiguous_rows(problem.x), contiguous_rows(problem.factor)
     rates = alphabet.rates.contiguous()
+    problem = replace(problem, x=x, factor=factor, alphabet=replace(alphabet, rates=rates))
     symbols = torch.empty((rows, commit), dtype=torch.int32, device=x.device)
     error = torch.empty((rows, commit), dtype=torch.float32, device=x.device)
     end = torch.empty(rows, dtype=torch.int64, device=x.device)
     groups = triton.cdiv(commit, BLOCK_COLUMNS) + triton.cdiv(columns - commit, BLOCK_COLUMNS)
     launch_rows = LAUNCH_ROWS * 8 // max(8, states)
-    shape = (groups, min(rows, launch_rows), states)
+    several = min(problem.batch, max(1, launch_rows // max(1, height)))
+    shape = (several, groups, min(height, launch_rows), states)
     paths = (
         torch.empty((*shape, BLOCK_COLUMNS), dtype=torch.float32, device=x.device),
         torch.empty((*shape, BLOCK_COLUMNS), dtype=torch.int32, device=x.device),
         torch.empty(shape, dtype=torch.int32, device=x.device),
     )
-    columnwise = [
-        field.contiguous()
-        for field in (problem.column_class, problem.importance, problem.curvature)
-    ]
-    for first in range(0, rows, launch_rows):
-        part = slice(first, min(first + launch_rows, rows))
-        count = part.stop - first
+    for own, part in _launches(problem, several, launch_rows):
+        count = len(part.x) // part.batch
         _extend(
-            count,
+            (count, part.batch),
             states,
-            x[part],
-            factor,
+            part.x,
+            part.factor,
             rates,
-            problem.row_class[part].contiguous(),
-            columnwise[0],
-            problem.lmbda[part].contiguous(),
-            columnwise[1],
-            columnwise[2],
-            start[part].contiguous(),
+            part.row_class.contiguous(),
+            part.column_class.contiguous(),
+            part.lmbda.contiguous(),
+            part.importance.contiguous(),
+            part.curvature.contiguous(),
+            start[own].contiguous(),
             *paths,
-            end[part],
+            end[own],
             count,
             columns,
             commit,
             x.stride(0),
-            factor.stride(0),
+            factor.stride(-2),
+            factor.stride(0) if factor.ndim == 3 else 0,
             rates.stride(0),
             alphabet.lowest,
             alphabet.size,
         )
-        trace_back_kernel[(triton.cdiv(count, BLOCK_ROWS),)](
+        trace_back_kernel[(triton.cdiv(count, BLOCK_ROWS), part.batch)](
             *paths,
-            symbols[part],
-            error[part],
-            end[part],
+            symbols[own],
+            error[own],
+            end[own],
             count,
             columns,
             commit,
@@ -395,10 +422,24 @@ def quantize_block_trellis(
     return symbols, error, end
 
 
-def _extend(rows: int, states: int, *arguments: Any) -> None:
-    """Extend the survivors of all rows over the columns, by the kernel for so many states."""
+def _launches(
+    problem: BlockProblem, several: int, launch_rows: int
+) -> Iterator[tuple[slice, BlockProblem]]:
+    """Yield rows and problem of each launch: many small problems, or some rows of a large one."""
+    height = len(problem.x) // problem.batch
+    for first in range(0, problem.batch, several):
+        part = problem.some(slice(first, first + several))
+        for top in range(0, len(part.x), launch_rows):
+            rows = slice(top, min(top + launch_rows, len(part.x)))
+            yield slice(first * height + rows.start, first * height + rows.stop), part.of_rows(rows)
+
+
+def _extend(extent: tuple[int, int], states: int, *arguments: Any) -> None:
+    """Extend the survivors of all rows over the columns, by the kernel for so many states; `extent`
+    is the number of rows of a problem, and of problems."""
+    rows, problems = extent
     if states <= 8:
-        quantize_block_trellis_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
+        quantize_block_trellis_kernel[(triton.cdiv(rows, BLOCK_ROWS), problems)](
             *arguments,
             STATES=states,
             BR=BLOCK_ROWS,
@@ -409,7 +450,7 @@ def _extend(rows: int, states: int, *arguments: Any) -> None:
         )
         return
     feedback, enter = TRELLIS_REGISTER[states]
-    quantize_block_trellis_wide_kernel[(triton.cdiv(rows, SURVIVORS // states),)](
+    quantize_block_trellis_wide_kernel[(triton.cdiv(rows, SURVIVORS // states), problems)](
         *arguments,
         STATES=states,
         FEEDBACK=feedback,

@@ -52,10 +52,13 @@ def _arrive(
     return tl.where(m_odd, b_odd, b_even), b_k, tl.gather(b_now, o_from, 1) - b_level, o_from
 
 
-@triton.jit(do_not_specialize=["rows", "stride_rates", "lowest", "size", "commit"])
+@triton.jit(
+    do_not_specialize=["rows", "stride_problem", "stride_rates", "lowest", "size", "commit"]
+)
 def quantize_block_trellis_wide_kernel(
+    # Of each problem of the launch, one after the other but for p_rates:
     p_x,  # [rows, columns] float32, row stride stride_x
-    p_factor,  # [columns, columns] float32, row stride stride_factor
+    p_factor,  # [columns, columns] float32, row stride stride_factor, stride_problem between them
     p_rates,  # [T * 2, stride_rates] float32
     p_row_class,  # [rows] int64
     p_column_class,  # [columns] int64
@@ -72,6 +75,7 @@ def quantize_block_trellis_wide_kernel(
     commit,
     stride_x,
     stride_factor,
+    stride_problem,
     stride_rates,
     lowest,
     size,
@@ -82,6 +86,22 @@ def quantize_block_trellis_wide_kernel(
     BC: tl.constexpr,
 ):
     i_tile = tl.program_id(0).to(tl.int64)
+    i_problem = tl.program_id(1).to(tl.int64)
+    committed = tl.cdiv(commit, BC)
+    groups = committed + tl.cdiv(columns - commit, BC)
+    p_factor += i_problem * stride_problem
+    p_column_class += i_problem * columns
+    p_importance += i_problem * columns
+    p_curvature += i_problem * columns
+    p_x += i_problem * rows * stride_x
+    p_row_class += i_problem * rows
+    p_lmbda += i_problem * rows
+    p_start += i_problem * rows
+    p_best += i_problem * rows
+    paths = i_problem * groups * rows * STATES
+    p_path_error += paths * BC
+    p_path_symbol += paths * BC
+    p_origin += paths
     o_r = i_tile * BR + tl.arange(0, BR)  # [BR]
     o_s = tl.arange(0, STATES)  # [S]
     o_b = tl.arange(0, BC)  # [BC]
@@ -99,8 +119,6 @@ def quantize_block_trellis_wide_kernel(
     b_arrived = b_arrived.to(tl.float32)
     b_offset = (o_s & 1).to(tl.float32)[None, :]  # [1, S] the quantizer of each state
 
-    committed = tl.cdiv(commit, BC)
-    groups = committed + tl.cdiv(columns - commit, BC)
     m_path = m_r[:, None]
     m_tile = m_path[:, :, None]
     p_row = p_factor  # row j of the factor

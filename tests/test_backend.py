@@ -107,7 +107,6 @@ def run_all(device):
             backend.symbol_counts(symbols, *classes, **alphabet),
             counts.symbol_counts(symbols, *classes, **alphabet),
         ),
-        (backend.magnitude_counts(symbols, 3), counts.magnitude_counts(symbols, 3)),
         (backend.trellis_quantizers(symbols, 4), second),
         (
             backend.dequantize(symbols, rule.column_step, rule.row_scale, second=second),
@@ -117,7 +116,7 @@ def run_all(device):
 
 
 NAMES = ["quantize_block", "quantize_block_trellis", "decode", "decode_weights"]
-WITHOUT_KERNEL = ["symbol_counts", "magnitude_counts", "trellis_quantizers", "dequantize"]
+WITHOUT_KERNEL = ["symbol_counts", "trellis_quantizers", "dequantize"]
 
 
 def test_on_the_cpu_the_compiled_forms_run(calls):
@@ -215,10 +214,11 @@ import sys, warnings
 {}
 import torch
 from cerwu_gpu import backend
+row = torch.tensor([[0, 1, 0]], dtype=torch.int32)
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     for _ in range(2):
-        assert backend.magnitude_counts(torch.tensor([[1, -3]]), 2).tolist() == [0, 1, 1]
+        assert backend.trellis_quantizers(row, 4).tolist() == [[False, False, True]]
         assert backend.decode([]) == []
     assert backend.form(torch.device("cpu")) == "torch"
 texts = [str(each.message) for each in seen]
@@ -279,7 +279,7 @@ def test_numba_that_is_forced_must_be_there():
         "import sys; sys.modules['numba'] = None\n"
         "import torch\n"
         "from cerwu_gpu import backend, errors\n"
-        "try: backend.magnitude_counts(torch.tensor([[1]]), 2)\n"
+        "try: backend.trellis_quantizers(torch.tensor([[1]], dtype=torch.int32), 4)\n"
         "except errors.ConfigError as error: assert 'pip install numba' in str(error)\n"
         "else: raise SystemExit(1)"
     )

@@ -89,13 +89,13 @@ class FrozenRate:
 
     def search(self, problem: PaperProblem) -> Tensor:
         """Return the symbols [m, n] int32, the best of all candidates."""
-        classes = Classes.single(*problem.target.shape, device=problem.target.device)
+        classes = Classes.single(1, *problem.target.shape, device=problem.target.device)
         columns = BlockProblem(
             x=problem.target,
             factor=problem.factor,
             alphabet=Alphabet(self.bits[None], -problem.reach),
-            row_class=classes.row,
-            column_class=classes.column,
+            row_class=classes.row[0],
+            column_class=classes.column[0],
             lmbda=problem.lmbda,
             importance=problem.importance,
             curvature=problem.curvature,

@@ -177,6 +177,8 @@ def _pack_items(head: bytes, items: NDArray[np.int64]) -> bytes:
     """Return coding byte, head and payload: the items' bytes by significance, lowest first."""
     greatest = int(items.max()) if items.size else 0
     width = next(w for w in (0, 1, 2, 4) if greatest < 1 << 8 * w)
+    if not width:
+        return bytes([0]) + head
     planes = items.astype("<u4").reshape(-1, 1).view(np.uint8)[:, :width].T.tobytes()
     packed = min((_deflate(planes, strategy) for strategy in range(4)), key=len)
     deflated = _unsigned(len(packed)) + packed

@@ -26,7 +26,7 @@ def symbol_counts(
     _count(
         symbols.contiguous().numpy(),
         row_class.contiguous().numpy(),
-        column_class.contiguous().numpy(),
+        column_class.reshape(-1, symbols.shape[1]).contiguous().numpy(),
         none if second is None else second.contiguous().numpy(),
         quantizers,
         lowest,
@@ -34,13 +34,6 @@ def symbol_counts(
         escapes,
         counts.numpy(),
     )
-    return counts
-
-
-def magnitude_counts(symbols: Tensor, limit: int) -> Tensor:
-    """Count the magnitudes of symbols; see `reference.counts.magnitude_counts`."""
-    counts = torch.zeros(limit + 1, dtype=torch.int64)
-    _count_magnitudes(symbols.contiguous().view(-1).numpy(), limit, counts.numpy())
     return counts
 
 
@@ -57,19 +50,15 @@ def _count(
     counts,
 ):
     rows, columns = symbols.shape
+    height = rows // max(1, len(column_class))
     for i in range(rows):
+        own = column_class[i // height]
         for j in range(columns):
             symbol = symbols[i, j]
             index = symbol - lowest
             if index < 0 or index >= size:
                 index = size + (symbol & (escapes - 1))
-            table = (row_class[i] + column_class[j]) * quantizers
+            table = (row_class[i] + own[j]) * quantizers
             if quantizers > 1:
                 table += np.int64(second[i, j])
             counts[table, index] += 1
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _count_magnitudes(symbols, limit, counts):
-    for i in range(len(symbols)):
-        counts[min(abs(np.int64(symbols[i])), limit)] += 1

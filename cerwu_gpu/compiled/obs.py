@@ -37,25 +37,25 @@ def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, 
 
     Returns:
         symbols [m, B] int32 (integers, or positions in the list of levels) and errors x - value
-        [m, B] float32, both transposed views of contiguous memory.
+        [m, B] float32; of a single problem both are transposed views of contiguous memory.
 
     Raises:
         ValueError: a field's shape, type or device does not fit.
     """
     problem.check()
-    alphabet = problem.alphabet
-    columns = problem.x.t().contiguous()
+    alphabet, batch, width = problem.alphabet, problem.batch, problem.x.shape[1]
+    columns = problem.x.reshape(batch, -1, width).mT.contiguous()
     symbols, errors = torch.empty_like(columns, dtype=torch.int32), torch.empty_like(columns)
     shared = tuple(
         tensor.contiguous().numpy()
         for tensor in (
             columns,
-            problem.factor,
+            problem.factor.reshape(batch, width, width),
             problem.row_class,
-            problem.column_class,
+            problem.column_class.reshape(batch, width),
             problem.lmbda,
-            problem.importance,
-            problem.curvature,
+            problem.importance.reshape(batch, width),
+            problem.curvature.reshape(batch, width),
             symbols,
             errors,
         )
@@ -67,13 +67,15 @@ def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, 
         rates = alphabet.rates[:, : alphabet.size]
         # Levels that are there twice cost the same, and of equal costs the first wins.
         whole = torch.arange(-(-alphabet.size // LEVELS) * LEVELS).clamp_max(alphabet.size - 1)
-        order = torch.argsort(problem.row_class)
+        order = problem.row_class.reshape(batch, -1).argsort(dim=1)
         args = order.numpy(), rates[:, whole].numpy(), levels[whole].numpy()
-        _scan_all(*shared, *args, alphabet.lowest)
+        _scan_all_batch(*shared, *args, alphabet.lowest)
     else:
         rates = alphabet.rates.contiguous()
-        _scan_near(*shared, rates.numpy(), alphabet.lowest, alphabet.size, alphabet.escapes)
-    return symbols.t(), errors.t()
+        _scan_near_batch(*shared, rates.numpy(), alphabet.lowest, alphabet.size, alphabet.escapes)
+    if batch == 1:
+        return symbols[0].t(), errors[0].t()
+    return symbols.mT.flatten(0, 1), errors.mT.flatten(0, 1)
 
 
 @njit(**OPTIONS)
@@ -313,3 +315,77 @@ def _scan_all(
                 errors[j, members[r]] = mine[r]
             _move_on(j, error, factor, work)
         first = last
+
+
+@njit(cache=True, **OPTIONS)
+def _scan_near_batch(
+    x,
+    factor,
+    row_class,
+    column_class,
+    lmbda,
+    importance,
+    curvature,
+    symbols,
+    errors,
+    rates,
+    lowest,
+    size,
+    escapes,
+):
+    """Do `_scan_near` for each problem of a batch, x [batch, columns, rows]."""
+    height = x.shape[2]
+    for b in range(len(x)):
+        first, last = b * height, (b + 1) * height
+        _scan_near(
+            x[b],
+            factor[b],
+            row_class[first:last],
+            column_class[b],
+            lmbda[first:last],
+            importance[b],
+            curvature[b],
+            symbols[b],
+            errors[b],
+            rates,
+            lowest,
+            size,
+            escapes,
+        )
+
+
+@njit(cache=True, **OPTIONS)
+def _scan_all_batch(
+    x,
+    factor,
+    row_class,
+    column_class,
+    lmbda,
+    importance,
+    curvature,
+    symbols,
+    errors,
+    order,
+    rates,
+    levels,
+    lowest,
+):
+    """Do `_scan_all` for each problem of a batch, x [batch, columns, rows]."""
+    height = x.shape[2]
+    for b in range(len(x)):
+        first, last = b * height, (b + 1) * height
+        _scan_all(
+            x[b],
+            factor[b],
+            row_class[first:last],
+            column_class[b],
+            lmbda[first:last],
+            importance[b],
+            curvature[b],
+            symbols[b],
+            errors[b],
+            order[b],
+            rates,
+            levels,
+            lowest,
+        )

@@ -39,38 +39,40 @@ def quantize_block_trellis(
         commit: the decisions of later columns are dropped; they only decide which path is best.
 
     Returns:
-        symbols [m, commit] int32 and errors x - v [m, commit] float32, both transposed views of
-        contiguous memory, and the state [m] int64 after column `commit`.
+        symbols [m, commit] int32, errors x - v [m, commit] float32 and the state [m] int64 after
+        column `commit`; of a single problem the former are transposed views of contiguous memory.
 
     Raises:
         ValueError: an argument's value, shape, type or device does not fit.
     """
     problem.check_trellis(states, start, commit)
-    rows = len(problem.x)
-    symbols = torch.empty((commit, rows), dtype=torch.int32)
-    errors = torch.empty((commit, rows), dtype=torch.float32)
+    (rows, width), batch = problem.x.shape, problem.batch
+    symbols = torch.empty((batch, commit, rows // batch), dtype=torch.int32)
+    errors = torch.empty((batch, commit, rows // batch), dtype=torch.float32)
     end = torch.empty(rows, dtype=torch.int64)
     fields = (
-        problem.x.t(),
-        problem.factor,
+        problem.x.reshape(batch, -1, width).mT,
+        problem.factor.reshape(batch, width, width),
         problem.row_class,
-        problem.column_class,
+        problem.column_class.reshape(batch, width),
         problem.lmbda,
-        problem.importance,
-        problem.curvature,
+        problem.importance.reshape(batch, width),
+        problem.curvature.reshape(batch, width),
         start,
         symbols,
         errors,
         end,
         problem.alphabet.rates,
     )
-    _search(
+    _search_batch(
         *(field.contiguous().numpy() for field in fields),
         problem.alphabet.lowest,
         problem.alphabet.size,
         *_machine(states),
     )
-    return symbols.t(), errors.t(), end
+    if batch == 1:
+        return symbols[0].t(), errors[0].t(), end
+    return symbols.mT.flatten(0, 1), errors.mT.flatten(0, 1), end
 
 
 def _machine(states: int) -> tuple[Any, Any, Any]:
@@ -296,3 +298,48 @@ def _search(
                 if total[s * ROWS + r] < total[state[r] * ROWS + r]:
                     state[r] = s
         _trace_back(path, state, first, count, symbols, errors, end)
+
+
+@njit(cache=True, **OPTIONS)
+def _search_batch(
+    x,
+    factor,
+    row_class,
+    column_class,
+    lmbda,
+    importance,
+    curvature,
+    start,
+    symbols,
+    errors,
+    end,
+    rates,
+    lowest,
+    size,
+    quantizer,
+    before,
+    parity,
+):
+    """Do `_search` for each problem of a batch, x [batch, columns, rows]."""
+    height = x.shape[2]
+    for b in range(len(x)):
+        first, last = b * height, (b + 1) * height
+        _search(
+            x[b],
+            factor[b],
+            row_class[first:last],
+            column_class[b],
+            lmbda[first:last],
+            importance[b],
+            curvature[b],
+            start[first:last],
+            symbols[b],
+            errors[b],
+            end[first:last],
+            rates,
+            lowest,
+            size,
+            quantizer,
+            before,
+            parity,
+        )

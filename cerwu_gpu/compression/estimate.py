@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cerwu_gpu.compression.blocks import Blocks, InputStatistics, Matrix
 from cerwu_gpu.compression.pipeline import (
+    batches,
+    quantize_named,
     stack_sensitivities,
     stacks,
     used_hessian,
@@ -16,10 +18,10 @@ from cerwu_gpu.compression.pipeline import (
 )
 from cerwu_gpu.config import CompressionConfig
 from cerwu_gpu.container.matrix import encode_matrix
-from cerwu_gpu.errors import CerwuError
-from cerwu_gpu.quantize.layer import quantize_stack
+from cerwu_gpu.quantize.layer import Stack
 from cerwu_gpu.quantize.objective import quadratic_error
 from cerwu_gpu.quantize.sensitivity import Sensitivities
+from cerwu_gpu.quantize.symbols import QuantizedMatrix
 
 SAMPLED_BLOCKS = 8
 """Number of blocks in an estimate's sample."""
@@ -118,15 +120,8 @@ def _probe(
 def estimate(probes: Iterable[Probe], config: CompressionConfig) -> Estimate:
     """Return bits and loss of the model at config.lmbda; the bits of a matrix's words grow with its
     rows, those of its side information do not."""
-    bits = loss = total = 0.0
-    for probe in probes:
-        try:
-            stack = quantize_stack(
-                [probe.weight], probe.hessian, config, [probe.sensitivity], probe.rows_seen
-            )
-        except CerwuError as error:
-            raise type(error)(f"{probe.name}: {error}") from error
-        matrix = stack.matrices[0]
+    probes, bits, loss, total = list(probes), 0.0, 0.0, 0.0
+    for probe, matrix in zip(probes, _quantized(probes, config), strict=True):
         share = probe.weights / probe.weight.numel()
         encoded = encode_matrix(matrix, 0.0)
         bits += share * 32.0 * len(encoded.words) + probe.matrices * 8.0 * len(encoded.side)
@@ -135,6 +130,24 @@ def estimate(probes: Iterable[Probe], config: CompressionConfig) -> Estimate:
         loss += share * 0.5 * float((probe.sensitivity * errors).sum())
         total += probe.weights
     return Estimate(bits / total, loss)
+
+
+def _quantized(probes: Sequence[Probe], config: CompressionConfig) -> list[QuantizedMatrix]:
+    """Return the quantized probes in order; those of equal shape are worked on together.
+
+    Raises:
+        CerwuError: one cannot be quantized; it is named.
+    """
+    done: dict[int, QuantizedMatrix] = {}
+    for batch in batches(range(len(probes)), lambda number: [probes[number].weight]):
+        own = [probes[number] for number in batch]
+        posed = [
+            Stack([probe.weight], probe.hessian, [probe.sensitivity], probe.rows_seen)
+            for probe in own
+        ]
+        stacks = quantize_named(posed, [probe.name for probe in own], config)
+        done |= {number: one.matrices[0] for number, one in zip(batch, stacks, strict=True)}
+    return [done[number] for number in range(len(probes))]
 
 
 def first_lmbda(probes: Iterable[Probe]) -> float:

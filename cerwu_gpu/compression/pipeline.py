@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,11 +20,19 @@ from cerwu_gpu.errors import CalibrationError, CerwuError, ModelError
 from cerwu_gpu.files import dtype_name
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.progress import Clock
-from cerwu_gpu.quantize.layer import NARROW_COLUMNS, QuantizedStack, quantize_stack
+from cerwu_gpu.quantize.layer import NARROW_COLUMNS, QuantizedStack, Stack, quantize_stacks
 from cerwu_gpu.quantize.objective import drift_target
 from cerwu_gpu.quantize.sensitivity import Sensitivities, row_sensitivity
+from cerwu_gpu.quantize.symbols import QuantizedMatrix
 from cerwu_gpu.report import LayerReport
 from cerwu_gpu.threads import run, worker_count
+
+T = TypeVar("T")
+
+BATCH_STACKS = {"cpu": 16, "gpu": 1024}
+"""Most stacks of a batch: on a CPU more would save nothing, and leave workers idle."""
+BATCH_ELEMENTS = {"cpu": 1 << 22, "gpu": 1 << 27}
+"""Most numbers in the Hessians and weights of a batch, which takes some 50 bytes for each."""
 
 
 def compress_blocks(
@@ -162,14 +171,16 @@ class _Pass:
         device = matrices[0].weight.device if matrices else torch.device("cpu")
         wide = any(len(x.hessian) > NARROW_COLUMNS for x in statistics.values())
         # The longest first, so that no worker is left with it alone.
-        order = sorted(stacks(matrices), key=lambda stack: -_cost(stack))
+        order = sorted(
+            batches(stacks(matrices), _weights), key=lambda batch: -sum(map(_cost, batch))
+        )
         coding, seconds = [], 0.0
-        # Stacks that are searched one by one are also written back one by one, to save memory.
+        # Batches that are searched one by one are also written back one by one, to save memory.
         together = device.type == "cpu" and not wide
-        for group in [order] if together else [[stack] for stack in order]:
+        for group in [order] if together else [[batch] for batch in order]:
             with self.clock.stage("quantize"):
-                results = run(partial(self._search_stack, stack, statistics) for stack in group)
-                quantized = [matrix for stack in results for matrix in stack]
+                results = run(partial(self._search_batch, batch, statistics) for batch in group)
+                quantized = [matrix for batch in results for matrix in batch]
                 limits = run([matrix.find_limit for matrix in quantized], device)
             for matrix, limit in zip(quantized, limits, strict=True):
                 block.replace(matrix.coding.name, matrix.coding.part, matrix.weight)
@@ -181,69 +192,99 @@ class _Pass:
         places = {(matrix.name, matrix.part): place for place, matrix in enumerate(by_input)}
         return sorted(coding, key=lambda x: places[x.name, x.part])
 
-    def _search_stack(
-        self, stack: list[Matrix], statistics: Mapping[str, InputStatistics]
+    def _search_batch(
+        self, batch: list[list[Matrix]], statistics: Mapping[str, InputStatistics]
     ) -> list[_Quantized]:
-        """Quantize the matrices of a stack.
+        """Quantize the matrices of stacks of equal shape.
 
         On a CPU they are coded here, by the worker that searched; elsewhere during the next search.
         """
-        quantized, events = self._quantize(stack, statistics)
-        matrices = []
-        for matrix, result, loss, find_limit in zip(
-            stack,
-            quantized.matrices,
-            quantized.relative_losses,
-            quantized.find_limits,
-            strict=True,
-        ):
-            dtype = self.dtypes[matrix.name]
-            weight = result.weight(dtype).to(torch.float32)
-            if not bool(torch.isfinite(weight).all()):
-                raise ModelError(
-                    f"{self._key(matrix)}: its quantized weights are beyond {dtype_name(dtype)}: "
-                    "exclude it."
-                )
-            begin = time.perf_counter()
-            if weight.device.type == "cpu":
-                encoded: Future[EncodedMatrix] = Future()
-                encoded.set_result(encode_matrix(result, loss))
-            else:
-                encoded = self.coder.submit(encode_matrix, result, loss)
-            seconds = time.perf_counter() - begin
-            coding = _Coding(matrix.name, matrix.part, encoded, loss, None, events)
-            matrices.append(_Quantized(coding, weight, find_limit, seconds))
-        return matrices
+        return [
+            self._finished(matrix, result, loss, find_limit, events)
+            for stack, (quantized, events) in zip(
+                batch, self._quantize(batch, statistics), strict=True
+            )
+            for matrix, result, loss, find_limit in zip(
+                stack,
+                quantized.matrices,
+                quantized.relative_losses,
+                quantized.find_limits,
+                strict=True,
+            )
+        ]
+
+    def _finished(
+        self,
+        matrix: Matrix,
+        result: QuantizedMatrix,
+        loss: float,
+        find_limit: Callable[[], float | None],
+        events: tuple[str, ...],
+    ) -> _Quantized:
+        """Return a quantized matrix with its weights, coded or on its way through the coder."""
+        dtype = self.dtypes[matrix.name]
+        weight = result.weight(dtype).to(torch.float32)
+        if not bool(torch.isfinite(weight).all()):
+            raise ModelError(
+                f"{self._key(matrix)}: its quantized weights are beyond {dtype_name(dtype)}: "
+                "exclude it."
+            )
+        begin = time.perf_counter()
+        if weight.device.type == "cpu":
+            encoded: Future[EncodedMatrix] = Future()
+            encoded.set_result(encode_matrix(result, loss))
+        else:
+            encoded = self.coder.submit(encode_matrix, result, loss)
+        seconds = time.perf_counter() - begin
+        coding = _Coding(matrix.name, matrix.part, encoded, loss, None, events)
+        return _Quantized(coding, weight, find_limit, seconds)
 
     def _quantize(
-        self, stack: list[Matrix], statistics: Mapping[str, InputStatistics]
-    ) -> tuple[QuantizedStack, tuple[str, ...]]:
-        """Return the quantized stack and its events."""
-        events, name, config = [], self._key(stack[0]), self.config
+        self, batch: list[list[Matrix]], statistics: Mapping[str, InputStatistics]
+    ) -> list[tuple[QuantizedStack, tuple[str, ...]]]:
+        """Return the quantized stacks of a batch, each with its events."""
+        posed = [self._posed(stack, statistics) for stack in batch]
+        names = [self._key(stack[0]) for stack in batch]
+        both = zip(batch, quantize_named(posed, names, self.config), strict=True)
+        return [(one, self._events(stack, one, statistics)) for stack, one in both]
+
+    def _posed(self, stack: list[Matrix], statistics: Mapping[str, InputStatistics]) -> Stack:
+        """Return what is to be quantized in place of a stack's weights, and against what."""
         seen = statistics[stack[0].input]
         hessian = used_hessian(seen)
+        alpha = stack_sensitivities(stack, statistics, self.config, self.sensitivities)
+        targets = [matrix.weight for matrix in stack]
+        if seen.cross is not None:
+            moved = drift_target(torch.cat(targets), hessian=hessian, cross=seen.cross)
+            targets = list(torch.split(moved, [len(target) for target in targets]))
+        return Stack(targets, hessian, alpha, seen.rows_seen)
+
+    def _events(
+        self,
+        stack: list[Matrix],
+        quantized: QuantizedStack,
+        statistics: Mapping[str, InputStatistics],
+    ) -> tuple[str, ...]:
+        """Return what did not go as planned with a stack.
+
+        Raises:
+            CalibrationError: something, and it must not.
+        """
+        events, seen, config = [], statistics[stack[0].input], self.config
         if seen.tokens == 0:
             events.append("no calibration token reached it: quantized against H = I")
-        elif not bool(hessian.diagonal().any()):
+        elif not bool(used_hessian(seen).diagonal().any()):
             events.append("its inputs are 0 for every calibration token: quantized against H = I")
         if not all(self.sensitivities.reaches(matrix.name, matrix.part) for matrix in stack):
             events.append("no gradient reached its outputs: it counts like the mean of all others")
-        try:
-            alpha = stack_sensitivities(stack, statistics, config, self.sensitivities)
-            targets = [matrix.weight for matrix in stack]
-            if seen.cross is not None:
-                moved = drift_target(torch.cat(targets), hessian=hessian, cross=seen.cross)
-                targets = list(torch.split(moved, [len(target) for target in targets]))
-            quantized = quantize_stack(targets, hessian, config, alpha, seen.rows_seen)
-        except CerwuError as error:
-            raise type(error)(f"{name}: {error}") from error
         if quantized.more_damping is not None:
             events.append(f"its Hessian needed a damping of {quantized.more_damping:.3g}")
         if events and config.strict:
             raise CalibrationError(
-                f"{name}: {events[0]} (strict): give more calibration text, or exclude it."
+                f"{self._key(stack[0])}: {events[0]} (strict): give more calibration text, or "
+                "exclude it."
             )
-        return quantized, tuple(events)
+        return tuple(events)
 
     def _key(self, matrix: Matrix) -> str:
         return self.layouts[matrix.name].key(matrix.part)
@@ -289,6 +330,11 @@ def _cost(stack: Sequence[Matrix]) -> float:
     return columns**2 * (4 * columns + sum(len(matrix.weight) for matrix in stack))
 
 
+def _weights(stack: Sequence[Matrix]) -> list[Tensor]:
+    """Return the matrices of a stack [m_k, n]."""
+    return [matrix.weight for matrix in stack]
+
+
 def used_hessian(statistics: InputStatistics) -> Tensor:
     """Return H, or the identity where no token was seen."""
     hessian = statistics.hessian
@@ -316,6 +362,44 @@ def stacks(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
     for matrix in matrices:
         by_input.setdefault(matrix.input, []).append(matrix)
     return list(by_input.values())
+
+
+def batches(items: Iterable[T], weights: Callable[[T], Sequence[Tensor]]) -> list[list[T]]:
+    """Return the items in batches to be quantized together: those whose matrices `weights` [m_k, n]
+    have equal shapes, as the experts of a mixture have.
+
+    The batches do not depend on the number of workers, which share them.
+    """
+    by_shape: dict[tuple[int, ...], list[T]] = {}
+    kind = "cpu"
+    for item in items:
+        first, *_ = matrices = weights(item)
+        kind = "cpu" if first.device.type == "cpu" else "gpu"
+        by_shape.setdefault((first.shape[1], *map(len, matrices)), []).append(item)
+    result = []
+    for (columns, *rows), alike in by_shape.items():
+        room = BATCH_ELEMENTS[kind] // (columns * (columns + sum(rows)))
+        size = max(1, min(room, BATCH_STACKS[kind]))
+        result += [alike[first : first + size] for first in range(0, len(alike), size)]
+    return result
+
+
+def quantize_named(
+    stacks: Sequence[Stack], names: Sequence[str], config: CompressionConfig
+) -> list[QuantizedStack]:
+    """Quantize stacks of equal shape together.
+
+    Raises:
+        CerwuError: one of them cannot be quantized; it is named.
+    """
+    try:
+        return quantize_stacks(stacks, config)
+    except CerwuError as error:
+        if len(stacks) == 1:
+            raise type(error)(f"{names[0]}: {error}") from error
+    # One by one, so that the error names the right one.
+    each = zip(stacks, names, strict=True)
+    return [quantize_named([stack], [name], config)[0] for stack, name in each]
 
 
 def stack_sensitivities(

@@ -12,6 +12,7 @@ from cerwu_gpu.container.header import DTYPES
 from cerwu_gpu.errors import ConfigError, ModelError
 from cerwu_gpu.files import dtype_name
 from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.spec import STREAM_SYMBOLS_LIMIT
 
 LEAST_WEIGHTS = 128
 """Minimum size of a group's matrix: a smaller one takes more bytes coded, with its tables."""
@@ -169,7 +170,12 @@ def _choose(
     default: Callable[[str], str],
 ) -> tuple[tuple[WeightLayout, ...], dict[str, str]]:
     """Return the chosen candidates, and the reason to leave each other parameter with two axes or
-    more; `default` returns that of a parameter that is no candidate."""
+    more; `default` returns that of a parameter that is no candidate.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or no weight is left.
+        ModelError: a chosen matrix is wider than the format's streams.
+    """
     parameters = dict(module.named_parameters())
     rest = [name for name in parameters if name not in candidates]
     names = set(chosen_names(candidates, rest, include, exclude))
@@ -177,7 +183,15 @@ def _choose(
     for name, parameter in parameters.items():
         if parameter.dim() >= 2 and name not in names:
             reasons.setdefault(name, "not chosen" if name in candidates else default(name))
-    return tuple(layout for name, layout in candidates.items() if name in names), reasons
+    chosen = tuple(layout for name, layout in candidates.items() if name in names)
+    for layout in chosen:
+        columns = layout.matrix_shape[1]
+        if columns > STREAM_SYMBOLS_LIMIT:
+            raise ModelError(
+                f"{layout.name} has matrices of {columns:,} columns: the format takes at most "
+                f"{STREAM_SYMBOLS_LIMIT:,}: exclude it."
+            )
+    return chosen, reasons
 
 
 def _block_weights(

@@ -5,11 +5,12 @@ mean squares of rows and columns, the symbol at (i, j) is coded with table numbe
 a_i and b_j are log2 r_i and log2 c_j in units of some octaves.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cerwu_gpu.quantize.sharing import shared_bits
@@ -28,41 +29,72 @@ LARGEST_COUNTED = 63
 
 @dataclass(frozen=True)
 class Classes:
-    """row [m] and column [n], int64 >= 0: the table of (i, j) is row[i] + column[j] < count."""
+    """Classes of stacks that are worked on together.
+
+    Attributes:
+        row, column: [B, m] and [B, n], int64 >= 0: the table of (i, j) is row[i] + column[j].
+        counts: number of tables of each stack.
+    """
 
     row: Tensor
     column: Tensor
-    count: int
+    counts: tuple[int, ...]
 
     @staticmethod
-    def single(rows: int, columns: int, *, device: torch.device) -> "Classes":
+    def of(row: Tensor, column: Tensor) -> "Classes":
+        """Return these classes with the number of their tables."""
+        return Classes(row, column, tuple((row.amax(dim=1) + column.amax(dim=1) + 1).tolist()))
+
+    @staticmethod
+    def single(stacks: int, rows: int, columns: int, *, device: torch.device) -> "Classes":
         """Return one class for all rows and columns."""
-        zero = torch.zeros(max(rows, columns), dtype=torch.int64, device=device)
-        return Classes(zero[:rows], zero[:columns], 1)
+        zero = torch.zeros(stacks, max(rows, columns), dtype=torch.int64, device=device)
+        return Classes(zero[:, :rows], zero[:, :columns], (1,) * stacks)
 
 
 def choose_classes(x: Tensor, *, matrices: int = 1, quantizers: int = 1) -> Classes:
-    """Return classes of x [m, n] float32 (index space); of small matrices those that cost least.
+    """Return classes of x [B, m, n] float32 (index space); of small matrices those that cost least.
 
     Args:
-        x: a stack of `matrices` matrices, one below the other.
+        x: B stacks of `matrices` matrices, one below the other.
         quantizers: tables of each class: 1, or 2 under a trellis.
     """
     fine = classify(x)
-    if x.numel() > SMALL * matrices:
+    if x[0].numel() > SMALL * matrices:
         return fine
     magnitude = x.abs().round().clamp_max(LARGEST_COUNTED).to(torch.int64)
+    candidates = list(_candidates(x, fine))
+    costs = [_costs(magnitude, classes, matrices, quantizers) for classes in candidates]
+    best = torch.from_numpy(np.argmin(costs, axis=0)).to(x.device)
+    stack = torch.arange(len(x), device=x.device)
+    row, column = (
+        torch.stack([getattr(classes, side) for classes in candidates])[best, stack]
+        for side in ("row", "column")
+    )
+    return Classes.of(row, column)
 
-    def cost(classes: Classes) -> float:
-        """Return the bits of the rounded symbols, of the tables and of the classes themselves."""
-        size = int(magnitude.max()) + 1
-        table = classes.row[:, None] + classes.column
-        flat = (table * size + magnitude).flatten()
-        counts = torch.bincount(flat, minlength=classes.count * size).view(classes.count, size)
-        bits = shared_bits(counts, 1, size * quantizers * matrices)
-        return bits + _entropy_bits(classes.row) + matrices * _entropy_bits(classes.column)
 
-    return min(_candidates(x, fine), key=cost)
+def _costs(
+    magnitude: Tensor, classes: Classes, matrices: int, quantizers: int
+) -> NDArray[np.float64]:
+    """Return the bits [B] of the rounded symbols, of the tables and of the classes themselves.
+
+    Args:
+        magnitude: [B, m, n] int64, of the rounded symbols.
+    """
+    stacks, tables = len(magnitude), max(classes.counts)
+    sizes = magnitude.amax(dim=(1, 2)) + 1
+    size = int(sizes.max())
+    number = torch.arange(stacks, device=magnitude.device)[:, None, None] * tables
+    table = number + classes.row[:, :, None] + classes.column[:, None, :]
+    flat = (table * size + magnitude).flatten()
+    counts = torch.bincount(flat, minlength=stacks * tables * size)
+    codes = sizes.cpu().numpy() * (quantizers * matrices)
+    bits = shared_bits(counts.view(stacks, tables, 1, size), codes, classes.counts)
+    costs: NDArray[np.float64] = (
+        bits + _entropy_bits(classes.row) + matrices * _entropy_bits(classes.column)
+    )
+    return costs
 
 
 def _candidates(x: Tensor, fine: Classes) -> Iterator[Classes]:
@@ -70,34 +102,41 @@ def _candidates(x: Tensor, fine: Classes) -> Iterator[Classes]:
     yield Classes.single(*x.shape, device=x.device)
     for both in (fine, *(classify(x, octaves) for octaves in COARSER_OCTAVES)):
         yield both
-        yield Classes(both.row, torch.zeros_like(both.column), int(both.row.max()) + 1)
-        yield Classes(torch.zeros_like(both.row), both.column, int(both.column.max()) + 1)
+        yield Classes.of(both.row, torch.zeros_like(both.column))
+        yield Classes.of(torch.zeros_like(both.row), both.column)
 
 
 def classify(x: Tensor, octaves: float = CLASS_OCTAVES) -> Classes:
-    """Return classes by the spread of x [m, n] float32, the weights in units of their steps."""
+    """Return classes by the spread of x [B, m, n] float32, the weights in units of their steps."""
     square = x.square()
-    column = square.mean(dim=0)
-    floor = column[column > 0].min() if bool((column > 0).any()) else column.new_ones(())
-    column = column.clamp_min(floor)
-    row = square.div_(column).mean(dim=1)
-    floor = row[row > 0].min() if bool((row > 0).any()) else row.new_ones(())
-    a = _log_units(row.clamp_min(floor), octaves)
-    b = _log_units(column, octaves)
-    return Classes(a, b, int(a.max() + b.max()) + 1)
+    column = _above_zero(square.mean(dim=1))
+    row = _above_zero(square.div_(column[:, None, :]).mean(dim=2))
+    return Classes.of(_log_units(row, octaves), _log_units(column, octaves))
+
+
+def _above_zero(square: Tensor) -> Tensor:
+    """Return mean squares [B, k], zeros replaced by the stack's least other one, or 1."""
+    least = square.where(square > 0, torch.inf).amin(dim=1, keepdim=True)
+    return square.maximum(least.where(torch.isfinite(least), 1.0))
 
 
 def _log_units(square: Tensor, octaves: float) -> Tensor:
-    """Return the rounded log2 of the root of `square`, from 0; rare extremes are drawn in."""
+    """Return the rounded log2 of the root of `square` [B, k], from 0; rare extremes come in."""
     unit = (square.to(torch.float64).log2() / (2 * octaves)).round().to(torch.int64)
-    middle = int(unit.median())
+    middle = unit.median(dim=1, keepdim=True).values
     half = MAX_TABLES // 4
     unit = unit.clamp(middle - half, middle + half)
-    return unit - unit.min()
+    return unit - unit.amin(dim=1, keepdim=True)
 
 
-def _entropy_bits(classes: Tensor) -> float:
-    """Return the bits of the classes [k] under their own frequencies."""
-    counts = torch.bincount(classes).to(torch.float64)
-    nats = torch.special.xlogy(counts, len(classes) / counts.clamp_min(1)).sum()
-    return float(nats) / math.log(2)
+def _entropy_bits(classes: Tensor) -> NDArray[np.float64]:
+    """Return the bits [B] of the classes [B, k] under their own frequencies."""
+    stacks, length = classes.shape
+    width = int(classes.max()) + 1
+    number = torch.arange(stacks, device=classes.device)[:, None] * width
+    counts = torch.bincount((number + classes).flatten(), minlength=stacks * width)
+    share = counts.view(stacks, width).cpu().numpy().astype(np.float64)
+    terms = share * np.log2(length / np.maximum(share, 1))
+    # Running sums: what stands beside a stack, and with it the number of zeros, changes no bit.
+    bits: NDArray[np.float64] = terms.cumsum(axis=1)[:, -1]
+    return bits

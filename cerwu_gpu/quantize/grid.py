@@ -26,11 +26,11 @@ FINEST = 2.0**-22
 
 @dataclass(frozen=True)
 class Grid:
-    """The levels that symbols stand for.
+    """The levels that the symbols of B stacks stand for; bounded ones are of one stack.
 
     Attributes:
-        column_step: [n] or [1] int16 step codes.
-        row_scale: [m] or [1] int16 step codes.
+        column_step: [B, n] or [1, 1] int16 step codes.
+        row_scale: [B, m] or [1, 1] int16 step codes.
         lowest, highest: bounds of the integers; None: unbounded.
         levels: [K] float32 values of a list, positions from 0; None: the integers themselves.
     """
@@ -42,12 +42,12 @@ class Grid:
     levels: Tensor | None = None
 
     def steps(self, columns: int) -> Tensor:
-        """Return step_j [n] float32."""
-        return step_values(self.column_step).expand(columns)
+        """Return step_j [B, n] float32."""
+        return step_values(self.column_step).expand(-1, columns)
 
     def scales(self, rows: int) -> Tensor:
-        """Return t_i [m] float32."""
-        return step_values(self.row_scale).expand(rows)
+        """Return t_i [B, m] float32."""
+        return step_values(self.row_scale).expand(-1, rows)
 
     def values(self) -> Tensor:
         """Return all levels [K] float32 of a given grid."""
@@ -66,14 +66,14 @@ def waterfilled(
     states: int,
     matrices: int = 1,
 ) -> Grid:
-    """Return steps from the diagonal of C [n] and row scales from alpha [m]; lmbda > 0.
+    """Return steps from the diagonals of C [B, n] and row scales from alpha [B, m]; lmbda > 0.
 
-    No step is finer than FINEST of the largest weight of its column of W [m, n], a stack of so
+    No step is finer than FINEST of the largest weight of its column of W [B, m, n], stacks of so
     many `matrices`.
     """
-    rows, columns = weight.shape
+    _, rows, columns = weight.shape
     scale = step_codes(sensitivity.rsqrt(), step_unit(columns))
-    low, high = torch.aminmax(weight / step_values(scale)[:, None], dim=0)
+    low, high = torch.aminmax(weight / step_values(scale)[..., None], dim=1)
     largest = high.maximum(-low).to(factor_diagonal.dtype)
     steps = factor_diagonal * (lmbda / KAPPA[states]) ** 0.5
     return Grid(step_codes(steps.maximum(FINEST * largest), step_unit(rows // matrices)), scale)
@@ -93,7 +93,7 @@ def step_unit(weights: int) -> int:
 def scaled(weight: Tensor, given: Uniform | Values) -> Grid:
     """Return a given grid, scaled to cover W [m, n]."""
     size = weight.abs().amax(dim=1) if given.scale == "per-row" else weight.abs().max()[None]
-    unit = torch.zeros(1, dtype=torch.int16, device=weight.device)
+    unit = torch.zeros(1, 1, dtype=torch.int16, device=weight.device)
     if isinstance(given, Values):
         levels = torch.tensor(given.values, dtype=torch.float32, device=weight.device)
         reach = float(levels.abs().max())
@@ -109,14 +109,14 @@ def scaled(weight: Tensor, given: Uniform | Values) -> Grid:
 
 
 def _codes(sizes: Tensor) -> Tensor:
-    """Return int16 codes of steps >= `sizes`, so that the abs-max stays inside the grid."""
-    return torch.tensor(
-        [covering_code(size) for size in sizes.tolist()], dtype=torch.int16, device=sizes.device
-    )
+    """Return int16 codes [1, k] of steps >= `sizes` [k], so that the abs-max stays inside the
+    grid."""
+    codes = [covering_code(size) for size in sizes.tolist()]
+    return torch.tensor([codes], dtype=torch.int16, device=sizes.device)
 
 
 def nearest(x: Tensor, grid: Grid) -> Tensor:
-    """Return the level of the grid nearest to each x [m, n] (index space): [m, n] int32."""
+    """Return the level of the grid nearest to each x [B, m, n] (index space), int32."""
     if grid.levels is not None:
         middle = (grid.levels[1:] + grid.levels[:-1]) / 2
         return torch.bucketize(x, middle, out_int32=True)

@@ -12,13 +12,16 @@ quantizer would be with the objective J (design.md 2.1).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cerwu_gpu.quantize.strips import mean_squares
 
-HALVINGS = 64
+HALVINGS = 56
 """Steps of the bisection on log2 theta: past the precision of float64."""
 
 
@@ -32,8 +35,8 @@ class Limit:
         weights: m * n; rows and directions left out above take part with nothing.
     """
 
-    rho: Tensor
-    mu: Tensor
+    rho: NDArray[np.float64]
+    mu: NDArray[np.float64]
     weights: int
 
     @staticmethod
@@ -43,7 +46,19 @@ class Limit:
         root = column.sqrt()
         mu = torch.linalg.eigvalsh(root[:, None] * hessian.to(torch.float64) * root)
         rho = row[row > 0] / row.mean()
-        return Limit(rho.sort().values, mu[mu > 0], weight.numel())
+        # The many small steps of a bisection: on a GPU, or in torch, each would cost its launch.
+        rho, mu = (x.cpu().numpy() for x in (rho.sort().values, mu[mu > 0]))
+        return Limit(rho, mu, weight.numel())
+
+    @cached_property
+    def _sums(self) -> NDArray[np.float64]:
+        """Sums [m + 1] of the k least rho."""
+        return np.concatenate([[0.0], self.rho.cumsum()])
+
+    @cached_property
+    def _log_sums(self) -> NDArray[np.float64]:
+        """Sums [m + 1] of log2 of the k largest rho."""
+        return np.concatenate([[0.0], np.log2(self.rho[::-1]).cumsum()])
 
     @property
     def total(self) -> float:
@@ -96,9 +111,9 @@ class Limit:
             low, high = (middle, high) if below(middle) else (low, middle)
         return high
 
-    def _above(self, level: float) -> Tensor:
-        """Return the number of rows above the water in each direction: [<= n] int64."""
-        return len(self.rho) - torch.searchsorted(self.rho, level / self.mu)
+    def _above(self, level: float) -> NDArray[np.int64]:
+        """Return the number of rows above the water in each direction: [<= n]."""
+        return len(self.rho) - np.searchsorted(self.rho, level / self.mu)
 
     def _loss_at(self, log_level: float) -> float:
         level = float(2.0**log_level)
@@ -108,13 +123,11 @@ class Limit:
     def _parts(self, level: float) -> tuple[float, int]:
         """Return the sum of the components below the water, and the number of those above."""
         above = self._above(level)
-        sums = torch.cat([self.rho.new_zeros(1), self.rho.cumsum(0)])
-        return float((self.mu * sums[len(self.rho) - above]).sum()), int(above.sum())
+        return float((self.mu * self._sums[len(self.rho) - above]).sum()), int(above.sum())
 
     def _bits_at(self, log_level: float) -> float:
         above = self._above(2.0**log_level)
-        sums = torch.cat([self.rho.new_zeros(1), self.rho.log2().flip(0).cumsum(0)])
-        heights = sums[above] + above * (self.mu.log2() - log_level)
+        heights = self._log_sums[above] + above * (np.log2(self.mu) - log_level)
         return float(heights.sum()) / (2 * self.weights)
 
 

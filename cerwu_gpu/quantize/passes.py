@@ -16,10 +16,10 @@ from cerwu_gpu.threads import run
 
 LOOKAHEAD = 32
 """Columns beyond the decided ones that a trellis path is judged by; more brings nothing."""
-CHUNK_ROWS = {"numba": 256, "torch": 2048, "triton": 8192}
-"""Rows at a time, by form: few where workers share them, many where each call costs time,
-as many as the survivors of a trellis leave memory for on a GPU. Fixed, so that results do not
-depend on the number of workers."""
+CHUNK_ROWS = {"numba": 256, "torch": 2048, "triton": 1 << 17}
+"""Rows at a time, of one problem or of several, by form: few where workers share them, many where
+each call costs time, all experts of a mixture on a GPU, whose kernel limits its own memory. Fixed,
+so that results do not depend on the number of workers."""
 
 
 def scalar_pass(problem: BlockProblem, *, block_size: int, exhaustive: bool) -> Tensor:
@@ -33,12 +33,25 @@ def trellis_pass(problem: BlockProblem, *, block_size: int, states: int) -> Tens
 
 
 def _by_rows(solve: Callable[[BlockProblem, Tensor], None], problem: BlockProblem) -> Tensor:
-    """Return the symbols [m, n] that `solve` writes chunk by chunk."""
+    """Return the symbols [m, n] that `solve` writes chunk by chunk: some of the rows of a problem,
+    or several small problems of a batch."""
     device = problem.x.device
     symbols = torch.empty(problem.x.shape, dtype=torch.int32, device=device)
-    step = CHUNK_ROWS[backend.form(device)]
-    chunks = [slice(first, first + step) for first in range(0, len(problem.x), step)]
-    run((partial(solve, problem.of_rows(rows), symbols[rows]) for rows in chunks), device)
+    step, batch = CHUNK_ROWS[backend.form(device)], problem.batch
+    height = len(problem.x) // batch
+    tasks = []
+    if height <= step:
+        several = step // max(1, height)
+        for first in range(0, batch, several):
+            rows = slice(first * height, min(first + several, batch) * height)
+            tasks.append(partial(solve, problem.some(slice(first, first + several)), symbols[rows]))
+    else:
+        for number in range(batch):
+            alone, own = problem.one(number), symbols[number * height : (number + 1) * height]
+            for first in range(0, height, step):
+                rows = slice(first, first + step)
+                tasks.append(partial(solve, alone.of_rows(rows), own[rows]))
+    run(tasks, device)
     return symbols
 
 
@@ -47,36 +60,59 @@ def _scalar_rows(
 ) -> None:
     """Write the symbols of some rows."""
     columns = problem.x.shape[1]
-    rest = _working_copy(problem.x)
+    rest = _working_copy(problem)
     for first in range(0, columns, block_size):
         last = min(first + block_size, columns)
         block = slice(first, last)
         symbols[:, block], error = backend.quantize_block(
-            problem.block(block, rest[:, block]), exhaustive=exhaustive
+            problem.block(block, _rows_of(rest, block)), exhaustive=exhaustive
         )
-        if last < columns:
-            rest[:, last:].addmm_(error, problem.factor[block, last:], alpha=-1)
+        _update(rest, error, problem.factor, block)
 
 
 def _trellis_rows(problem: BlockProblem, symbols: Tensor, *, block_size: int, states: int) -> None:
     """Write the symbols of some rows under a trellis."""
     rows, columns = problem.x.shape
-    rest = _working_copy(problem.x)
+    rest = _working_copy(problem)
     state = torch.zeros(rows, dtype=torch.int64, device=rest.device)
     first = 0
     while first < columns:
         seen = slice(first, min(first + block_size + LOOKAHEAD, columns))
         last = columns if seen.stop == columns else first + block_size
         symbols[:, first:last], error, state = backend.quantize_block_trellis(
-            problem.block(seen, rest[:, seen]), states=states, start=state, commit=last - first
+            problem.block(seen, _rows_of(rest, seen)),
+            states=states,
+            start=state,
+            commit=last - first,
         )
-        if last < columns:
-            rest[:, last:].addmm_(error, problem.factor[first:last, last:], alpha=-1)
+        _update(rest, error, problem.factor, slice(first, last))
         first = last
 
 
-def _working_copy(x: Tensor) -> Tensor:
-    """Return a copy of x [m, n]: on the CPU column by column, as its form of a block reads them."""
+def _working_copy(problem: BlockProblem) -> Tensor:
+    """Return a copy [B, m / B, n] of x: on the CPU column by column, as its form of a block reads
+    them."""
+    x = problem.x.view(problem.batch, -1, problem.x.shape[1])
     if x.device.type == "cpu":
-        return x.t().clone(memory_format=torch.contiguous_format).t()
+        return x.mT.clone(memory_format=torch.contiguous_format).mT
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _rows_of(rest: Tensor, columns: slice) -> Tensor:
+    """Return some columns of rest [B, m / B, n] as [m, .], the rows of all problems."""
+    return rest[0, :, columns] if len(rest) == 1 else rest[..., columns].flatten(0, 1)
+
+
+def _update(rest: Tensor, error: Tensor, factor: Tensor, block: slice) -> None:
+    """Take the effect of a block's errors [m, .] from the columns after it, in place."""
+    after = slice(block.stop, rest.shape[2])
+    if after.start >= after.stop:
+        return
+    errors, effects = error.view(len(rest), -1, error.shape[1]), factor[..., block, after]
+    if rest.device.type != "cpu" and len(rest) > 1:
+        rest[..., after].baddbmm_(errors, effects, alpha=-1)
+        return
+    if len(rest) > 1:
+        errors = errors.mT.contiguous().mT  # as the form of a block gives those of one problem
+    for own, made, effect in zip(rest, errors, effects.expand(len(rest), -1, -1), strict=True):
+        own[:, after].addmm_(made, effect, alpha=-1)

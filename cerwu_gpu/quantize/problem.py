@@ -1,7 +1,8 @@
-"""A stack of matrices in index space, ready for its passes (docs/method.md)."""
+"""Stacks of matrices in index space, ready for their passes (docs/method.md)."""
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -18,7 +19,7 @@ from cerwu_gpu.quantize.objective import complete_square, inverse_upper, normali
 from cerwu_gpu.quantize.passes import scalar_pass, trellis_pass
 from cerwu_gpu.quantize.rate_models import model_bits
 from cerwu_gpu.quantize.strips import mean_squares
-from cerwu_gpu.quantize.symbols import symbol_range
+from cerwu_gpu.quantize.symbols import counted, suitable_range, widest_range
 
 PASS_SAMPLE_ROWS = 512
 """Rows of a stack, about, in passes before the last: enough to estimate its tables."""
@@ -38,13 +39,13 @@ EXHAUSTIVE_LEVELS = 65
 
 @dataclass(frozen=True)
 class Problem:
-    """A stack in index space, ready for its passes.
+    """B stacks of equal shape in index space, ready for their passes.
 
     Attributes:
-        x: [m, n] float32, the weights in index space; `factor` is V [n, n] float32.
-        lmbda, importance, curvature: [m], [n] and [n] float32, as in `BlockProblem`.
+        x: [B, m, n] float32, the weights in index space; `factor` is V [B, n, n] float32.
+        lmbda, importance, curvature: [B, m], [B, n] and [B, n] float32, as in `BlockProblem`.
         grid, classes: the levels of symbols, and the table of each of them.
-        bounds: row ranges of the matrices in the stack.
+        bounds: row ranges of the matrices in a stack.
     """
 
     x: Tensor
@@ -66,27 +67,28 @@ class Problem:
         bounds: list[int],
         config: CompressionConfig,
     ) -> "Problem":
-        """Choose steps and classes of a stack, and complete the square.
+        """Choose steps and classes of stacks, and complete the square.
 
         Args:
-            weight: W [m, n] float32.
-            sensitivity: alpha [m] float32 > 0, the cost of a unit of squared error in each row.
-            damped: H [n, n] float64, damped; `upper` its factor R [n, n] float64, H = R R^T.
-            bounds: row ranges of the matrices in the stack.
+            weight: W [B, m, n] float32; B is 1 on a given grid.
+            sensitivity: alpha [B, m] float32 > 0, the cost of a unit of squared error in each row.
+            damped: H [B, n, n] float64, damped; `upper` their factors R [B, n, n] float64,
+                H = R R^T.
+            bounds: row ranges of the matrices in a stack.
             config: method, grid and trade-off.
         """
-        rows, columns = weight.shape
+        _, rows, columns = weight.shape
         lmbda = 0.0 if config.method == "optq" else config.lmbda
-        diagonal = 1 / upper.diagonal()  # of C = R^-1
+        diagonal = 1 / upper.diagonal(dim1=1, dim2=2)  # of C = R^-1
         if not isinstance(config.grid, Waterfilled):
-            grid = scaled(weight, config.grid)
+            grid = scaled(weight[0], config.grid)
             unit, price = torch.ones_like(sensitivity), lmbda / float(sensitivity.mean())
         else:
             grid = waterfilled(
                 weight, diagonal, sensitivity, config.lmbda, config.states, len(bounds) - 1
             )
             unit, price = grid.scales(rows), lmbda
-        weight = weight / unit[:, None]
+        weight = weight / unit[..., None]
         penalty = price * _gaussian_curvature(weight, per_column=not config.bounded)
         penalty = penalty.minimum(PENALTY_LIMIT / diagonal.square())
         if not config.completes_square or lmbda == 0:
@@ -94,9 +96,10 @@ class Problem:
         else:
             weight, factor = complete_square(weight, damped, penalty)
         steps, scales = grid.steps(columns), grid.scales(rows)
-        x = weight.mul_((unit / scales)[:, None]).div_(steps)  # a copy since the division by unit
+        # In place: a copy since the division by unit.
+        x = weight.mul_((unit / scales)[..., None]).div_(steps[:, None, :])
         _check_integers(x, config)
-        square = factor.diagonal().square()
+        square = factor.diagonal(dim1=1, dim2=2).square()
         bit = lmbda / (sensitivity.double() * scales.double().square())
         importance = steps.double().square() / square
         scale = _common_scale(importance)
@@ -113,7 +116,7 @@ class Problem:
         )
 
     def solve(self) -> Tensor:
-        """Return the symbols [m, n] int32 after all passes."""
+        """Return the symbols [B, m, n] int32 after all passes."""
         sampled = self._sampled()
         alphabet = sampled._first_alphabet()
         for _ in range(self.config.objective.passes - 1):
@@ -121,16 +124,16 @@ class Problem:
         return self._pass(alphabet)
 
     def _sampled(self) -> "Problem":
-        """Return the problem of every k-th row, about PASS_SAMPLE_ROWS of them."""
-        rows = len(self.x)
+        """Return the problem of every k-th row, about PASS_SAMPLE_ROWS of a stack's."""
+        rows = self.x.shape[1]
         stride = max(1, rows // PASS_SAMPLE_ROWS)
         if stride == 1:
             return self
         sample = torch.arange(0, rows, stride, device=self.x.device)
         bounds = [math.ceil(b / stride) for b in self.bounds]
-        classes = Classes(self.classes.row[sample], self.classes.column, self.classes.count)
+        classes = replace(self.classes, row=self.classes.row[:, sample])
         return replace(
-            self, x=self.x[sample], classes=classes, lmbda=self.lmbda[sample], bounds=bounds
+            self, x=self.x[:, sample], classes=classes, lmbda=self.lmbda[:, sample], bounds=bounds
         )
 
     @property
@@ -149,10 +152,10 @@ class Problem:
         return self._tables(first.to(torch.int32), second.to(torch.int32))
 
     def _modelled(self, values: Tensor) -> Alphabet:
-        """Return a table for each matrix of the stack by the rate model, on a given grid."""
+        """Return a table for each matrix of the one stack by the rate model, on a given grid."""
         levels = self.grid.values()
         rates = [
-            model_bits(self.config.rate_model, levels, values[first:last])
+            model_bits(self.config.rate_model, levels, values[0, first:last])
             for first, last in pairwise(self.bounds)
         ]
         return Alphabet(torch.stack(rates), self.grid.lowest or 0, False, self.grid.levels)
@@ -164,51 +167,72 @@ class Problem:
         return self._tables(seen)
 
     def _tables(self, symbols: Tensor, second_symbols: Tensor | None = None) -> Alphabet:
-        """Return one alphabet for the stack, with tables of its matrices one below the other.
+        """Return one alphabet for all stacks, with the tables of all matrices one below the other.
+
+        A stack whose own alphabet is narrower has an escape's bits beyond it, as it would alone.
 
         Args:
-            symbols: [m, n] int32, the result of a pass.
-            second_symbols: [m, n] int32, those that the second quantizer of a trellis would give
+            symbols: [B, m, n] int32, the result of a pass.
+            second_symbols: [B, m, n] int32, those that the second quantizer of a trellis would give
                 before any pass; `symbols` are then those of the first.
         """
-        classes, states = self.classes, self._states
-        seen = symbols if second_symbols is None else torch.cat([symbols, second_symbols])
-        span = symbol_range(seen, self.grid, classes.count * (2 if states else 1), states)
-
-        def counted(symbols: Tensor, second: Tensor | None, rows: slice) -> Tensor:
-            row, column = classes.row[rows], classes.column
-            return span.counts(symbols, second, row, column, classes.count)
-
-        parts = []
-        for first, last in pairwise(self.bounds):
-            rows = slice(first, last)
-            if second_symbols is None:
-                second = backend.trellis_quantizers(symbols[rows], states) if states else None
-                counts = counted(symbols[rows], second, rows)
-            else:
-                both = [
-                    counted(integers[rows], None, rows) for integers in (symbols, second_symbols)
-                ]
-                counts = torch.stack(both, dim=1).flatten(0, 1)
-            table_codes = rate.codes(counts, span.paired, 2 if states else 1)
-            parts.append(rate.rates(table_codes))
-        rates = torch.cat(parts)
-        if span.escapes:
-            escape = rates[:, span.size :].amin(dim=1, keepdim=True) + rate.ESCAPE_PAYLOAD_BITS
-            rates = torch.cat([rates[:, : span.size], escape], dim=1)
-        return Alphabet(rates, span.lowest, bool(span.escapes), self.grid.levels)
+        states, own = self._states, self.classes.counts
+        widest = widest_range(self.grid, states)
+        count = partial(
+            counted,
+            row_class=self.classes.row,
+            column_class=self.classes.column,
+            bounds=self.bounds,
+            widest=widest,
+            tables=max(own),
+        )
+        if second_symbols is not None:
+            counts = torch.cat([count(symbols, None), count(second_symbols, None)], dim=3)
+        elif states:
+            second = backend.trellis_quantizers(symbols.flatten(0, 1), states)
+            counts = count(symbols, second.view_as(symbols))
+        else:
+            counts = count(symbols, None)
+        spans = [
+            suitable_range(widest, counts[stack], tables * counts.shape[3])
+            for stack, tables in enumerate(own)
+        ]
+        matrices = counts.shape[1]
+        owners = [stack for stack in range(len(own)) for _ in range(matrices)]
+        histograms = [
+            widest.narrowed(counts[stack, matrix, : own[stack]], spans[stack])
+            for stack in range(len(own))
+            for matrix in range(matrices)
+        ]
+        codes = rate.codes(histograms, [spans[stack].paired for stack in owners])
+        common = max(spans, key=lambda span: span.size)
+        width = common.size + (1 if common.escapes else 0)
+        rates = torch.zeros(len(codes), max(own), counts.shape[3], width)
+        for place, (stack, table_codes) in enumerate(zip(owners, codes, strict=True)):
+            bits, span = rate.rates(table_codes), spans[stack]
+            first = span.lowest - common.lowest
+            to = rates[place, : own[stack]]
+            if span.escapes:
+                escape = bits[..., span.size :].amin(dim=-1, keepdim=True)
+                to[:] = escape + rate.ESCAPE_PAYLOAD_BITS
+            to[..., first : first + span.size] = bits[..., : span.size]
+        flat = rates.flatten(0, 2).to(symbols.device)
+        return Alphabet(flat, common.lowest, bool(common.escapes), self.grid.levels)
 
     def _pass(self, alphabet: Alphabet) -> Tensor:
-        number = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
+        stacks, rows, columns = self.x.shape
+        matrices = len(self.bounds) - 1
+        number = torch.arange(stacks, device=self.x.device)[:, None] * matrices
+        number = number.repeat(1, rows)
         for first in self.bounds[1:-1]:
-            number[first:] += self.classes.count
+            number[:, first:] += 1
         problem = BlockProblem(
-            x=self.x,
+            x=self.x.view(stacks * rows, columns),
             factor=self.factor,
             alphabet=alphabet,
-            row_class=self.classes.row + number,
+            row_class=(self.classes.row + number * max(self.classes.counts)).flatten(),
             column_class=self.classes.column,
-            lmbda=self.lmbda,
+            lmbda=self.lmbda.flatten(),
             importance=self.importance,
             curvature=self.curvature,
         )
@@ -222,13 +246,18 @@ class Problem:
             )
             symbols = scalar_pass(problem, block_size=block_size, exhaustive=exhaustive)
         _check_integers(symbols, self.config)
-        return symbols
+        return symbols.view(stacks, rows, columns)
 
 
-def _common_scale(importance: Tensor) -> float:
-    """Return a divisor of all costs, which changes no decision, that keeps them within float32."""
-    size = float(importance.max())
-    return 1.0 if 1 / SCALE_LIMIT < size < SCALE_LIMIT else 2.0 ** round(math.log2(size))
+def _common_scale(importance: Tensor) -> Tensor:
+    """Return divisors [B, 1] of all costs [B, n], which change no decision, that keep them within
+    float32."""
+    sizes = importance.amax(dim=1).tolist()
+    scales = [
+        1.0 if 1 / SCALE_LIMIT < size < SCALE_LIMIT else 2.0 ** round(math.log2(size))
+        for size in sizes
+    ]
+    return importance.new_tensor(scales)[:, None]
 
 
 def _check_integers(x: Tensor, config: CompressionConfig) -> None:
@@ -245,7 +274,7 @@ def _check_integers(x: Tensor, config: CompressionConfig) -> None:
 
 
 def _chosen_classes(x: Tensor, bounds: list[int], config: CompressionConfig) -> Classes:
-    """Return one class on a given grid, else classes that suit x."""
+    """Return one class on a given grid, else classes that suit x [B, m, n]."""
     if config.bounded:
         return Classes.single(*x.shape, device=x.device)
     quantizers = 2 if config.states else 1
@@ -253,10 +282,8 @@ def _chosen_classes(x: Tensor, bounds: list[int], config: CompressionConfig) -> 
 
 
 def _gaussian_curvature(weight: Tensor, *, per_column: bool) -> Tensor:
-    """Return gamma_j = 1 / (variance ln 2) [n] float64, of each column or of the whole matrix."""
+    """Return gamma_j = 1 / (variance ln 2) [B, n] float64, of each column or of a whole stack."""
     square = mean_squares(weight)[1]
-    total = square.mean()
-    if float(total) == 0:
-        return torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    variance = square.clamp_min(1e-6 * total) if per_column else total
-    return (1 / (variance * math.log(2))).expand(weight.shape[1])
+    total = square.mean(dim=1, keepdim=True)
+    variance = square.maximum(1e-6 * total) if per_column else total.expand_as(square)
+    return (1 / (variance * math.log(2))).where(total > 0, 0.0)

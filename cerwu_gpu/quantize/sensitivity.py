@@ -15,6 +15,7 @@ errors far beyond its reach, as in small networks for images, balanced holds the
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,9 +48,14 @@ class Sensitivities:
         gradient = self.squared_gradients.get((name, part))
         if gradient is None or bool(gradient.any()):
             return gradient
-        means = [float(other.mean()) for other in self.squared_gradients.values()]
+        return torch.full_like(gradient, self._usual)
+
+    @cached_property
+    def _usual(self) -> float:
+        """Mean of all matrices that a gradient reached."""
+        means = [float(gradient.mean()) for gradient in self.squared_gradients.values()]
         positive = [mean for mean in means if mean > 0]
-        return torch.full_like(gradient, sum(positive) / max(len(positive), 1))
+        return sum(positive) / max(len(positive), 1)
 
     def reaches(self, name: str, part: int) -> bool:
         """Return whether a gradient reached the outputs of a matrix, as far as is known."""

@@ -14,18 +14,22 @@ STRIP = 1 << 16
 
 
 def strips(rows: int, columns: int) -> Iterator[slice]:
-    """Yield the strips of a matrix [rows, columns], as slices of its rows."""
+    """Yield the strips of a matrix [rows, columns], as slices of its rows.
+
+    Matrices of a batch have the same ones, however many they are.
+    """
     height = max(1, STRIP // max(columns, 1))
     for first in range(0, rows, height):
         yield slice(first, min(first + height, rows))
 
 
 def mean_squares(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean squares of the rows and of the columns of x [m, n]: [m] and [n] float64."""
-    m, n = x.shape
-    row, column = [], torch.zeros(n, dtype=torch.float64, device=x.device)
+    """Return the mean squares of the rows and of the columns of x [..., m, n]: [..., m] and
+    [..., n] float64."""
+    *several, m, n = x.shape
+    row, column = [], torch.zeros((*several, n), dtype=torch.float64, device=x.device)
     for rows in strips(m, n):
-        square = x[rows].to(torch.float64).square_()
-        row.append(square.mean(dim=1))
-        column += square.sum(dim=0)
-    return torch.cat(row), column / m
+        square = x[..., rows, :].to(torch.float64).square_()
+        row.append(square.mean(dim=-1))
+        column += square.sum(dim=-2)
+    return torch.cat(row, dim=-1), column / m

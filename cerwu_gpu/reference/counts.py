@@ -1,4 +1,4 @@
-"""Histograms of symbols, by table and by magnitude."""
+"""Histograms of symbols, by table."""
 
 import torch
 from torch import Tensor
@@ -39,7 +39,9 @@ def symbol_counts(
 
     Args:
         symbols: [m, n] int32.
-        row_class, column_class: [m] and [n] int64; their sum, below `tables`, is the class.
+        row_class, column_class: [m] and [n] int64; their sum, below `tables`, is the class. With
+            column_class [B, n] the rows are those of B matrices of equal height, one below the
+            other.
         tables: number of classes.
         lowest, size: the alphabet is lowest ... lowest + size - 1, and `escapes` symbols for what
             lies outside: one, or one for even and one for odd integers.
@@ -50,15 +52,11 @@ def symbol_counts(
         [tables * Q, size + escapes] int64, row Q * class + quantizer; Q = 2 under a trellis or 1.
     """
     indices, _ = alphabet_indices(symbols, lowest=lowest, size=size, escapes=escapes)
-    table = row_class[:, None] + column_class
+    columns = column_class.reshape(-1, 1, symbols.shape[1])
+    table = row_class.view(len(columns), -1, 1) + columns
+    table = table.flatten(0, 1)
     if second is not None:
         tables, table = 2 * tables, 2 * table + second
     total = size + escapes
     flat = (table * total + indices).flatten()
     return torch.bincount(flat, minlength=tables * total).view(tables, total)
-
-
-def magnitude_counts(symbols: Tensor, limit: int) -> Tensor:
-    """Count the magnitudes 0 ... limit - 1 of symbols [m, n] int32, and all from limit on:
-    [limit + 1] int64."""
-    return torch.bincount(symbols.abs().clamp_max(limit).flatten(), minlength=limit + 1)

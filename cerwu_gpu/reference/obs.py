@@ -25,6 +25,13 @@ def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, 
         symbols [m, B] int32 (integers, or positions in `levels`), and the errors
         x - value [m, B] float32 at the moment each column was rounded.
     """
+    if problem.batch > 1:
+        each = [
+            quantize_block(problem.one(number), exhaustive=exhaustive)
+            for number in range(problem.batch)
+        ]
+        return torch.cat([symbols for symbols, _ in each]), torch.cat([error for _, error in each])
+    problem = problem.one(0)
     alphabet, factor = problem.alphabet, problem.factor
     work = problem.x.t().clone(memory_format=torch.contiguous_format)
     symbols = torch.empty(work.shape, dtype=torch.int32, device=work.device)

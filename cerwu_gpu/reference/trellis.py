@@ -64,6 +64,14 @@ def quantize_block_trellis(
         symbols [m, commit] int32 (k above), errors x - v [m, commit] float32, and the state
         [m] int64 after column `commit`.
     """
+    if problem.batch > 1:
+        each = [
+            quantize_block_trellis(problem.one(number), states=states, start=own, commit=commit)
+            for number, own in enumerate(start.chunk(problem.batch))
+        ]
+        symbols, errors, end = (torch.cat(parts) for parts in zip(*each, strict=True))
+        return symbols, errors, end
+    problem = problem.one(0)
     search = _Search(problem, Machine.of(states, problem.x.device), start)
     search.solve(0, problem.x.shape[1])
     return search.best(commit)

@@ -124,7 +124,8 @@ def test_bits_of_powers_of_two_are_exact():
 def test_symmetric_alphabets_have_symmetric_tables(middle, unpaired, seed):
     generator = np.random.default_rng(seed)
     counts = generator.integers(0, 1000, (1, 2 * middle + 1 + unpaired))
-    codes = rate.codes(torch.from_numpy(counts), 2 * middle + 1).numpy()
+    (coded,) = rate.codes([torch.from_numpy(counts)[:, None]], [2 * middle + 1])
+    codes = coded[:, 0].numpy()
     paired = codes[:, : 2 * middle + 1]
     assert np.array_equal(paired, paired[:, ::-1])
     # They are the tables of the histogram made symmetric.

@@ -54,7 +54,9 @@ for rows, columns in ((1, 1), (65, 9), (130, 33)):
     second = dequantize.trellis_quantizers(symbols, 8)
     alphabet = {"tables": 1, "lowest": -5, "size": 11, "escapes": 2, "second": second}
     counts.symbol_counts(symbols, *classes, **alphabet)
-    counts.magnitude_counts(symbols, 7)
+    batch = symbols.repeat(3, 1), classes[0].repeat(3), classes[1].repeat(3, 1)
+    alphabet["second"] = second.repeat(3, 1)
+    counts.symbol_counts(*batch, **alphabet)
     codes = torch.zeros(1, dtype=torch.int16)
     dequantize.dequantize(symbols, codes, codes, second=second)
 print("within bounds")

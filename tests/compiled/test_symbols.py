@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cerwu_gpu.compiled import counts, dequantize
 from cerwu_gpu.reference import counts as reference_counts
@@ -37,14 +35,26 @@ def test_every_symbol_is_counted_under_its_table(rows, columns, lowest, size, es
     assert int(counted.sum()) == rows * columns
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 9), st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
-def test_magnitudes_from_the_limit_on_count_together(rows, columns, limit, seed):
-    generator = torch.Generator().manual_seed(seed)
-    symbols = torch.randint(-12, 13, (rows, columns), generator=generator, dtype=torch.int32)
-    counted = counts.magnitude_counts(symbols, limit)
-    assert torch.equal(counted, reference_counts.magnitude_counts(symbols, limit))
-    assert counted.shape == (limit + 1,)
+@pytest.mark.parametrize("states", [0, 4])
+def test_the_matrices_of_a_batch_are_counted_with_columns_of_their_own(states):
+    symbols = torch.randint(-4, 5, (12, 7), dtype=torch.int32)
+    second = dequantize.trellis_quantizers(symbols, states) if states else None
+    row_class, column_class = torch.randint(0, 3, (12,)), torch.randint(0, 2, (3, 7))
+    alphabet = {"tables": 4, "lowest": -3, "size": 7, "escapes": 1}
+    parts = [slice(first, first + 4) for first in (0, 4, 8)]
+    wanted = sum(
+        reference_counts.symbol_counts(
+            symbols[rows],
+            row_class[rows],
+            columns,
+            second=None if second is None else second[rows],
+            **alphabet,
+        )
+        for rows, columns in zip(parts, column_class, strict=True)
+    )
+    for form in (counts, reference_counts):
+        counted = form.symbol_counts(symbols, row_class, column_class, second=second, **alphabet)
+        assert torch.equal(counted, wanted)
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)

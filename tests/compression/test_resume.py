@@ -143,10 +143,10 @@ def test_finished_blocks_and_sensitivities_are_not_computed_again(
     with Failing(Journal, "write", 4, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         compress(tmp_path / "out")  # three blocks are finished, the head is not
     quantized = []
-    original = cerwu_gpu.compression.pipeline.quantize_stack
+    original = cerwu_gpu.compression.pipeline.quantize_stacks
     monkeypatch.setattr(
         cerwu_gpu.compression.pipeline,
-        "quantize_stack",
+        "quantize_stacks",
         lambda *arguments: quantized.append(arguments) or original(*arguments),
     )
     monkeypatch.setattr(causal_lm, "blockwise_sensitivities", None)
@@ -252,7 +252,7 @@ def test_a_full_disk_at_the_end_is_met_with_all_blocks_kept(
 ) -> None:
     with Failing(writer, "write_shard", 5, FULL), pytest.raises(OutputError):
         compress(tmp_path / "out")
-    monkeypatch.setattr(cerwu_gpu.compression.pipeline, "quantize_stack", None)
+    monkeypatch.setattr(cerwu_gpu.compression.pipeline, "quantize_stacks", None)
     compress(tmp_path / "out")
 
 

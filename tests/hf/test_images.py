@@ -170,13 +170,13 @@ def test_a_killed_run_of_a_module_is_continued(
         compress(toy("resnet"), tmp_path / "out", config=config, progress=False)
     monkeypatch.setattr(Journal, "write", write)
     searches: list[object] = []
-    search = pipeline.quantize_stack
+    search = pipeline.quantize_stacks
 
     def counted(*arguments: Any) -> Any:
         searches.append(arguments)
         return search(*arguments)
 
-    monkeypatch.setattr(pipeline, "quantize_stack", counted)
+    monkeypatch.setattr(pipeline, "quantize_stacks", counted)
     compress(toy("resnet"), tmp_path / "fresh", config=config, progress=False)
     whole, searches[:] = len(searches), []
     compress(toy("resnet"), tmp_path / "out", config=config, progress=False)

@@ -20,7 +20,11 @@ POINTERS = {
 }
 OUT = {"p_symbols": "*i32", "p_error": "*fp32"}
 SIZES = dict.fromkeys(
-    ("rows", "columns", "stride_x", "stride_factor", "stride_rates", "lowest", "size"), "i32"
+    (
+        *("rows", "columns", "stride_x", "stride_factor", "stride_problem", "stride_rates"),
+        *("lowest", "size"),
+    ),
+    "i32",
 )
 SCALAR = {**POINTERS, **OUT, "p_levels": "*fp32", **SIZES}
 PATHS = {"p_path_error": "*fp32", "p_path_symbol": "*i32", "p_origin": "*i32"}

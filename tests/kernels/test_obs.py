@@ -257,3 +257,49 @@ def test_what_does_not_fit_is_named(name, change, device):
 @pytest.mark.parametrize("escapes", [True, False])
 def test_a_layer_s_block_on_the_gpu(exhaustive, escapes, device):
     assert_agree(problem(4096, 128, device, levels=33, escapes=escapes), exhaustive)
+
+
+BATCHED = ("factor", "column_class", "importance", "curvature")
+
+
+def batch_of(problems):
+    """Problems of equal shape and alphabet as one."""
+    joined = {name: torch.cat([one[name] for one in problems]) for name in ROWWISE}
+    joined |= {name: torch.stack([one[name] for one in problems]) for name in BATCHED}
+    return {**joined, "alphabet": problems[0]["alphabet"]}
+
+
+ROWWISE = ("x", "row_class", "lmbda")
+
+
+@pytest.mark.parametrize("exhaustive", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (17, 5), (20, 33)])
+def test_a_batch_is_its_problems_one_by_one(rows, columns, exhaustive, device, poisoned_empty):
+    first = problem(rows, columns, device, escapes=not exhaustive)
+    others = [{**first, "x": 2 * first["x"].flip(0), "importance": first["importance"].flip(0)}]
+    others += [{**first, "factor": -first["factor"], "lmbda": 3 * first["lmbda"]}]
+    given = batch_of([first, *others])
+    assert_agree_in_batch(given, exhaustive)
+    symbols, error = kernel.quantize_block(BlockProblem(**given), exhaustive=exhaustive)
+    alone = [
+        kernel.quantize_block(BlockProblem(**one), exhaustive=exhaustive)
+        for one in (first, *others)
+    ]
+    assert torch.equal(symbols, torch.cat([each for each, _ in alone]))
+    assert torch.equal(error, torch.cat([each for _, each in alone]))
+
+
+def assert_agree_in_batch(given, exhaustive):
+    """The definition's symbols; these problems have no ties."""
+    wanted, _ = reference.quantize_block(BlockProblem(**given), exhaustive=exhaustive)
+    symbols, _ = kernel.quantize_block(BlockProblem(**given), exhaustive=exhaustive)
+    assert torch.equal(symbols, wanted)
+
+
+def test_rows_that_are_not_those_of_equal_problems_are_refused(device):
+    first = problem(6, 4, device)
+    given = batch_of([first, first, first, first])
+    for name in ROWWISE:
+        given[name] = given[name][:-1]
+    with pytest.raises(ValueError, match="23 rows are not those of 4 problems"):
+        kernel.quantize_block(BlockProblem(**given), exhaustive=False)

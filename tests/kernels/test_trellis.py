@@ -231,3 +231,24 @@ def test_what_does_not_fit_is_named(word, change):
 @STATES
 def test_a_layer_s_block_on_the_gpu(states, device):
     assert_agree(problem(4096, 160, device, states), commit=128)
+
+
+@STATES
+@pytest.mark.parametrize("few", [False, True])
+def test_a_batch_is_its_problems_one_by_one(states, few, form, device, monkeypatch, poisoned_empty):
+    if few and form == "kernels":
+        monkeypatch.setattr(kernel, "LAUNCH_ROWS", 35)  # two problems, then the third
+    first = problem(17, 20, device, states)
+    second = {**first, "x": 2 * first["x"].flip(0), "importance": first["importance"].flip(0)}
+    third = {**first, "factor": -first["factor"], "start": first["start"].flip(0)}
+    each = [first, second, third]
+    given = {**first}
+    for name in ("x", "row_class", "lmbda", "start"):
+        given[name] = torch.cat([one[name] for one in each])
+    for name in ("factor", "column_class", "importance", "curvature"):
+        given[name] = torch.stack([one[name] for one in each])
+    ours = solve(kernel, given, 9)
+    alone = zip(*(solve(kernel, one, 9) for one in each), strict=True)
+    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(ours, alone, strict=True))
+    wanted = solve(reference, given, 9)
+    assert torch.equal(ours[0], wanted[0]) and torch.equal(ours[2], wanted[2])

@@ -5,7 +5,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cerwu_gpu.errors import ConfigError, ModelError
+from cerwu_gpu.coded import CodedMatrix, Reconstruction, check
+from cerwu_gpu.errors import ConfigError, FormatError, ModelError
+from cerwu_gpu.models.selection import select_in_module
+from cerwu_gpu.spec import STREAM_SYMBOLS_LIMIT
+from tests.configs import compress_flat
 from tests.hf.calibrated import find_blocks, find_weights
 from tests.hf.toys import FAMILIES, MIXTURES, toy
 
@@ -142,3 +146,51 @@ def test_a_model_without_blocks_is_refused():
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ModelError, match="LlamaForCausalLM has no list of blocks"):
         find_blocks(model)
+
+
+def test_a_matrix_too_wide_for_the_format_is_refused_before_the_work():
+    wide = nn.Sequential(nn.Linear(STREAM_SYMBOLS_LIMIT + 1, 2), nn.Linear(2, STREAM_SYMBOLS_LIMIT))
+    message = r"^0.weight has matrices of 131,073 columns: the format takes at most 131,072: "
+    with pytest.raises(ModelError, match=message):
+        select_in_module(wide)
+    chosen = select_in_module(wide, exclude=("0",)).chosen  # rows are no matter
+    assert [layout.name for layout in chosen] == ["1.weight"]
+    limit = nn.Sequential(nn.Linear(STREAM_SYMBOLS_LIMIT, 2))
+    assert [layout.name for layout in select_in_module(limit).chosen] == ["0.weight"]
+
+
+def test_a_run_with_such_a_matrix_ends_before_anything_is_calibrated(tmp_path):
+    class Never(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, _):
+            raise AssertionError("a batch was asked for")
+
+    wide = nn.Sequential(nn.Linear(STREAM_SYMBOLS_LIMIT + 1, 2))
+    with pytest.raises(ModelError, match="131,073 columns"):
+        compress_flat(wide, tmp_path / "out", batches=Never(), progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_format_s_reader_has_the_same_limit():
+    at, past = (
+        CodedMatrix(
+            name="w",
+            shape=(1, columns),
+            words=torch.zeros(0, dtype=torch.int64),
+            lengths=torch.zeros(1, dtype=torch.int64),
+            tables=torch.full((1, 1), 1 << 24),
+            row_class=torch.zeros(1, dtype=torch.int64),
+            column_class=torch.zeros(columns, dtype=torch.int64),
+            states=0,
+            parity=torch.zeros(1, dtype=torch.int64),
+        )
+        for columns in (STREAM_SYMBOLS_LIMIT, STREAM_SYMBOLS_LIMIT + 1)
+    )
+    none = torch.zeros(0, dtype=torch.int32)
+    code = torch.zeros(1, dtype=torch.int16)
+    rule = Reconstruction(lowest=0, size=1, escapes=none, column_step=code, row_scale=code)
+    check(at, rule)
+    with pytest.raises(FormatError):
+        check(past, rule)

@@ -13,9 +13,10 @@ from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.errors import FactorizationError
 from cerwu_gpu.quantize import layer as quantize_layer
 from cerwu_gpu.quantize.grid import step_unit
-from cerwu_gpu.quantize.layer import quantize_stack, relative_loss
+from cerwu_gpu.quantize.layer import Stack, quantize_stack, quantize_stacks, relative_loss
 from cerwu_gpu.quantize.limit import limit_bits
 from cerwu_gpu.quantize.objective import quadratic_error
+from cerwu_gpu.quantize.refit import weights_of
 from tests.configs import configured
 
 QUANTIZERS = ["scalar", "trellis4", "trellis8", "trellis16", "trellis32"]
@@ -139,9 +140,9 @@ def test_outliers_are_escaped_not_clipped():
     assert abs(float(matrix.weight(torch.float32)[17, 3]) - 4000) < 10
 
 
-def unfitted(matrix, problem):
-    """In the place of `refit`: the matrix as it is."""
-    return matrix, problem.output.times_hessian(matrix.weight(torch.float32))
+def unfitted(matrices, problem):
+    """In the place of `refit`: the matrices as they are."""
+    return matrices, problem.output.times_hessian(weights_of(matrices))
 
 
 def test_a_stack_equals_its_matrices_in_steps_and_shares_nothing_else(monkeypatch):
@@ -260,3 +261,68 @@ def test_a_real_layer_comes_close_to_the_limit(data: Path, quantizer: str, gap: 
     loss = stack.relative_losses[0] * float(quadratic_error(weight, hessian).sum())
     assert 2.0 < bits < 3.5
     assert 0 < bits - limit_bits(weight, hessian, loss) < gap
+
+
+def random_stack(heights: tuple[int, ...], columns: int, seed: int) -> Stack:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3 * columns, columns, generator=generator)
+    x *= torch.rand(columns, generator=generator).exp()
+    weights = []
+    for rows in heights:
+        spread = torch.randn(rows, 1, generator=generator).exp()
+        weights.append(spread * torch.randn(rows, columns, generator=generator))
+    alphas = [0.1 + torch.rand(rows, generator=generator) for rows in heights]
+    return Stack(weights, x.t() @ x / columns, alphas)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    # More than a block of columns, of odd alignment, more rows than passes before the last see.
+    shape=st.sampled_from(
+        [
+            ((24,), 32),
+            ((7, 11), 48),
+            ((5,), 208),
+            ((6,), 136),
+            ((3,), 21),
+            ((32,), 24),
+            ((1100, 9), 16),
+        ]
+    ),
+    quantizer=st.sampled_from(["scalar", "trellis4", "trellis8"]),
+    lmbda=st.sampled_from([1e-4, 1e-2, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_stacks_that_are_quantized_together_become_what_each_would_alone(
+    shape, quantizer, lmbda, seed
+):
+    config = configured(lmbda=lmbda, quantizer=quantizer)
+    posed = [random_stack(*shape, 3 * seed + number) for number in range(3)]
+    zeros = [0 * weight for weight in posed[1].weights]
+    posed[1] = dataclasses.replace(posed[1], weights=zeros)
+    # A Hessian that no damping but a large one makes definite.
+    less = posed[2].hessian - 0.5
+    posed[2] = dataclasses.replace(posed[2], hessian=less)
+    try:
+        together = quantize_stacks(posed, config)
+    except FactorizationError:
+        posed[2] = random_stack(*shape, seed)
+        together = quantize_stacks(posed, config)
+    for stack, quantized in zip(posed, together, strict=True):
+        alone = quantize_stack(stack.weights, stack.hessian, config, stack.sensitivities)
+        assert quantized.more_damping == alone.more_damping
+        assert quantized.relative_losses == alone.relative_losses
+        assert quantized.limits == alone.limits
+        for matrix, other in zip(quantized.matrices, alone.matrices, strict=True):
+            loss = quantized.relative_losses[0]
+            coded, wanted = encode_matrix(matrix, loss), encode_matrix(other, loss)
+            assert coded.part == wanted.part
+            assert coded.side == wanted.side
+            assert np.array_equal(coded.words, wanted.words)
+
+
+def test_stacks_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match="differ in shape"):
+        quantize_stacks(
+            [random_stack((4,), 8, 0), random_stack((5,), 8, 0)], configured(lmbda=1e-2)
+        )

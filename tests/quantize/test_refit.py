@@ -37,10 +37,11 @@ def rounded(
 
 def objective(matrix: QuantizedMatrix, problem: Quadratic) -> float:
     """J with the bits of the whole file."""
-    error = quadratic_error(problem.weight - matrix.weight(torch.float32), problem.hessian)
+    difference = problem.weight[0] - matrix.weight(torch.float32)
+    error = quadratic_error(difference, problem.hessian[0])
     encoded = encode_matrix(matrix, 0.0)
     stored = 32 * len(encoded.words) + 8 * len(encoded.side)
-    loss = 0.5 * float((error * problem.sensitivity.to(torch.float64)).sum())
+    loss = 0.5 * float((error * problem.sensitivity[0].to(torch.float64)).sum())
     return loss + problem.lmbda * stored
 
 
@@ -50,7 +51,8 @@ def posed(
     damping = usual_damping(None, len(hessian))
     damped = damp(hessian, damping, config.objective.damping_by)
     raised = (damped - hessian).diagonal().to(torch.float32)
-    return Quadratic(OutputLoss.of(weight, hessian), raised, torch.ones(len(weight)), lmbda)
+    output = OutputLoss.of(weight[None], hessian[None])
+    return Quadratic(output, raised[None], torch.ones(1, len(weight)), lmbda)
 
 
 @settings(max_examples=20, deadline=None)
@@ -66,7 +68,7 @@ def test_it_never_raises_the_objective(rows, columns, seed, quantizer, price):
     config = configured(lmbda=0.02, quantizer=quantizer)
     before = rounded(weight, hessian, config)
     problem = posed(weight, hessian, config, price)
-    after, _ = refit(before, problem)
+    (after,), _ = refit([before], problem)
     assert objective(after, problem) <= objective(before, problem) * (1 + 1e-5) + 1e-6
     assert torch.equal(after.symbols, before.symbols)
 
@@ -75,19 +77,19 @@ def test_free_codes_give_the_least_squares_steps():
     weight, hessian = correlated(200, 12, 5)
     config = configured(lmbda=0.3)
     before = rounded(weight, hessian, config)
-    problem = replace(posed(weight, hessian, config, 0.0), sensitivity=1 + torch.rand(200))
-    fitted, product = refit(before, problem)
+    problem = replace(posed(weight, hessian, config, 0.0), sensitivity=1 + torch.rand(1, 200))
+    (fitted,), product = refit([before], problem)
     # Straight from the definition: minimise over the steps, all rows stacked, in float64.
     level = before.symbols.double() * step_values(before.row_scale).double()[:, None]
-    root = torch.linalg.cholesky(problem.hessian.double()).t()
-    weigh = problem.sensitivity.double().sqrt()[:, None, None]
+    root = torch.linalg.cholesky(problem.hessian[0].double()).t()
+    weigh = problem.sensitivity[0].double().sqrt()[:, None, None]
     system = (weigh * root[None] * level[:, None, :]).flatten(0, 1)
     wanted = (weigh[:, :, 0] * (weight.double() @ root.t())).flatten()
     steps = torch.linalg.lstsq(system, wanted[:, None]).solution[:, 0]
     octaves = step_values(fitted.column_step).double().log2() - steps.log2()
     assert float(octaves.abs().max()) <= 0.5 / 256 + 1e-4
     assert not torch.equal(fitted.column_step, before.column_step)
-    torch.testing.assert_close(product, fitted.weight(torch.float32) @ hessian)
+    torch.testing.assert_close(product[0], fitted.weight(torch.float32) @ hessian)
 
 
 def test_scales_that_are_off_are_found_when_bits_are_cheap():
@@ -96,7 +98,7 @@ def test_scales_that_are_off_are_found_when_bits_are_cheap():
     before = rounded(weight, hessian, config)
     spoiled = replace(before, row_scale=before.row_scale + 64)
     problem = posed(weight, hessian, config, 0.0)
-    repaired, _ = refit(spoiled, problem)
+    (repaired,), _ = refit([spoiled], problem)
     assert objective(repaired, problem) < 1.02 * objective(before, problem)
     assert objective(spoiled, problem) > 1.5 * objective(before, problem)
 
@@ -104,7 +106,7 @@ def test_scales_that_are_off_are_found_when_bits_are_cheap():
 def test_dear_bits_leave_the_codes_alone():
     weight, hessian = correlated(30, 64, 2)
     before = rounded(weight, hessian, configured(lmbda=0.02))
-    after, _ = refit(before, posed(weight, hessian, configured(lmbda=0.02), 1e3))
+    (after,), _ = refit([before], posed(weight, hessian, configured(lmbda=0.02), 1e3))
     assert torch.equal(after.column_step, before.column_step)
     assert torch.equal(after.row_scale, before.row_scale)
 
@@ -112,5 +114,5 @@ def test_dear_bits_leave_the_codes_alone():
 def test_a_matrix_of_zeros_keeps_its_steps():
     weight, hessian = torch.zeros(5, 7), torch.eye(7)
     before = rounded(weight, hessian, configured(lmbda=0.02))
-    after, _ = refit(before, posed(weight, hessian, configured(lmbda=0.02), 0.0))
+    (after,), _ = refit([before], posed(weight, hessian, configured(lmbda=0.02), 0.0))
     assert torch.equal(after.weight(torch.float32), weight)

@@ -39,11 +39,11 @@ def cheapest(counts: np.ndarray, quantizers: int, codes: int) -> float:
 )
 def test_the_cut_is_the_cheapest(classes, quantizers, size, scale, seed):
     counts = np.random.default_rng(seed).integers(0, scale + 1, (classes * quantizers, size))
-    shared = shared_histograms(torch.from_numpy(counts), quantizers, size).numpy()
-    # What it chose: equal neighbours are one run only where the sums say so.
-    assert shared.shape == counts.shape
-    tables = shared.reshape(classes, quantizers, size)
     own = counts.reshape(classes, quantizers, size)
+    (shared,) = shared_histograms([torch.from_numpy(own)], [size])
+    # What it chose: equal neighbours are one run only where the sums say so.
+    assert shared.shape == own.shape
+    tables = shared.numpy()
     starts = [0]
     for k in range(1, classes):
         if not np.array_equal(own[starts[-1] : k].sum(axis=0), tables[k - 1]):
@@ -58,11 +58,20 @@ def test_the_cut_is_the_cheapest(classes, quantizers, size, scale, seed):
 
 def test_like_classes_share_and_unlike_ones_do_not():
     few = torch.tensor([[30, 4, 0], [28, 5, 1], [1000, 3000, 2000], [2000, 900, 4000]])
-    shared = shared_histograms(few, 1, 3)
+    shared = shared_histograms([few[:, None]], [3])[0][:, 0]
     assert torch.equal(shared[0], shared[1]) and torch.equal(shared[0], few[0] + few[1])
     assert torch.equal(shared[2:], few[2:])
 
 
 def test_counts_beyond_float32_stay_exact():
     large = torch.tensor([[2**40 + 1, 3], [5, 2**40 + 7]])
-    assert torch.equal(shared_histograms(large, 1, 2), large)
+    assert torch.equal(shared_histograms([large[:, None]], [2])[0][:, 0], large)
+
+
+def test_matrices_side_by_side_are_cut_as_each_would_be_alone():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 2, 5), (1, 2, 9), (4, 2, 31)]
+    counts = [torch.randint(0, 40, shape, generator=generator) for shape in shapes]
+    together = shared_histograms(counts, [3, 9, 16])
+    for own, codes, shared in zip(counts, [3, 9, 16], together, strict=True):
+        assert torch.equal(shared, shared_histograms([own], [codes])[0])
