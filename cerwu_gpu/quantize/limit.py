@@ -47,8 +47,8 @@ class Limit:
         mu = torch.linalg.eigvalsh(root[:, None] * hessian.to(torch.float64) * root)
         rho = row[row > 0] / row.mean()
         # The many small steps of a bisection: on a GPU, or in torch, each would cost its launch.
-        rho, mu = (x.cpu().numpy() for x in (rho.sort().values, mu[mu > 0]))
-        return Limit(rho, mu, weight.numel())
+        on_cpu = (x.cpu().numpy() for x in (rho.sort().values, mu[mu > 0]))
+        return Limit(*on_cpu, weights=weight.numel())
 
     @cached_property
     def _sums(self) -> NDArray[np.float64]:
