@@ -47,8 +47,11 @@ class Limit:
         mu = torch.linalg.eigvalsh(root[:, None] * hessian.to(torch.float64) * root)
         rho = row[row > 0] / row.mean()
         # The many small steps of a bisection: on a GPU, or in torch, each would cost its launch.
-        on_cpu = (x.cpu().numpy() for x in (rho.sort().values, mu[mu > 0]))
-        return Limit(*on_cpu, weights=weight.numel())
+        values: tuple[NDArray[np.float64], NDArray[np.float64]] = (
+            rho.sort().values.cpu().numpy(),
+            mu[mu > 0].cpu().numpy(),
+        )
+        return Limit(*values, weight.numel())
 
     @cached_property
     def _sums(self) -> NDArray[np.float64]:
