@@ -73,8 +73,8 @@ def waterfilled(
     """
     _, rows, columns = weight.shape
     scale = step_codes(sensitivity.rsqrt(), step_unit(columns))
-    low, high = torch.aminmax(weight / step_values(scale)[..., None], dim=1)
-    largest = high.maximum(-low).to(factor_diagonal.dtype)
+    relative = weight / step_values(scale)[..., None]
+    largest = relative.amax(dim=1).maximum(-relative.amin(dim=1)).to(factor_diagonal.dtype)
     steps = factor_diagonal * (lmbda / KAPPA[states]) ** 0.5
     return Grid(step_codes(steps.maximum(FINEST * largest), step_unit(rows // matrices)), scale)
 

@@ -44,14 +44,11 @@ class Limit:
         """Return the limit for W [m, n] and the undamped H [n, n]; it keeps two vectors, not H."""
         row, column = mean_squares(weight)
         root = column.sqrt()
-        mu = torch.linalg.eigvalsh(root[:, None] * hessian.to(torch.float64) * root)
-        rho = row[row > 0] / row.mean()
-        # The many small steps of a bisection: on a GPU, or in torch, each would cost its launch.
-        values: tuple[NDArray[np.float64], NDArray[np.float64]] = (
-            rho.sort().values.cpu().numpy(),
-            mu[mu > 0].cpu().numpy(),
-        )
-        return Limit(*values, weight.numel())
+        spectrum = torch.linalg.eigvalsh(root[:, None] * hessian.to(torch.float64) * root)
+        rows = (row[row > 0] / row.mean()).sort().values
+        # The many small steps of a search: on a GPU, or in torch, each would cost its launch.
+        rho, mu = (x.cpu().numpy() for x in (rows, spectrum[spectrum > 0]))
+        return Limit(rho, mu, weight.numel())
 
     @cached_property
     def _sums(self) -> NDArray[np.float64]:
@@ -119,7 +116,7 @@ class Limit:
         return len(self.rho) - np.searchsorted(self.rho, level / self.mu)
 
     def _loss_at(self, log_level: float) -> float:
-        level = float(2.0**log_level)
+        level: float = 2.0**log_level
         drowned, above = self._parts(level)
         return drowned + level * above
 

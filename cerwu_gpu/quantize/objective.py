@@ -345,8 +345,8 @@ def _divided(x: Tensor, unit: Tensor) -> Tensor:
 
 def _largest(x: Tensor) -> Tensor:
     """Return the largest |x| of each matrix, [..., 1, 1]."""
-    low, high = torch.aminmax(x.flatten(-2), dim=-1)
-    return high.maximum(-low)[..., None, None]
+    high, low = (end(dim=(-2, -1), keepdim=True) for end in (x.amax, x.amin))
+    return high.maximum(-low)
 
 
 def _moderate(x: Tensor) -> Tensor:
