@@ -18,6 +18,8 @@ FLIPS = 1e-4
 TIE = 1e-4
 """Relative difference of the costs of two paths that tie within float32's rounding."""
 ERROR = {"atol": 1e-4, "rtol": 1e-5}
+FAR_ERROR = {"atol": 4e-4, "rtol": 1e-5}
+"""Of weights near 1000, whose float32 neighbours are 6e-5 away."""
 
 SHAPES = [
     pytest.param(1, 1, 1, id="one-weight"),
@@ -100,7 +102,7 @@ def path_cost(arguments, row, symbols):
     return total
 
 
-def assert_agree(arguments, commit):
+def assert_agree(arguments, commit, tolerance=ERROR):
     """Symbols, errors and the state at the end are the reference's but for paths that tie."""
     before = arguments["x"].clone()
     symbols, error, end = solve(kernel, arguments, commit)
@@ -147,7 +149,7 @@ def test_large_weights_escape_with_the_right_parity(states, device, poisoned_emp
     given["x"][0, 3] = 401.2
     given["x"][3, 17] = -900.7
     given["start"] = torch.zeros(4, dtype=torch.int64, device=device)
-    symbols, _ = assert_agree(given, commit=19)
+    symbols, _ = assert_agree(given, 19, FAR_ERROR)
     level = trellis_levels(symbols, trellis_quantizers(symbols, states))
     assert abs(float(level[0, 3]) - 401.2) < 6
     assert int(symbols[3, 17]) < -400
