@@ -185,7 +185,7 @@ def test_two_tokens_are_enough(run: Any) -> None:
 def test_fewer_tokens_than_a_sample_are_refused(run: Any, toy_tokenizer: Any) -> None:
     words = "one two three four"
     count = len(toy_tokenizer(words)["input_ids"])
-    with pytest.raises(CalibrationError, match=f"has {count} tokens.* at most {count}"):
+    with pytest.raises(CalibrationError, match=f"has {count} tokens.* at most {count + 1}"):
         run(toy("llama"), text=words)
     with pytest.raises(CalibrationError, match=r"give a longer text\.$"):
         run(toy("llama"), text="a")
