@@ -120,7 +120,7 @@ def assert_agree(arguments, commit, tolerance=ERROR):
             expected = path_cost(arguments, row, theirs[row])
             assert path_cost(arguments, row, ours[row]) == pytest.approx(expected, rel=TIE)
     rounding = 4 * torch.finfo(torch.float32).eps * float(before.abs().max())
-    limits = {**ERROR, "atol": max(ERROR["atol"], rounding)}
+    limits = {**tolerance, "atol": max(tolerance["atol"], rounding)}
     torch.testing.assert_close(error[~tied], wanted[1][~tied], **limits)
     assert torch.equal(end[~tied], wanted[2][~tied])
     return symbols, end
