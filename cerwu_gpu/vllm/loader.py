@@ -29,6 +29,8 @@ class CerwuLoader(DefaultModelLoader):
     theirs compressed and decode them in each forward pass.
     """
 
+    enable_weights_track: bool | None
+
     def __init__(self, load_config: LoadConfig) -> None:
         extra: Any = load_config.model_loader_extra_config
         extra = dict(extra) if isinstance(extra, dict) else extra
@@ -51,7 +53,8 @@ class CerwuLoader(DefaultModelLoader):
             vllm_config.quant_config.compressed = True
         else:
             vllm_config.quant_config = None  # its layers are those of a dense model
-        return super().load_model(vllm_config, model_config, prefix)
+        model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         if model_config.quantization == QUANT_METHOD and self._tracking is None:

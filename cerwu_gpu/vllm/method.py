@@ -68,14 +68,14 @@ class StoredTensor(Tensor):
     def __new__(cls, stored: StoredWeight) -> "StoredTensor":
         entry = stored.entry
         dtype = getattr(torch, entry.dtype)
-        return Tensor._make_wrapper_subclass(cls, entry.shape, dtype=dtype)  # type: ignore[attr-defined,no-any-return]
+        return Tensor._make_wrapper_subclass(cls, entry.shape, dtype=dtype)
 
     def __init__(self, stored: StoredWeight) -> None:
         self.stored = stored
         self.shard_id = None
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         dense = [x.stored.decode() if isinstance(x, cls) else x for x in args]
@@ -109,7 +109,7 @@ class CompressedLinearMethod(LinearMethodBase):
         self._shape = sum(output_partition_sizes), input_size_per_partition
         self._dtype = params_dtype
         weight = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
-        weight.weight_loader = self._keep  # type: ignore[attr-defined]
+        weight.weight_loader = self._keep
         layer.register_parameter("weight", weight)
         # The operator below finds the layer by its name.
         get_current_vllm_config().compilation_config.static_forward_context[self._prefix] = layer
@@ -124,7 +124,7 @@ class CompressedLinearMethod(LinearMethodBase):
         weight = nn.Parameter(
             torch.empty(self._shape, dtype=self._dtype, device=device), requires_grad=False
         )
-        weight.output_dim, weight.input_dim = 0, 1  # type: ignore[attr-defined]
+        weight.output_dim, weight.input_dim = 0, 1
         for source, part in self._sources:
             dense = source.stored.decode() if isinstance(source, StoredTensor) else source
             self._place(weight, dense, *(() if part is None else (part,)))

@@ -1,8 +1,8 @@
 """Greedy continuations by vLLM of several directories, one after the other.
 
 python generate.py JOBS RESULTS: JOBS is a JSON list of {"model": directory, ...arguments of LLM};
-RESULTS gets a JSON list of lists of token ids, one for each prompt. vLLM changes the process that it
-runs in, so that each job has a fork of one that has imported it.
+RESULTS gets a JSON list of lists of token ids, one for each prompt. vLLM changes the process that
+it runs in, so that each job has a fork of one that has imported it.
 """
 
 import json
