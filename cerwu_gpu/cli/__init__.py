@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from cerwu_gpu import __version__
+from cerwu_gpu.cli.comparison import compare
 from cerwu_gpu.cli.compression import compress
 from cerwu_gpu.cli.directories import decompress, info, verify
 from cerwu_gpu.cli.evaluation import evaluate
@@ -63,6 +64,7 @@ app.command("info")(info)
 app.command("verify")(verify)
 app.command("decompress")(decompress)
 app.command("sweep")(sweep)
+app.command("compare")(compare)
 app.command("push")(push)
 
 

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from cerwu_gpu.container.reader import StoredWeight
@@ -109,7 +110,7 @@ class CompressedLinearMethod(LinearMethodBase):
         self._shape = sum(output_partition_sizes), input_size_per_partition
         self._dtype = params_dtype
         weight = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
-        weight.weight_loader = self._keep
+        set_weight_attrs(weight, {"weight_loader": self._keep})
         layer.register_parameter("weight", weight)
         # The operator below finds the layer by its name.
         get_current_vllm_config().compilation_config.static_forward_context[self._prefix] = layer
@@ -124,7 +125,7 @@ class CompressedLinearMethod(LinearMethodBase):
         weight = nn.Parameter(
             torch.empty(self._shape, dtype=self._dtype, device=device), requires_grad=False
         )
-        weight.output_dim, weight.input_dim = 0, 1
+        set_weight_attrs(weight, {"output_dim": 0, "input_dim": 1})
         for source, part in self._sources:
             dense = source.stored.decode() if isinstance(source, StoredTensor) else source
             self._place(weight, dense, *(() if part is None else (part,)))
