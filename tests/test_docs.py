@@ -35,6 +35,7 @@ NAMES = {
     "HuggingFaceTB/SmolLM2-135M": TOY,
     "EleutherAI/pythia-70m-deduped": TOY,
     "microsoft/resnet-18": "./my-resnet",
+    "user/small": "small",
 }
 """What pages name -> what is there."""
 FEW = ("--samples", "4", "--sequence-length", "32", "--device", "cpu", "--quiet")
@@ -62,6 +63,11 @@ NOT_RUN = {
     "cerwu-gpu compress model.gguf": "a .gguf file of a toy cannot be written; see hf/test_models",
     "cerwu-gpu sweep HUB -o sweep --max-windows 40 --methods nncodec": "nncodec is no dependency",
     "hf upload": "publishes",
+    "cerwu-gpu push": "publishes; see hf/test_hub",
+    "vllm serve": "vLLM is no dependency; see tests/vllm",
+    "lm_eval": "belongs to lm-eval",
+    "python -m cerwu_gpu.hf.lm_eval": "lm-eval is no dependency; see hf/test_tasks",
+    "--tasks": "the same",
     "pip install": "needs the network; the extras that it names are looked up",
     "make": "the targets are looked up; .ci/run carries most of them out",
     "python convert_hf_to_gguf.py": "belongs to llama.cpp",
@@ -75,8 +81,8 @@ NOT_RUN = {
 }
 """How a line begins, or an option in it -> why it is not run. Hub names are written HUB."""
 
-OTHERS_OPTIONS = {"--no-deps", "--outfile"}
-"""Of pip and of llama.cpp."""
+OTHERS_OPTIONS = {"--no-deps", "--outfile", "--dtype", "--model-loader-extra-config"}
+"""Of pip, of llama.cpp and of vLLM."""
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -179,6 +185,9 @@ def test_a_page_can_be_followed_from_top_to_bottom(
 def run(words: list[str], command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """One line of a shell block."""
     program, *arguments = [NAMES.get(word, word) for word in words]
+    written = None
+    if arguments[-2:-1] == [">"]:
+        *arguments, _, written = arguments
     if program == "cerwu-gpu":
         added = ADDED_TO_IMAGES if "--images" in arguments else ADDED
         options = added.get(arguments[0], ())
@@ -187,6 +196,8 @@ def run(words: list[str], command: Callable[..., Any], monkeypatch: pytest.Monke
         outcome = command(*arguments, *options, *replaced(arguments))
         assert outcome.code == 0, (words, outcome.err)
         assert outcome.out.strip()
+        if written is not None:
+            Path(written).write_text(outcome.out, encoding="utf-8")
         return
     assert program == "python" and arguments[0].startswith("scripts/"), words
     assert script(arguments, monkeypatch) == 0, words
@@ -216,7 +227,7 @@ def test_every_line_is_understood(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the parser that the program has; nothing is carried out."""
-    match words:
+    match words[:-2] if words[-2:-1] == [">"] else words:
         case ["cerwu-gpu", name, *rest]:
             group: Any = get_command(app)
             with typer.Context(group, info_name="cerwu-gpu") as parent:

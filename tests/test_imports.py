@@ -11,7 +11,7 @@ SOURCES = sorted((ROOT / "cerwu_gpu").rglob("*.py")) + sorted((ROOT / "kernels")
 
 ORDER = (
     {"cli"},
-    {"api"},
+    {"api", "vllm"},
     {"hf"},
     {"sweep"},
     {"models"},

@@ -123,7 +123,9 @@ def test_the_wheel_holds_modules_the_licence_and_nothing_else(wheel: Path) -> No
     about = f"cerwu_gpu-{cerwu_gpu.__version__}.dist-info"
     written = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt")
     files = {f"{about}/{name}" for name in (*written, "licenses/LICENSE")}
-    assert others == {"cerwu_gpu/py.typed", "cerwu_gpu/report_page/page.html.jinja", *files}
+    templates = ("page.html", "comparison.html", "drawings.html", "style.css")
+    pages = {f"cerwu_gpu/report_page/{name}.jinja" for name in templates}
+    assert others == {"cerwu_gpu/py.typed", *pages, *files}
 
 
 def test_the_sdist_holds_what_the_build_and_the_tests_read(checkout: Path, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import typer
 from typer.core import TyperGroup
 
 from cerwu_gpu import __version__
+from cerwu_gpu.cli.comparison import compare
 from cerwu_gpu.cli.compression import compress
 from cerwu_gpu.cli.directories import decompress, info, verify
 from cerwu_gpu.cli.evaluation import evaluate
+from cerwu_gpu.cli.hub import push
 from cerwu_gpu.cli.sweep import sweep
 from cerwu_gpu.errors import CerwuError
 
@@ -62,6 +64,8 @@ app.command("info")(info)
 app.command("verify")(verify)
 app.command("decompress")(decompress)
 app.command("sweep")(sweep)
+app.command("compare")(compare)
+app.command("push")(push)
 
 
 @app.callback()

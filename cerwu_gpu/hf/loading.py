@@ -85,7 +85,7 @@ def load_compressed(
     """
     if resident not in get_args(Resident):
         raise ConfigError(f"resident is {resident!r}: use dense or compressed.")
-    folder = _local(path)
+    folder = local_snapshot(path)
     directory = open_directory(folder)
     target = find_device(device or "cpu")
     if into is not None:
@@ -124,7 +124,7 @@ def decompress(
     output = Path(output).expanduser().resolve()
     check_apart({"the output": output}, {"the compressed model": path})
     check_output(output, overwrite=overwrite)
-    folder = _local(path)
+    folder = local_snapshot(path)
     check_apart({"the output": output}, {"the compressed model": folder})  # a hub name's snapshot
     model = load_compressed(folder, dtype=dtype, progress=progress)
     with new_directory(output, overwrite=overwrite) as made:
@@ -135,7 +135,7 @@ def decompress(
         put_in_place(made, output, overwrite=overwrite)
 
 
-def _local(path: str | Path) -> Path:
+def local_snapshot(path: str | Path) -> Path:
     """Return the directory itself, or the local snapshot of a hub name."""
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -284,7 +284,7 @@ def open_model(
         loaded.model.to(target)  # type: ignore[arg-type]
         return loaded
     model = load_compressed(source, device=target)
-    folder = _local(source)
+    folder = local_snapshot(source)
     return LoadedModel(model, load_tokenizer(folder, trust_remote_code), folder)
 
 

@@ -39,9 +39,9 @@ FILTERS = (
 """Functions that the template uses under their names."""
 
 
-def page(report: Mapping[str, Any]) -> str:
-    """Return the HTML of report.json's content; every value of it is escaped."""
-    environment = Environment(
+def environment() -> Environment:
+    """Return the environment of the templates, which escapes every value."""
+    made = Environment(
         loader=PackageLoader("cerwu_gpu", "report_page"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -49,7 +49,12 @@ def page(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {function.__name__: function for function in FILTERS}
+    made.filters |= {function.__name__: function for function in FILTERS}
+    return made
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """Return the HTML of report.json's content; every value of it is escaped."""
     explained = {purpose.name: purpose.explanation for purpose in PURPOSES} | FILES
     groups = kinds(report["layers"])
     places = list(chain.from_iterable(kind.places for kind in groups))
@@ -57,26 +62,30 @@ def page(report: Mapping[str, Any]) -> str:
     reasons = defaultdict(list)
     for tensor, reason in report["left"].items():
         reasons[reason].append(tensor)
-    return environment.get_template("page.html.jinja").render(
-        report=report,
-        title=TITLE,
-        name=_model_name(report),
-        finished=report["finished"].replace("T", " ").replace("+00:00", " UTC"),
-        weights=sum(rows * columns for rows, columns in (x["shape"] for x in report["layers"])),
-        seconds=sum(report["seconds"].values()),
-        kinds=groups,
-        places=places,
-        gap=mean_gap(places),
-        limits=sum(place.limit is not None for place in places),
-        axes=Axes.around(groups),
-        chart=(WIDTH, HEIGHT),
-        parts=parts,
-        beside={what: amount for what, amount in parts.items() if what != WORDS},
-        explained=explained,
-        colours={what: f"c{index}" for index, what in enumerate(explained)},
-        stacked=stacked,
-        stage_words=STAGE_WORDS,
-        reasons=sorted(reasons.items()),
+    return (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            report=report,
+            title=TITLE,
+            name=_model_name(report),
+            finished=report["finished"].replace("T", " ").replace("+00:00", " UTC"),
+            weights=sum(rows * columns for rows, columns in (x["shape"] for x in report["layers"])),
+            seconds=sum(report["seconds"].values()),
+            kinds=groups,
+            places=places,
+            gap=mean_gap(places),
+            limits=sum(place.limit is not None for place in places),
+            axes=Axes.around(groups),
+            chart=(WIDTH, HEIGHT),
+            parts=parts,
+            beside={what: amount for what, amount in parts.items() if what != WORDS},
+            explained=explained,
+            colours={what: f"c{index}" for index, what in enumerate(explained)},
+            stacked=stacked,
+            stage_words=STAGE_WORDS,
+            reasons=sorted(reasons.items()),
+        )
     )
 
 

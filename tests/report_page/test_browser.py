@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cerwu_gpu.report_page.comparison import Compared, comparison
 from cerwu_gpu.report_page.page import page
 from tests.report_page.reports import REPORT
 
@@ -50,6 +51,17 @@ def run(browser: str, folder: Path, *options: str) -> str:
     return result.stdout
 
 
+def measured(html: str, browser: str, folder: Path, scheme: str) -> dict[str, str]:
+    """What the browser made of a page, by MEASURE."""
+    text = html.replace("</body>", MEASURE)
+    text = text.replace("default-src 'none';", "script-src 'nonce-test';")
+    (folder / "report.html").write_text(text, encoding="utf-8")
+    setting = f"--blink-settings=preferredColorScheme={scheme}"
+    document = run(browser, folder, setting, "--virtual-time-budget=2000", "--dump-dom")
+    (body,) = re.findall("<body[^>]*>", document)
+    return dict(re.findall(r'data-(\w+)="([^"]*)"', body))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "background"),
@@ -59,14 +71,7 @@ def run(browser: str, folder: Path, *options: str) -> str:
 def test_a_browser_draws_all_of_it(
     scheme: str, background: str, browser: str, tmp_path: Path
 ) -> None:
-    text = page(REPORT).replace("</body>", MEASURE)
-    text = text.replace("default-src 'none';", "script-src 'nonce-test';")
-    (tmp_path / "report.html").write_text(text, encoding="utf-8")
-    setting = f"--blink-settings=preferredColorScheme={scheme}"
-    document = run(browser, tmp_path, setting, "--virtual-time-budget=2000", "--dump-dom")
-    (body,) = re.findall("<body[^>]*>", document)
-    found = dict(re.findall(r'data-(\w+)="([^"]*)"', body))
-    assert found == {
+    assert measured(page(REPORT), browser, tmp_path, scheme) == {
         "drawings": str(3 + 3 * 4 + len(REPORT["seconds"])),
         "columns": str(2 * 7),  # bits and gap of each weight
         "overflow": "0",
@@ -82,3 +87,16 @@ def test_a_screenshot_has_ink_on_it(browser: str, tmp_path: Path) -> None:
     run(browser, tmp_path, f"--screenshot={picture}")
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert picture.stat().st_size > 20_000  # a blank page of that size has about 5,000 bytes
+
+
+@pytest.mark.slow
+def test_a_browser_draws_a_comparison(browser: str, tmp_path: Path) -> None:
+    evaluation = {"perplexity": 14.0, "kl_divergence": 0.1}
+    directories = [Compared(name, REPORT, evaluation) for name in ("one", "two")]
+    assert measured(comparison(directories), browser, tmp_path, "1") == {
+        "drawings": str(2 + 2 * 2 * 4),  # two plots; bits and loss of four kinds of matrices
+        "columns": str(2 * 7),
+        "overflow": "0",
+        "background": "rgb(247, 247, 245)",
+        "fetched": "0",
+    }

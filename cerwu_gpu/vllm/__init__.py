@@ -1,0 +1,1 @@
+"""vLLM plugin: `vllm serve` and `LLM` read compressed directories."""

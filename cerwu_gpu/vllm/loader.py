@@ -1,0 +1,92 @@
+"""A loader for vLLM that decodes compressed directories and leaves all others to vLLM."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, get_args
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from cerwu_gpu.container.reader import open_directory
+from cerwu_gpu.errors import ConfigError
+from cerwu_gpu.hf.loading import Resident
+from cerwu_gpu.spec import QUANT_METHOD
+from cerwu_gpu.vllm.method import StoredTensor
+
+
+class CerwuLoader(DefaultModelLoader):
+    """vLLM's own loader, but for directories whose quantization method is "cerwu".
+
+    Their weights are decoded a few million at a time and go straight into vLLM's parameters, fused
+    and sharded by vLLM's own rules: the dense model is in memory once, and it is an ordinary one.
+    With {"resident": "compressed"} among vLLM's extra settings of the loader, linear layers keep
+    theirs compressed and decode them in each forward pass.
+    """
+
+    enable_weights_track: bool | None
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        extra: Any = load_config.model_loader_extra_config
+        extra = dict(extra) if isinstance(extra, dict) else extra
+        resident = extra.pop("resident", None) if isinstance(extra, dict) else None
+        if resident not in (None, *get_args(Resident)):
+            raise ConfigError(f"resident is {resident!r}: use dense or compressed.")
+        super().__init__(replace(load_config, model_loader_extra_config=extra))
+        self._resident: Resident | None = resident
+        self._tracking = self.enable_weights_track
+        self._device = torch.device("cpu")
+
+    def load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> nn.Module:
+        self._device = torch.device(self.load_config.device or vllm_config.device_config.device)
+        if model_config.quantization != QUANT_METHOD:
+            if self._resident is not None:
+                raise ConfigError(f"{model_config.model} is not compressed: drop resident.")
+        elif self._resident == "compressed":
+            vllm_config.quant_config.compressed = True
+        else:
+            vllm_config.quant_config = None  # its layers are those of a dense model
+        model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        return model
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        if model_config.quantization == QUANT_METHOD and self._tracking is None:
+            self.enable_weights_track = True  # nothing may stay at random
+        super().load_weights(model, model_config)
+
+    def get_all_weights(
+        self, model_config: ModelConfig, model: nn.Module
+    ) -> Iterator[tuple[str, Tensor]]:
+        if model_config.quantization != QUANT_METHOD:
+            yield from super().get_all_weights(model_config, model)
+            return
+        self.counter_before_loading_weights = perf_counter()
+        directory = open_directory(self._folder(model_config))
+        if self._resident != "compressed":
+            yield from directory.plain()
+            yield from directory.weights(device=self._device)
+            return
+        for name, tensor in directory.plain():
+            yield name, tensor.clone()  # the file may not stay as it is
+        for name in directory.compressed():
+            yield name, StoredTensor(directory.stored(name, device=self._device))
+
+    def _folder(self, model_config: ModelConfig) -> Path:
+        """Return the local directory of a model, from the Hub where it is none."""
+        folder = Path(model_config.model)
+        if folder.is_dir():
+            return folder
+        return Path(
+            snapshot_download(
+                model_config.model,
+                revision=model_config.revision,
+                cache_dir=self.load_config.download_dir,
+            )
+        )
