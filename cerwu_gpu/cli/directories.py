@@ -82,6 +82,7 @@ def decompress(
             help="Replace an existing compressed model; other models are never replaced.",
         ),
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Convert DIRECTORY to an uncompressed safetensors model, for tools without cerwu_gpu."""
     import torch
@@ -94,5 +95,6 @@ def decompress(
         output,
         dtype=None if dtype is None else getattr(torch, dtype),
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
     )
     typer.echo(f"{output}: {size(directory_bytes(output))}")

@@ -33,14 +33,7 @@ from cerwu_gpu.config import (
     Text,
 )
 from cerwu_gpu.errors import CalibrationError
-from cerwu_gpu.hf.companions import (
-    COPIED_FILES,
-    LICENCE_PATTERNS,
-    copy_files,
-    described,
-    save_text_files,
-    write_config,
-)
+from cerwu_gpu.hf.companions import described, not_carried, write_companions
 from cerwu_gpu.hf.ends import Ends, ends_placed
 from cerwu_gpu.hf.evaluation import mean_loss
 from cerwu_gpu.hf.head import HeadBlocks, HeadGradients, head_layouts
@@ -50,7 +43,10 @@ from cerwu_gpu.layout import Label
 from cerwu_gpu.models.selection import (
     Selection,
     find_blocks,
+    require_coded,
     require_finite,
+    require_separate,
+    require_values,
     select_in_blocks,
 )
 from cerwu_gpu.quantize.sensitivity import Sensitivities
@@ -88,8 +84,9 @@ class CausalLM(Adapter):
         """Choose the weights.
 
         Raises:
-            ConfigError: a pattern matches nothing, or no weight is left.
-            ModelError: the model has no blocks.
+            ConfigError: a pattern matches nothing, no weight is left, or a weight has no values.
+            ModelError: the model has no blocks, weights of a type that is not compressed, or with
+                `config.strict` a source that holds more than the result would.
         """
         super().__init__()
         self.loaded = loaded
@@ -101,14 +98,19 @@ class CausalLM(Adapter):
         self._batch_size = Calibration().batch_size
         self._device = device
         self._progress = progress
+        self.carried = loaded.names.carried
+        require_values(self.module)
+        require_separate(self.module)
         self._blocks = find_blocks(self.module, is_conv1d)
         self.select(config)
+        require_coded(self.module, self.layouts)
 
     def select(self, config: CompressionConfig) -> None:
         selection = select(self.module, config.include, config.exclude, head=not config.keep_head)
         self.layouts = {layout.name: layout for layout in selection.chosen}
-        self.left = selection.left
-        self.events = (*selection.events(strict=config.strict), *self.data.events)
+        left, events = not_carried(self.loaded, strict=config.strict)
+        self.left = {**selection.left, **left}
+        self.events = (*selection.events(strict=config.strict), *events, *self.data.events)
 
     def calibrate(
         self,
@@ -332,11 +334,7 @@ class CausalLM(Adapter):
         }
 
     def write_files(self, folder: Path) -> None:
-        write_config(self.module, folder)
-        if self.loaded.files is not None:
-            copy_files(self.loaded.files, folder, (*COPIED_FILES, *LICENCE_PATTERNS))
-        else:
-            save_text_files(self.module, self.loaded.tokenizer, folder)
+        write_companions(self.loaded, folder)
 
     @property
     def predictions(self) -> int:

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from cerwu_gpu.compression.run import plain_bytes
+from cerwu_gpu.compression.run import plain_bytes, tensors_bytes
 from cerwu_gpu.errors import ModelError, reason
 from cerwu_gpu.hf.gguf import check_gguf, gguf_model, gguf_tokenizer, read_once
+from cerwu_gpu.hf.names import SourceNames, read_checkpoint, source_names
 from cerwu_gpu.models.selection import holds_matrices
 from cerwu_gpu.spec import QUANT_METHOD
 
@@ -52,11 +53,15 @@ class LoadedModel:
         model: in eval mode, on the CPU.
         tokenizer: None where the source has none.
         files: local directory of the source's own tokenizer and generation files; None for GGUF.
+        names: what the source calls its tensors, and holds besides the model's.
+        replaced: whether the tokenizer is another one than that in `files`.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     files: Path | None
+    names: SourceNames = field(default_factory=SourceNames)
+    replaced: bool = False
 
 
 def load_model(
@@ -240,7 +245,8 @@ def _load_directory(
             f"{path} lacks {len(report['missing_keys'])} of the model's weights, "
             f"among them {min(report['missing_keys'])}: fetch it again."
         )
-    return LoadedModel(model, load_tokenizer(path, trust_remote_code), path)
+    names = source_names(model, read_checkpoint(path))
+    return LoadedModel(model, load_tokenizer(path, trust_remote_code), path, names)
 
 
 def _check_config(path: Path) -> None:
@@ -251,6 +257,11 @@ def _check_config(path: Path) -> None:
         raise ModelError(f"{path} has no config.json: it is no model directory.") from error
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{path / 'config.json'} cannot be read: {reason(error)}") from error
+    if (path / "adapter_config.json").exists():
+        raise ModelError(
+            f"{path} holds an adapter (adapter_config.json) beside its weights: merge it into "
+            "them, or move it away."
+        )
     if quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -281,8 +292,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def bytes_of_original(source: str | Path | nn.Module, module: nn.Module) -> int:
-    """Return the bytes of a .gguf file, else of the loaded dense weights, tied ones once."""
+def bytes_of_original(
+    source: str | Path | nn.Module, module: nn.Module, carried: Mapping[str, Tensor] | None = None
+) -> int:
+    """Return the bytes of a .gguf file, else of the loaded dense weights, tied ones once, and of
+    the tensors that are `carried` beside them."""
     if not isinstance(source, nn.Module) and Path(source).suffix == ".gguf":
         return Path(source).expanduser().stat().st_size
-    return plain_bytes(module, {})
+    return plain_bytes(module, {}) + tensors_bytes((carried or {}).values())
