@@ -22,6 +22,7 @@ from cerwu_gpu.container.output import check_apart, check_output
 from cerwu_gpu.container.work import output_places, work_directory
 from cerwu_gpu.device import find_device
 from cerwu_gpu.errors import ConfigError, ModelError
+from cerwu_gpu.files import local_path
 from cerwu_gpu.hf.card import card_of
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.classifier import ImageClassifier
@@ -84,7 +85,7 @@ def compress(
     """
     config, target, clock = config or CompressionConfig(), find_device(device), Clock()
     given = Path(output)
-    output = given.expanduser().resolve()
+    output = local_path(given).resolve()
     paths = report_paths(output, None if report is None else Path(report))
     places = output_places(output)
     calibration = config.calibration
@@ -399,5 +400,5 @@ def image_subject(
 def _subject(
     model: str | Path, adapter: Adapter, measure: Measure, base: CompressionConfig
 ) -> ModelSubject:
-    name = Path(model).expanduser().resolve().name
+    name = local_path(model).resolve().name
     return ModelSubject(name, adapter, measure, base, bytes_of_original(model, adapter.module))

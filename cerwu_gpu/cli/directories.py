@@ -9,6 +9,7 @@ import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import number, print_json, size, table
+from cerwu_gpu.files import local_path
 
 if TYPE_CHECKING:
     from cerwu_gpu.container.reader import Inventory
@@ -97,4 +98,4 @@ def decompress(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
-    typer.echo(f"{output}: {size(directory_bytes(output))}")
+    typer.echo(f"{output}: {size(directory_bytes(local_path(output)))}")

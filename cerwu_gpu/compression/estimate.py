@@ -37,6 +37,7 @@ class Probe:
         weight: [k, n] float32.
         hessian: [n, n], undamped.
         sensitivity: [k] float32.
+        tokens: number of tokens of the Hessian; None: it is of none.
         weights, matrices: numbers of weights and matrices of the model that it represents.
     """
 
@@ -44,6 +45,7 @@ class Probe:
     weight: Tensor
     hessian: Tensor
     sensitivity: Tensor
+    tokens: int | None
     weights: float
     matrices: float
 
@@ -107,6 +109,7 @@ def _probe(
         weight[rows].clone(),
         hessian.clone(),
         alpha[rows].clone(),
+        statistics[stack[0].input].tokens or None,
         weight.numel(),
         len(stack),
     )
@@ -118,7 +121,9 @@ def estimate(probes: Iterable[Probe], config: CompressionConfig) -> Estimate:
     bits = loss = total = 0.0
     for probe in probes:
         try:
-            stack = quantize_stack([probe.weight], probe.hessian, config, [probe.sensitivity])
+            stack = quantize_stack(
+                [probe.weight], probe.hessian, config, [probe.sensitivity], probe.tokens
+            )
         except CerwuError as error:
             raise type(error)(f"{probe.name}: {error}") from error
         matrix = stack.matrices[0]

@@ -234,9 +234,15 @@ class _Pass:
             if seen.cross is not None:
                 moved = drift_target(torch.cat(targets), hessian=hessian, cross=seen.cross)
                 targets = list(torch.split(moved, [len(target) for target in targets]))
-            quantized = quantize_stack(targets, hessian, config, alpha)
+            tokens = seen.tokens or None
+            quantized = quantize_stack(targets, hessian, config, alpha, tokens)
         except CerwuError as error:
             raise type(error)(f"{name}: {error}") from error
+        if quantized.shrinkage:
+            events.append(
+                f"{seen.tokens:,} calibration tokens for {len(hessian):,} columns: its Hessian was "
+                f"taken toward its mean by {_weight(quantized.shrinkage):.0%}"
+            )
         if quantized.damping != config.objective.damping:
             events.append(f"its Hessian needed a damping of {quantized.damping:.3g}")
         if events and config.strict:
@@ -280,6 +286,11 @@ class _Pass:
         if journal is not None and weights:
             journal.write(index, weights)
         return weights
+
+
+def _weight(shrinkage: float) -> float:
+    """Return the weight of the mean in a shrunk Hessian, from 0 to 1."""
+    return shrinkage / (1 + shrinkage)
 
 
 def _cost(stack: Sequence[Matrix]) -> float:

@@ -18,7 +18,7 @@ from secrets import token_hex
 
 from cerwu_gpu.container.header import HEADER_LIMIT, holds_manifest
 from cerwu_gpu.errors import OutputError
-from cerwu_gpu.files import flush_to_disk, written
+from cerwu_gpu.files import flush_to_disk, local_path, written
 from cerwu_gpu.spec import INDEX_FILE, QUANT_METHOD, SINGLE_FILE
 
 PARTIAL, REPLACED = ".partial", ".cerwu_gpu-replaced"
@@ -193,7 +193,7 @@ def _places(name: str | Path | None) -> Iterator[tuple[Path, bool]]:
     """
     if name is None:
         return
-    source = Path(os.path.expanduser(name))  # unlike Path.expanduser it takes unknown users
+    source = local_path(name)
     if isinstance(name, str) and not os.path.lexists(source):
         return
     yield Path(os.path.realpath(source.parent), source.name), True  # the link, if it is one

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from cerwu_gpu import __version__
 from cerwu_gpu.container.reader import inventory
+from cerwu_gpu.files import local_path
 from cerwu_gpu.hf.evaluation import perplexity_of
 from cerwu_gpu.hf.text import SELF, SHORT_NAMES
 
@@ -225,7 +226,7 @@ def card_of(
 
 def _public_name(calibration: str | None) -> str | None:
     """Return a dataset's name on the hub; None for files and given strings, which have none."""
-    if calibration is None or Path(calibration).expanduser().exists():
+    if calibration is None or local_path(calibration).exists():
         return None
     if calibration == SELF:
         return "text sampled from the original"

@@ -14,6 +14,7 @@ from cerwu_gpu.container.output import check_apart, check_output, new_directory,
 from cerwu_gpu.container.reader import CompressedDirectory, open_directory
 from cerwu_gpu.device import find_device
 from cerwu_gpu.errors import ConfigError, FormatError, ModelError, reason
+from cerwu_gpu.files import local_path
 from cerwu_gpu.hf.companions import copy_files
 from cerwu_gpu.hf.kinds import load_kind, model_class, remote_class
 from cerwu_gpu.hf.models import LoadedModel, is_conv1d, load_tokenizer
@@ -127,7 +128,7 @@ def decompress(
         OutputError: the output is, holds or lies in `path`, or must not be replaced; otherwise as
             `load_compressed`.
     """
-    output = Path(output).expanduser().resolve()
+    output = local_path(output).resolve()
     check_apart({"the output": output}, {"the compressed model": path})
     check_output(output, overwrite=overwrite)
     folder = _local(path)
@@ -154,7 +155,7 @@ def decompress(
 
 def _local(path: str | Path) -> Path:
     """Return the directory itself, or the local snapshot of a hub name."""
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     if folder.is_dir():
         return folder
     if folder.exists() or isinstance(path, Path) or str(path).count("/") > 1:
@@ -330,7 +331,7 @@ def open_model(
 
 def is_compressed(source: str | Path) -> bool:
     """Return whether the config.json of a directory or hub name has our quantization method."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     try:
         file = (
             path / "config.json" if path.exists() else hf_hub_download(str(source), "config.json")

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cerwu_gpu.compression.run import plain_bytes, tensors_bytes
 from cerwu_gpu.errors import ModelError, reason
+from cerwu_gpu.files import local_path
 from cerwu_gpu.hf.gguf import check_gguf, gguf_model, gguf_tokenizer, read_once
 from cerwu_gpu.hf.names import SourceNames, read_checkpoint, source_names
 from cerwu_gpu.models.selection import holds_matrices
@@ -84,7 +85,7 @@ def load_model(
         ModelError: the source is missing, has no or incomplete weights, is quantized already, has
             no linear layer, needs code that is not trusted, or its tokenizer cannot be read.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if is_gguf(source):
         check_gguf(path)
         with read_once():
@@ -99,7 +100,7 @@ def load_model(
 
 def is_gguf(source: str | Path) -> bool:
     """Return whether a source names a .gguf file."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     return path.suffix == ".gguf" and not path.is_dir()
 
 
@@ -109,7 +110,7 @@ def local_directory(source: str | Path) -> Path:
     Raises:
         ModelError: there is none.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         return path
     if path.exists():
@@ -182,7 +183,7 @@ def _positions(model: PreTrainedModel) -> int | None:
             padding = module.padding_idx  # RoBERTa counts positions from behind it
             if padding is not None:
                 return module.num_embeddings - padding - 1
-    return positions
+    return positions if positions is not None and positions > 0 else None  # XLNet has -1
 
 
 def _download(name: str) -> Path:
@@ -298,5 +299,5 @@ def bytes_of_original(
     """Return the bytes of a .gguf file, else of the loaded dense weights, tied ones once, and of
     the tensors that are `carried` beside them."""
     if not isinstance(source, nn.Module) and Path(source).suffix == ".gguf":
-        return Path(source).expanduser().stat().st_size
+        return local_path(source).stat().st_size
     return plain_bytes(module, {}) + tensors_bytes((carried or {}).values())

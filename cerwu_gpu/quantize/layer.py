@@ -19,6 +19,8 @@ from cerwu_gpu.quantize.objective import (
     check_finite,
     factor_with_damping,
     quadratic_error,
+    shrinkage,
+    shrunk,
 )
 from cerwu_gpu.quantize.problem import Problem
 from cerwu_gpu.quantize.refit import Quadratic, refit
@@ -37,6 +39,7 @@ class QuantizedStack:
         matrices: in the order given.
         relative_losses: tr((W-Q) H (W-Q)^T) / tr(W H W^T) of each, with the undamped H.
         damping: the damping that the factorisation needed.
+        shrinkage: weight of mu I beside H, which too few tokens took (objective.shrinkage); or 0.
         find_limits: functions that return the fewest bits per weight for each matrix's loss,
             weighted by the sensitivities (limit.py), from the eigenvalues of a matrix [n, n]; None
             where no limit was asked for, or the loss is 0.
@@ -45,6 +48,7 @@ class QuantizedStack:
     matrices: tuple[QuantizedMatrix, ...]
     relative_losses: tuple[float, ...]
     damping: float
+    shrinkage: float
     find_limits: tuple[Callable[[], float | None], ...]
 
     @property
@@ -59,6 +63,7 @@ def quantize_stack(
     hessian: Tensor,
     config: CompressionConfig,
     sensitivities: Sequence[Tensor] | None = None,
+    tokens: int | None = None,
 ) -> QuantizedStack:
     """Quantize matrices [m_k, n] float32 that see the same inputs, in one pass.
 
@@ -68,6 +73,7 @@ def quantize_stack(
         config: method, grid, rate and trade-off.
         sensitivities: alpha [m_k] float32 > 0 of each matrix, the cost of a unit of squared
             error in each row; None: 1 everywhere.
+        tokens: number of tokens that the Hessian is of; None: enough.
 
     Raises:
         FactorizationError: the Hessian cannot be factored.
@@ -75,7 +81,7 @@ def quantize_stack(
     """
     # Operations on wide matrices are large enough for all of torch's threads.
     with one_thread() if len(hessian) <= NARROW_COLUMNS else nullcontext():
-        return _quantize(weights, hessian, config, sensitivities)
+        return _quantize(weights, hessian, config, sensitivities, tokens)
 
 
 def _quantize(
@@ -83,6 +89,7 @@ def _quantize(
     hessian: Tensor,
     config: CompressionConfig,
     sensitivities: Sequence[Tensor] | None,
+    tokens: int | None,
 ) -> QuantizedStack:
     weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
     check_finite(weight, hessian, sensitivities or ())
@@ -92,12 +99,14 @@ def _quantize(
     alpha = weight.new_ones(len(weight)) if sensitivities is None else torch.cat([*sensitivities])
     if not isinstance(config.grid, Waterfilled) and config.grid.method == "rtn":
         symbols, grid, classes = _round_to_nearest(weight, config.grid)
-        damping = config.objective.damping
+        damping, delta, price = config.objective.damping, 0.0, alpha
     else:
+        delta = shrinkage(hessian, tokens)
+        price = alpha / (1 + delta)  # so that a bit costs as much error as before
         damped, upper, damping = factor_with_damping(
-            hessian, config.objective.damping, config.objective.damping_by
+            shrunk(hessian, delta), config.objective.damping, config.objective.damping_by
         )
-        problem = Problem.build(weight, alpha, damped, upper, bounds, config)
+        problem = Problem.build(weight, price, damped, upper, bounds, config)
         symbols, grid, classes = problem.solve(), problem.grid, problem.classes
         if not config.bounded:
             raised = (damped.diagonal() - hessian.diagonal()).to(torch.float32)
@@ -108,7 +117,7 @@ def _quantize(
         output = OutputLoss.of(weight[rows], hessian)
         matrix = finish_matrix(symbols[rows], grid, rows, classes, states)
         if raised is not None:
-            fitted = Quadratic(output, raised, alpha[rows], config.lmbda)
+            fitted = Quadratic(output, raised, price[rows], config.lmbda)
             matrix, product = refit(matrix, fitted)
             quantized = matrix.weight(torch.float32)
         else:
@@ -120,7 +129,7 @@ def _quantize(
         loss = float((alpha[rows] * errors).sum())
         finds = partial(_limit, weight[rows], hessian, alpha[rows], loss)
         limits.append(finds if weight.shape[1] <= config.limit_columns else _no_limit)
-    return QuantizedStack(tuple(matrices), tuple(losses), damping, tuple(limits))
+    return QuantizedStack(tuple(matrices), tuple(losses), damping, delta, tuple(limits))
 
 
 def _limit(weight: Tensor, hessian: Tensor, alpha: Tensor, loss: float) -> float | None:

@@ -25,6 +25,8 @@ MODERATE = (2.0**-24, 2.0**24)
 """Range of largest entries of W and H whose products and sums stay well within float32."""
 TRIANGLE = 192
 """Columns up to which a triangular matrix is inverted by LAPACK at once."""
+SHRINKAGE_LIMIT = 1e3
+"""Maximum weight of mu I beside H: at it, H no longer counts."""
 DAMPING_LIMIT = 1.0
 """Maximum damping, as a multiple of the diagonal: beyond, little of H would be left."""
 
@@ -117,6 +119,44 @@ def upper_factor(hessian: Tensor) -> Tensor:
         )
     upper: Tensor = backwards.flip(0, 1)
     return upper
+
+
+def shrinkage(hessian: Tensor, tokens: int | None) -> float:
+    """Return how far a Hessian of fewer tokens than columns is to be taken toward mu I, mu the mean
+    of its diagonal: delta >= 0 of (H + delta mu I) / (1 + delta); 0 where there are tokens enough.
+
+    Of p < n tokens, n - p directions look free of cost, and the search would put its errors there.
+    The oracle approximating shrinkage (Chen et al., arXiv 0907.4698) weighs mu I by
+
+        rho = ((1 - 2/n) tr(H^2) + tr(H)^2) / ((p + 1 - 2/n) (tr(H^2) - tr(H)^2 / n)),
+
+    at most 1, and delta = rho / (1 - rho).
+
+    Args:
+        hessian: [n, n], undamped.
+        tokens: p; None: enough.
+    """
+    columns = len(hessian)
+    if not tokens or tokens >= columns:
+        return 0.0
+    trace = float(hessian.diagonal().sum(dtype=torch.float64))
+    # Of the share of each entry in the trace, so that no square leaves its range.
+    square = float((hessian / trace).square().sum(dtype=torch.float64)) if trace > 0 else 0.0
+    spread = square - 1 / columns
+    if spread <= 0:
+        return SHRINKAGE_LIMIT
+    weight = (1 - 2 / columns) * square + 1
+    rho = min(weight / ((tokens + 1 - 2 / columns) * spread), 1.0)
+    return min(rho / max(1 - rho, 1e-9), SHRINKAGE_LIMIT)
+
+
+def shrunk(hessian: Tensor, delta: float) -> Tensor:
+    """Return H + delta mu I (see `shrinkage`); H itself where delta is 0."""
+    if delta == 0:
+        return hessian
+    moved = hessian.clone()
+    moved.diagonal().add_(delta * hessian.diagonal().mean())
+    return moved
 
 
 def factor_with_damping(
