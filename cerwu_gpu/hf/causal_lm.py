@@ -19,7 +19,7 @@ from cerwu_gpu.calibration.cache import (
     tensors_digest,
 )
 from cerwu_gpu.calibration.capture import Capture
-from cerwu_gpu.calibration.running import is_held_out
+from cerwu_gpu.calibration.running import is_held_out, placed
 from cerwu_gpu.calibration.sensitivity import blockwise_sensitivities
 from cerwu_gpu.calibration.students import BlockwiseStudent
 from cerwu_gpu.compression.adapter import Adapter
@@ -32,7 +32,7 @@ from cerwu_gpu.config import (
     MaxPerplexityIncrease,
     Text,
 )
-from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.errors import CalibrationError, ModelError
 from cerwu_gpu.hf.companions import described, not_carried, write_companions
 from cerwu_gpu.hf.ends import Ends, ends_placed
 from cerwu_gpu.hf.evaluation import mean_loss
@@ -297,6 +297,24 @@ class CausalLM(Adapter):
             drift=Drift(config.sequential, config.corrects_drift and not sampling),
             progress=self._progress,
         )
+
+    @torch.no_grad()
+    def finish(self, config: CompressionConfig) -> None:
+        """Notice compressed weights that overflow float16 on the calibration text.
+
+        Raises:
+            ModelError: they do, with `config.strict`.
+        """
+        if self.module.dtype != torch.float16 or not self.data.tokens.numel():
+            return
+        with placed(self.module, self._device):
+            ids = self.inputs(self.data.tokens[:1]).to(self._device)
+            logits = self.module(input_ids=ids, **self.run_options).logits
+        event = "the compressed model overflows float16 on its calibration text: use bfloat16"
+        if not bool(torch.isfinite(logits).all()) and event not in self.events:
+            if config.strict:
+                raise ModelError(f"{event} (strict).")
+            self.events = (*self.events, event)
 
     def student(self, config: CompressionConfig) -> Student:
         """Return the model's norms and biases, to be tuned on the calibration tokens; held-out
