@@ -1,7 +1,7 @@
 """Compress a tiny model of every causal language model of transformers, load it by each door, and
 print a table of the verdicts.
 
-    python scripts/walk_architectures.py --write docs/architectures.md
+    python scripts/walk_architectures.py --json verdicts.jsonl
     python scripts/walk_architectures.py llama mixtral
 """
 
@@ -49,7 +49,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 4),
     **dict.fromkeys(("bos_token_id", "decoder_start_token_id"), VOCABULARY - 2),
     "eos_token_id": VOCABULARY - 1,
-    "pad_token_id": None,
+    "pad_token_id": 0,
     "hidden_size_per_layer_input": 8,
 }
 """Sizes by the names that configurations give them."""
@@ -93,6 +93,8 @@ def _tiny(kind: Any, also: dict[str, Any]) -> Any:
     fields = set(inspect.signature(kind.__init__).parameters) | set(kind.attribute_map)
     fields |= set(getattr(kind, "__dataclass_fields__", ()))
     given = {name: value for name, value in SMALL.items() if name in fields}
+    if "qk_rope_head_dim" in given:
+        given.pop("head_dim", None)  # that of the rotary part
     for name, part in (getattr(kind, "sub_configs", None) or {}).items():
         if name in fields and part is not transformers.AutoConfig:
             given[name] = _tiny(part, {}).to_dict()

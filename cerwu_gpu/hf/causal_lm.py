@@ -32,7 +32,7 @@ from cerwu_gpu.config import (
     MaxPerplexityIncrease,
     Text,
 )
-from cerwu_gpu.errors import CalibrationError, ModelError
+from cerwu_gpu.errors import CalibrationError, CerwuError, ModelError, reason
 from cerwu_gpu.hf.companions import described, not_carried, write_companions
 from cerwu_gpu.hf.ends import Ends, ends_placed
 from cerwu_gpu.hf.evaluation import mean_loss
@@ -256,16 +256,17 @@ class CausalLM(Adapter):
             check_tokens(self.module, tokens, tokens.shape[1])
         backbone, outer = self.backbone()
         head = None if outer.head is None else HeadGradients(outer.head)
-        alphas = blockwise_sensitivities(
-            backbone,
-            tokens,
-            lambda captured: _Tail(self, self.ends(captured), head, self._device),
-            ends_placed(self.module, self._blocks, self._device),
-            to_inputs=head is not None,
-            device=self._device,
-            batch_size=batch_size,
-            progress=self._progress,
-        )
+        with _refusing(self.module):
+            alphas = blockwise_sensitivities(
+                backbone,
+                tokens,
+                lambda captured: _Tail(self, self.ends(captured), head, self._device),
+                ends_placed(self.module, self._blocks, self._device),
+                to_inputs=head is not None,
+                device=self._device,
+                batch_size=batch_size,
+                progress=self._progress,
+            )
         additions: dict[str, Tensor] = {}
         if head is not None:
             for name in head.head.names:
@@ -423,6 +424,24 @@ def select(
         exclude,
         is_transposed=is_conv1d,
     )
+
+
+@contextmanager
+def _refusing(model: PreTrainedModel) -> Iterator[None]:
+    """Turn what a model's own code raises into one sentence.
+
+    Raises:
+        ModelError: the model cannot be run and differentiated block by block.
+    """
+    try:
+        yield
+    except (CerwuError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the model's code makes of it
+        raise ModelError(
+            f"{type(model).__name__} cannot be run block by block with gradients "
+            f"({reason(error)}): its architecture is not supported."
+        ) from error
 
 
 @contextmanager

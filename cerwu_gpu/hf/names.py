@@ -174,7 +174,7 @@ def source_names(model: PreTrainedModel, checkpoint: Checkpoint | None) -> Sourc
             return SourceNames()
         return SourceNames(_patterns(used))
     loaded = loaded_names(model, checkpoint.tensors)
-    _check_numbers(checkpoint, loaded)
+    _check_numbers(model, checkpoint, loaded)
     carried, left, events = _not_loaded(model, checkpoint, loaded)
     wanted = {name for name, target in loaded.items() if target is not None}
     conversions = None
@@ -187,15 +187,19 @@ def source_names(model: PreTrainedModel, checkpoint: Checkpoint | None) -> Sourc
     return SourceNames(conversions, renamed, checkpoint.read(carried), left, tuple(events))
 
 
-def _check_numbers(checkpoint: Checkpoint, loaded: Mapping[str, str | None]) -> None:
+def _check_numbers(
+    model: PreTrainedModel, checkpoint: Checkpoint, loaded: Mapping[str, str | None]
+) -> None:
     """Refuse weights that are nothing without their scales.
 
     Raises:
         ModelError: there is one; it is named.
     """
+    state: dict[str, Tensor] = model.state_dict()
     for name, tensor in checkpoint.tensors.items():
-        is_weight = loaded[name] is not None and tensor.dim() >= 2
-        if is_weight and tensor.dtype not in FLOATING and tensor.dtype != torch.bool:
+        target = loaded[name]
+        is_weight = target is not None and state[target].is_floating_point()
+        if is_weight and tensor.dim() >= 2 and tensor.dtype not in FLOATING:
             raise ModelError(
                 f"{name} is stored as {_dtype(tensor)}, and config.json has no quantization_config "
                 "that says how it is scaled: give the model in bfloat16, float16 or float32."
