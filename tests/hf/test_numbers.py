@@ -158,8 +158,9 @@ def test_a_matrix_without_gradients_is_an_event(run: Any) -> None:
 def test_more_damping_is_reported_with_its_value(
     run: Any, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Two tokens make H singular; without damping there is no factor.
-    settings = {"samples": 1, "sequence_length": 2, "damping": 0.0, "levels": 15, "method": method}
+    # One word again and again makes H singular; without damping there is no factor.
+    settings = {"samples": 4, "sequence_length": 16, "damping": 0.0, "levels": 15, "method": method}
+    settings |= {"text": "sea " * 400}
     settings |= {"include": ("*.layers.0.mlp.down_proj",), "keep_head": True, "sensitivity": "none"}
     report = run(toy("llama"), **settings)
     (event,) = report.events
