@@ -22,6 +22,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WINDOWS = os.name == "nt"
 
 
+def local_path(name: str | Path) -> Path:
+    """Return the path that a name of something on the disk stands for: `~` is the user's home.
+
+    A `~` that is no user's stays as it is, since it can begin a file's name.
+    """
+    return Path(os.path.expanduser(name))
+
+
 def refused(path: Path, error: OSError) -> OutputError:
     """Return the error to raise when the disk does not take `path`."""
     remedy = (

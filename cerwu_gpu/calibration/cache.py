@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cerwu_gpu.calibration.running import placed, state_of, weight_source
 from cerwu_gpu.compression.blocks import Block, Blocks, BlockWeights, InputStatistics, KnownBlock
 from cerwu_gpu.errors import CalibrationError, OutputError
-from cerwu_gpu.files import atomic, tensor_bytes
+from cerwu_gpu.files import atomic, local_path, tensor_bytes
 from cerwu_gpu.layout import Label, WeightLayout
 from cerwu_gpu.progress import note
 from cerwu_gpu.quantize.sensitivity import Sensitivities
@@ -69,7 +69,7 @@ class HessianCache:
     of the blocks counted like blocks after the last one, and sensitivities.safetensors."""
 
     def __init__(self, directory: Path | str, key: str) -> None:
-        self.path = Path(directory).expanduser() / key
+        self.path = local_path(directory) / key
         self._sensitivities = self.path / "sensitivities.safetensors"
         self._noted = False
 

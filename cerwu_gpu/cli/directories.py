@@ -9,6 +9,7 @@ import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import number, print_json, size, table
+from cerwu_gpu.files import local_path
 
 if TYPE_CHECKING:
     from cerwu_gpu.container.reader import Inventory
@@ -82,6 +83,7 @@ def decompress(
             help="Replace an existing compressed model; other models are never replaced.",
         ),
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Convert DIRECTORY to an uncompressed safetensors model, for tools without cerwu_gpu."""
     import torch
@@ -94,5 +96,6 @@ def decompress(
         output,
         dtype=None if dtype is None else getattr(torch, dtype),
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
     )
-    typer.echo(f"{output}: {size(directory_bytes(output))}")
+    typer.echo(f"{output}: {size(directory_bytes(local_path(output)))}")

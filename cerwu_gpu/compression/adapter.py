@@ -28,7 +28,9 @@ class Adapter(ABC):
         module: the model; a run changes its weights in place.
         layouts: of the weights to compress, by name, in the order of the model.
         events: what did not go as planned before the run.
-        left: name of every other parameter with two axes or more -> reason to leave it alone.
+        left: name of every other parameter with two axes or more -> reason to leave it alone; and
+            of what the source holds and the result does not.
+        carried: tensors of the source that the module does not hold, to be stored as they are.
         drifts: whether a corrected drift changes the quantized targets: a sample of the rows then
             does not show the whole effect of lmbda.
         full_passes: number of passes that the search for a target may take.
@@ -40,6 +42,7 @@ class Adapter(ABC):
     layouts: Mapping[str, WeightLayout]
     events: tuple[str, ...] = ()
     left: Mapping[str, str] = {}
+    carried: Mapping[str, Tensor] = {}
     drifts = False
     full_passes = 3
     card: Callable[[Path, float | None, float | None], None] | None = None

@@ -237,6 +237,12 @@ class _Pass:
             quantized = quantize_stack(targets, hessian, config, alpha, seen.rows_seen)
         except CerwuError as error:
             raise type(error)(f"{name}: {error}") from error
+        rows, columns = seen.rows_seen, len(hessian)
+        if rows and rows < columns and quantized.damping is not None:
+            events.append(
+                f"{rows:,} calibration tokens for {columns:,} columns: its Hessian was taken with "
+                f"a damping of {quantized.damping:.3g}"
+            )
         if quantized.more_damping is not None:
             events.append(f"its Hessian needed a damping of {quantized.more_damping:.3g}")
         if events and config.strict:

@@ -16,7 +16,7 @@ from cerwu_gpu.compression.resume import LIBRARIES
 from cerwu_gpu.config import CompressionConfig, settings
 from cerwu_gpu.container.breakdown import breakdown
 from cerwu_gpu.errors import OutputError
-from cerwu_gpu.files import write_text, written
+from cerwu_gpu.files import local_path, write_text, written
 from cerwu_gpu.report import Report, finite
 from cerwu_gpu.report_page.page import is_page, page
 
@@ -36,7 +36,7 @@ def report_paths(output: Path, folder: Path | None) -> tuple[Path, Path]:
     if folder is None:
         data, html = (output.parent / f"{output.name}.{name}" for name in (JSON_FILE, HTML_FILE))
         return data, html
-    place = folder.expanduser().resolve()
+    place = local_path(folder).resolve()
     if place.exists() and not place.is_dir():
         raise OutputError(f"{place} is a file: choose a directory for the report.")
     return place / JSON_FILE, place / HTML_FILE

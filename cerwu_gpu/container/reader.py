@@ -14,7 +14,7 @@ from cerwu_gpu.container.files import Shard, open_shards
 from cerwu_gpu.container.header import Entry
 from cerwu_gpu.container.matrix import StoredMatrix, unpack_matrix
 from cerwu_gpu.errors import CorruptionError, FormatError
-from cerwu_gpu.files import checksum, dtype_name
+from cerwu_gpu.files import checksum, dtype_name, local_path
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.progress import counted
 from cerwu_gpu.threads import run
@@ -210,7 +210,7 @@ def open_directory(path: Path | str) -> CompressedDirectory:
         FormatError: this is no compressed directory, a shard is missing, or they do not agree.
         VersionError: made by a newer cerwu_gpu.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_dir():
         raise FormatError(f"{path} is no directory: give one that cerwu-gpu compress wrote.")
     return CompressedDirectory(path, open_shards(path))

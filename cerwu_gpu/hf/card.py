@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from cerwu_gpu import __version__
 from cerwu_gpu.container.reader import inventory
+from cerwu_gpu.files import local_path
 from cerwu_gpu.hf.evaluation import perplexity_of
 from cerwu_gpu.hf.text import SELF, SHORT_NAMES
 
@@ -225,7 +226,7 @@ def card_of(
 
 def _public_names(calibration: Sequence[str] | None) -> str | None:
     """Return the datasets' names on the hub; None for files and given strings, which have none."""
-    if calibration is None or any(Path(name).expanduser().exists() for name in calibration):
+    if calibration is None or any(local_path(name).exists() for name in calibration):
         return None
     known = {SELF: "text sampled from the original", **SHORT_NAMES}
     return " and ".join(known.get(name, name) for name in calibration)

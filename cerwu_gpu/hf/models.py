@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from cerwu_gpu.compression.run import plain_bytes
+from cerwu_gpu.compression.run import plain_bytes, tensors_bytes
 from cerwu_gpu.errors import ModelError, reason
+from cerwu_gpu.files import local_path
 from cerwu_gpu.hf.gguf import check_gguf, gguf_model, gguf_tokenizer, read_once
+from cerwu_gpu.hf.names import SourceNames, read_checkpoint, source_names
 from cerwu_gpu.models.selection import holds_matrices
 from cerwu_gpu.spec import QUANT_METHOD
 
@@ -52,12 +54,16 @@ class LoadedModel:
         model: in eval mode, on the CPU.
         tokenizer: None where the source has none.
         files: local directory of the source's own tokenizer and generation files; None for GGUF.
+        names: what the source calls its tensors, and holds besides the model's.
+        replaced: whether the tokenizer is another one than that in `files`.
         events: what did not go as planned.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     files: Path | None
+    names: SourceNames = field(default_factory=SourceNames)
+    replaced: bool = False
     events: tuple[str, ...] = ()
 
 
@@ -81,7 +87,7 @@ def load_model(
         ModelError: the source is missing, has no or incomplete weights, is quantized already, has
             no linear layer, needs code that is not trusted, or its tokenizer cannot be read.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if is_gguf(source):
         check_gguf(path)
         with read_once():
@@ -96,7 +102,7 @@ def load_model(
 
 def is_gguf(source: str | Path) -> bool:
     """Return whether a source names a .gguf file."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     return path.suffix == ".gguf" and not path.is_dir()
 
 
@@ -106,7 +112,7 @@ def local_directory(source: str | Path) -> Path:
     Raises:
         ModelError: there is none.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         return path
     if path.exists():
@@ -179,7 +185,7 @@ def _positions(model: PreTrainedModel) -> int | None:
             padding = module.padding_idx  # RoBERTa counts positions from behind it
             if padding is not None:
                 return module.num_embeddings - padding - 1
-    return positions
+    return positions if positions is not None and positions > 0 else None  # XLNet has -1
 
 
 def _download(name: str) -> Path:
@@ -242,7 +248,8 @@ def _load_directory(
             f"{path} lacks {len(report['missing_keys'])} of the model's weights, "
             f"among them {min(report['missing_keys'])}: fetch it again."
         )
-    return LoadedModel(model, load_tokenizer(path, trust_remote_code), path)
+    names = source_names(model, read_checkpoint(path))
+    return LoadedModel(model, load_tokenizer(path, trust_remote_code), path, names)
 
 
 def _check_config(path: Path) -> None:
@@ -253,6 +260,11 @@ def _check_config(path: Path) -> None:
         raise ModelError(f"{path} has no config.json: it is no model directory.") from error
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{path / 'config.json'} cannot be read: {reason(error)}") from error
+    if (path / "adapter_config.json").exists():
+        raise ModelError(
+            f"{path} holds an adapter (adapter_config.json) beside its weights: merge it into "
+            "them, or move it away."
+        )
     if quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -283,8 +295,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def bytes_of_original(source: str | Path | nn.Module, module: nn.Module) -> int:
-    """Return the bytes of a .gguf file, else of the loaded dense weights, tied ones once."""
+def bytes_of_original(
+    source: str | Path | nn.Module, module: nn.Module, carried: Mapping[str, Tensor] | None = None
+) -> int:
+    """Return the bytes of a .gguf file, else of the loaded dense weights, tied ones once, and of
+    the tensors that are `carried` beside them."""
     if not isinstance(source, nn.Module) and Path(source).suffix == ".gguf":
-        return Path(source).expanduser().stat().st_size
-    return plain_bytes(module, {})
+        return local_path(source).stat().st_size
+    return plain_bytes(module, {}) + tensors_bytes((carried or {}).values())

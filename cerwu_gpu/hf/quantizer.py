@@ -37,14 +37,16 @@ class CerwuConfig(QuantizationConfigMixin):
     Attributes:
         quant_method: "cerwu".
         format: version of docs/format.md, for information; readers use the manifests'.
+        source: what is known of the source's names.
     """
 
     dequantize = True
     """Marker for transformers that a loaded model is an ordinary dense one."""
 
-    def __init__(self, format: int = FORMAT_VERSION, **_: Any) -> None:
+    def __init__(self, format: int = FORMAT_VERSION, **source: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format = format
+        self.source = source
 
 
 @register_quantizer(QUANT_METHOD)
@@ -83,6 +85,30 @@ class CerwuQuantizer(HfQuantizer):
         for _name, _tensor in directory.plain():
             pass  # transformers reads these itself, but it compares no checksums
         self._weights = DecodedWeights(directory)
+        expected = set(model._keys_to_ignore_on_load_unexpected or ())
+        carried = {f"^{re.escape(name)}$" for name in self._source().get("carried", ())}
+        model._keys_to_ignore_on_load_unexpected = expected | carried
+
+    def _source(self) -> dict[str, Any]:
+        """Return what config.json says of the source's names.
+
+        Raises:
+            FormatError: it is malformed.
+        """
+        from cerwu_gpu.hf.names import checked  # it needs modeling_utils
+
+        assert isinstance(self.quantization_config, CerwuConfig)
+        try:
+            return checked(self.quantization_config.source)
+        except TypeError as error:
+            raise FormatError(f"config.json: {error}; get the directory again.") from None
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: "PreTrainedModel"
+    ) -> list[Any]:
+        """Return our conversion alone: stored names are the model's own already, and a conversion
+        of transformers may take one of them for another model's."""
+        return list(self.get_weight_conversions())
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Return the conversion of NAME.words and NAME.side into NAME."""
@@ -91,9 +117,11 @@ class CerwuQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: "PreTrainedModel", **_: Any
     ) -> "PreTrainedModel":
-        # save_pretrained inverts the conversions that were used: dense weights need only the
-        # model's own, which transformers looks up again.
-        model._weight_conversions = None  # type: ignore[assignment]
+        from cerwu_gpu.hf.names import remember  # it needs modeling_utils
+
+        # save_pretrained inverts the conversions that were used: dense weights need only those
+        # of the source.
+        remember(model, self._source())
         del self._weights
         return model
 

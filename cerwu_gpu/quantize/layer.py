@@ -37,8 +37,10 @@ class QuantizedStack:
     Attributes:
         matrices: in the order given.
         relative_losses: tr((W-Q) H (W-Q)^T) / tr(W H W^T) of each, with the undamped H.
-        more_damping: the damping that the factorisation needed where that of the settings was not
-            enough; else None.
+        damping: the damping of the Hessian, by the settings or by the number of inputs; None: the
+            method takes no Hessian.
+        more_damping: the damping that the factorisation needed where that was not enough; else
+            None.
         find_limits: functions that return the fewest bits per weight for each matrix's loss,
             weighted by the sensitivities (limit.py), from the eigenvalues of a matrix [n, n]; None
             where no limit was asked for, or the loss is 0.
@@ -46,6 +48,7 @@ class QuantizedStack:
 
     matrices: tuple[QuantizedMatrix, ...]
     relative_losses: tuple[float, ...]
+    damping: float | None
     more_damping: float | None
     find_limits: tuple[Callable[[], float | None], ...]
 
@@ -98,7 +101,7 @@ def _quantize(
     alpha = weight.new_ones(len(weight)) if sensitivities is None else torch.cat([*sensitivities])
     if not isinstance(config.grid, Waterfilled) and config.grid.method == "rtn":
         symbols, grid, classes = _round_to_nearest(weight, config.grid)
-        more_damping = None
+        damping = more_damping = None
     else:
         damping = config.objective.damping
         if damping is None:
@@ -128,7 +131,7 @@ def _quantize(
         loss = float((alpha[rows] * errors).sum())
         finds = partial(_limit, weight[rows], hessian, alpha[rows], loss)
         limits.append(finds if weight.shape[1] <= config.limit_columns else _no_limit)
-    return QuantizedStack(tuple(matrices), tuple(losses), more_damping, tuple(limits))
+    return QuantizedStack(tuple(matrices), tuple(losses), damping, more_damping, tuple(limits))
 
 
 def _limit(weight: Tensor, hessian: Tensor, alpha: Tensor, loss: float) -> float | None:

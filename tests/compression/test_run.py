@@ -244,7 +244,7 @@ def test_mixed_dtypes_come_back_one_by_one(tmp_path: Path, toy_tokenizer: Any, t
     assert {weight.dtype for weight in state.values()} == {torch.bfloat16}
     mixed = {name: t for name, t in state.items() if name != "lm_head.weight"}
     mixed["model.norm.weight"] = mixed["model.norm.weight"].float() + 1e-4
-    built = _built(directory, dict(mixed), None, torch.device("cpu")).state_dict()
+    built = _built(directory, dict(mixed), None, torch.device("cpu"), False).state_dict()
     for name, weight in mixed.items():
         assert built[name].dtype == weight.dtype
         assert torch.equal(built[name], weight), name

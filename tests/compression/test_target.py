@@ -48,13 +48,13 @@ def test_a_search_begins_near_two_bits(scale: float) -> None:
     weight = scale * torch.randn(200, 192, generator=generator)
     inputs = torch.randn(192, 600, generator=generator)
     alpha = torch.full((200,), 3.0)
-    sample = Probe("w", weight, inputs @ inputs.T / 300, alpha, weight.numel(), 1)
+    sample = Probe("w", weight, inputs @ inputs.T / 300, alpha, None, weight.numel(), 1)
     config = configured(lmbda=first_lmbda([sample]))
     assert 1.5 < estimate([sample], config).bits < 3.0
 
 
 def test_a_search_through_zeros_begins_somewhere() -> None:
-    sample = Probe("w", torch.zeros(2, 3), torch.eye(3), torch.ones(2), 6, 1)
+    sample = Probe("w", torch.zeros(2, 3), torch.eye(3), torch.ones(2), None, 6, 1)
     assert 0 < first_lmbda([sample]) < math.inf
 
 

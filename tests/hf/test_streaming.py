@@ -311,5 +311,5 @@ def test_no_two_blocks_are_in_memory_at_once(tmp_path, monkeypatch):
         return versions
 
     monkeypatch.setattr(WeightsOnDisk, "_fill", counted)
-    compressed(source, tmp_path / "small", distill=1)
+    compressed(source, tmp_path / "small")
     assert {tuple(blocks) for blocks in present} == {(0,), (1,), (2,)}
