@@ -9,6 +9,7 @@ import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import number, print_json, size, table
+from cerwu_gpu.errors import printable
 
 if TYPE_CHECKING:
     from cerwu_gpu.container.reader import Inventory
@@ -65,7 +66,8 @@ def verify(directory: Directory) -> None:
     from cerwu_gpu.container.reader import verify as check
 
     check(directory)
-    typer.echo(f"{directory}: whole; every checksum and every stream is as it was written")
+    name = printable(str(directory))
+    typer.echo(f"{name}: whole; every checksum and every stream is as it was written")
 
 
 def decompress(
@@ -95,4 +97,4 @@ def decompress(
         dtype=None if dtype is None else getattr(torch, dtype),
         overwrite=overwrite,
     )
-    typer.echo(f"{output}: {size(directory_bytes(output))}")
+    typer.echo(f"{printable(str(output))}: {size(directory_bytes(output))}")

@@ -4,7 +4,6 @@ Every command that writes a directory asks the functions of this file, so that o
 what is never written over: anything that is read, and anything that cerwu_gpu did not write.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -16,9 +15,9 @@ from glob import escape
 from pathlib import Path
 from secrets import token_hex
 
-from cerwu_gpu.container.header import HEADER_LIMIT, holds_manifest
+from cerwu_gpu.container.header import holds_manifest
 from cerwu_gpu.errors import OutputError
-from cerwu_gpu.files import flush_to_disk, written
+from cerwu_gpu.files import flush_to_disk, read_json, written
 from cerwu_gpu.spec import INDEX_FILE, QUANT_METHOD, SINGLE_FILE
 
 PARTIAL, REPLACED = ".partial", ".cerwu_gpu-replaced"
@@ -126,11 +125,9 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _is_configured(path: Path) -> bool:
     """Return whether a config.json names our quantization method."""
     try:
-        if path.stat().st_size > HEADER_LIMIT:
-            return False
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         return bool(content["quantization_config"]["quant_method"] == QUANT_METHOD)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

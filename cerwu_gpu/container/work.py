@@ -20,7 +20,7 @@ from filelock import lock_descriptor
 
 from cerwu_gpu.container.output import PARTIAL
 from cerwu_gpu.errors import CerwuError, OutputError
-from cerwu_gpu.files import TEMPORARY, flush_to_disk, refused, write_text
+from cerwu_gpu.files import TEMPORARY, flush_to_disk, read_json, refused, write_text
 
 MARKER_FILE, LOCK_FILE, FINGERPRINT_FILE = "cerwu_gpu-work", "lock", "fingerprint.json"
 MARKER = "cerwu_gpu keeps the work of an unfinished run in this directory (docs/resume.md).\n"
@@ -113,10 +113,10 @@ class WorkDirectory:
     def _fingerprint(self) -> Fingerprint | None:
         path = self.path / FINGERPRINT_FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise OutputError(f"{path} is damaged ({error}): delete {self.path}.") from error
         if not isinstance(content, dict):
             raise OutputError(f"{path} is damaged (no JSON object): delete {self.path}.")

@@ -1,6 +1,7 @@
 """Collects coded and plain tensors and turns them into a finished directory, or into nothing."""
 
 import json
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -10,12 +11,34 @@ from torch import Tensor
 
 from cerwu_gpu.container.header import Entry, Manifest, Part
 from cerwu_gpu.container.output import new_directory, put_in_place
-from cerwu_gpu.container.shard import write_shard
+from cerwu_gpu.container.shard import SAFETENSORS_NAMES, write_shard
+from cerwu_gpu.errors import ModelError
 from cerwu_gpu.files import TEMPORARY, checksum, dtype_name, written
-from cerwu_gpu.spec import INDEX_FILE, SINGLE_FILE
+from cerwu_gpu.spec import INDEX_FILE, SINGLE_FILE, WEIGHTS_PER_BYTE
 
 SHARD_BYTES = 5_000_000_000
 """Maximum bytes of a file's tensors, as on the Hub."""
+
+
+def check_storable(compressed: Collection[str], plain: Mapping[str, torch.dtype]) -> None:
+    """Refuse names and dtypes that the format cannot hold, before the work.
+
+    Args:
+        compressed: names of parameters to compress.
+        plain: name of every other tensor -> its dtype.
+
+    Raises:
+        ModelError: the first of them.
+    """
+    taken = {f"{name}.{what}" for name in compressed for what in ("words", "side")}
+    for name in (*compressed, *plain):
+        if not name.isprintable():
+            raise ModelError(f"the name {name!r} cannot be stored: rename the layer.")
+    for name, dtype in plain.items():
+        if name in taken or name == "__metadata__":
+            raise ModelError(f"the name {name} has another use in the format: rename the layer.")
+        if dtype not in SAFETENSORS_NAMES:
+            raise ModelError(f"{name} is {dtype_name(dtype)}, which cannot be stored: cast it.")
 
 
 class DirectoryWriter:
@@ -87,7 +110,10 @@ class DirectoryWriter:
 
     def complete(self) -> None:
         """Write the remaining tensors and the index: the directory is whole, but still hidden."""
-        self._flush()
+        # A directory of matrices that take next to no bits must not look like an attack.
+        weights = sum(entry.weights for entry in self._compressed.values())
+        written_bytes = sum(path.stat().st_size for path, _, _ in self._shards)
+        self._flush(least=-(-weights // WEIGHTS_PER_BYTE) - written_bytes)
         count = len(self._shards)
         weight_map = {}
         for number, (path, names, _) in enumerate(self._shards, start=1):
@@ -116,12 +142,13 @@ class DirectoryWriter:
         self._tensors.update(tensors)
         self._bytes += size
 
-    def _flush(self) -> None:
+    def _flush(self, least: int = 0) -> None:
+        """Write the collected tensors to a file of at least `least` bytes."""
         compressed = {n: e for n, e in self._compressed.items() if f"{n}.words" in self._tensors}
         plain = {n: digest for n, digest in self._plain.items() if n in self._tensors}
         manifest = Manifest(self.generator, compressed, plain)
         path = self.folder / f"shard-{len(self._shards)}{TEMPORARY}"
         with written(path):
-            write_shard(path, self._tensors, manifest.to_json())
+            write_shard(path, self._tensors, manifest.to_json(), least=least)
         self._shards.append((path, list(self._tensors), self._bytes))
         self._tensors, self._bytes = {}, 0

@@ -334,7 +334,8 @@ class CausalLM(Adapter):
     def write_files(self, folder: Path) -> None:
         write_config(self.module, folder)
         if self.loaded.files is not None:
-            copy_files(self.loaded.files, folder, (*COPIED_FILES, *LICENCE_PATTERNS))
+            left = copy_files(self.loaded.files, folder, (*COPIED_FILES, *LICENCE_PATTERNS))
+            self.note(left)
         else:
             save_text_files(self.module, self.loaded.tokenizer, folder)
 

@@ -58,7 +58,7 @@ class ImageClassifier(ModuleAdapter):
         write_config(self.module, folder)
         save_text_files(self.module, None, folder)
         if self.files is not None:
-            copy_files(self.files, folder, COPIED_FILES)
+            self.note(copy_files(self.files, folder, COPIED_FILES))
 
 
 def _check_unchanged(model: PreTrainedModel) -> None:

@@ -1,7 +1,6 @@
 """Files of a compressed directory besides weights: configuration, tokenizer, licences."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cerwu_gpu.errors import OutputError, reason
-from cerwu_gpu.files import dtype_name, written
+from cerwu_gpu.files import copy_inside, dtype_name, written
+from cerwu_gpu.hf.configuration import without_kernels
 from cerwu_gpu.hf.models import TOKENIZER_FILES
 from cerwu_gpu.spec import FORMAT_VERSION, QUANT_METHOD
 
@@ -31,7 +31,7 @@ def write_config(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         OutputError: the disk refuses it.
     """
-    content: dict[str, Any] = _without_paths(model.config.to_dict())
+    content: dict[str, Any] = without_kernels(_without_paths(model.config.to_dict()))
     content["quantization_config"] = {"quant_method": QUANT_METHOD, "format": FORMAT_VERSION}
     content["architectures"] = [type(model).__name__]
     content["dtype"] = dtype_name(model.dtype)  # it may have been cast
@@ -40,15 +40,18 @@ def write_config(model: PreTrainedModel, folder: Path) -> None:
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
-    """Copy the files of a source directory that match one of the patterns.
+def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> tuple[str, ...]:
+    """Copy the files of a source directory that match one of the patterns; return an event for
+    each that is left out because it leads elsewhere (files.lies_inside) or is too large.
 
     Raises:
         OutputError: the disk refuses one.
     """
     with written(folder):
-        for file in sorted({path for pattern in patterns for path in source.glob(pattern)}):
-            shutil.copyfile(file, folder / file.name)
+        files = sorted({path for pattern in patterns for path in source.glob(pattern)})
+        left = copy_inside(files, source, folder)
+    why = "it leads out of the model's directory, or is too large"
+    return tuple(f"{name} is not copied: {why}" for name in left)
 
 
 def save_text_files(

@@ -1,25 +1,23 @@
 """Load a compressed directory as a transformers model, or write it as a plain directory."""
 
-import json
-import shutil
+import logging
+import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedModel
 
 from cerwu_gpu.container.output import check_apart, check_output, new_directory, put_in_place
 from cerwu_gpu.container.reader import CompressedDirectory, open_directory
 from cerwu_gpu.device import find_device
 from cerwu_gpu.errors import ConfigError, FormatError, ModelError, reason
-from cerwu_gpu.hf.kinds import load_kind, model_class
-from cerwu_gpu.hf.models import LoadedModel, is_conv1d, load_tokenizer
+from cerwu_gpu.files import copy_inside, read_json, resolved, written
+from cerwu_gpu.hf.description import check_described, described_model
+from cerwu_gpu.hf.kinds import load_kind
+from cerwu_gpu.hf.models import LoadedModel, check_readable, is_conv1d, load_tokenizer
 from cerwu_gpu.hf.resident import keep_compressed, placeholder, stored_in_blocks
 from cerwu_gpu.models.module import fill
 from cerwu_gpu.models.selection import find_blocks
@@ -27,6 +25,8 @@ from cerwu_gpu.spec import QUANT_METHOD
 
 Resident = Literal["dense", "compressed"]
 Module = TypeVar("Module", bound=nn.Module)
+
+log = logging.getLogger("cerwu_gpu")
 
 
 @overload
@@ -92,6 +92,7 @@ def load_compressed(
         if dtype is not None or resident != "dense":
             raise ConfigError("dtype and resident are not for a module to be filled: drop them.")
         return fill(into, directory, device=target, verify=verify, progress=progress)
+    check_described(directory)
     if resident == "compressed":
         return _compressed_in_memory(folder, directory, target, dtype, verify)
     state = {n: _cast(x.to(target), dtype) for n, x in directory.plain(verify=verify)}
@@ -121,26 +122,35 @@ def decompress(
         OutputError: the output is, holds or lies in `path`, or must not be replaced; otherwise as
             `load_compressed`.
     """
-    output = Path(output).expanduser().resolve()
+    output = resolved(output)
     check_apart({"the output": output}, {"the compressed model": path})
     check_output(output, overwrite=overwrite)
     folder = _local(path)
     check_apart({"the output": output}, {"the compressed model": folder})  # a hub name's snapshot
     model = load_compressed(folder, dtype=dtype, progress=progress)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig()  # the file itself is copied, valid or not
     with new_directory(output, overwrite=overwrite) as made:
-        model.save_pretrained(made)
-        for file in sorted(folder.iterdir()):
-            if file.is_file() and file.name != "config.json" and "safetensors" not in file.name:
-                shutil.copyfile(file, made / file.name)
+        with written(output):
+            model.save_pretrained(made)
+        others = [
+            file
+            for file in sorted(folder.iterdir())
+            if not file.is_dir() and file.name != "config.json" and "safetensors" not in file.name
+        ]
+        with written(output):
+            for name in copy_inside(others, folder, made):
+                log.warning("%s is not copied: it leads out of %s, or is too large.", name, folder)
         put_in_place(made, output, overwrite=overwrite)
 
 
 def _local(path: str | Path) -> Path:
     """Return the directory itself, or the local snapshot of a hub name."""
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir it takes text too long for a name
+        check_readable(folder)
         return folder
-    if folder.exists() or isinstance(path, Path) or str(path).count("/") > 1:
+    if os.path.lexists(folder) or isinstance(path, Path) or str(path).count("/") > 1:
         raise FormatError(f"{path} is no directory: give one that cerwu-gpu compress wrote.")
     try:
         return Path(snapshot_download(str(path)))
@@ -159,7 +169,7 @@ def _compressed_in_memory(
     verify: bool,
 ) -> PreTrainedModel:
     """Return the model with its blocks compressed and all else dense."""
-    config, kind = _described(folder)
+    config, kind = described_model(folder)
     with torch.device("meta"):
         prefixes = [prefix for prefix, _ in find_blocks(kind(config), is_conv1d)]
     stored = stored_in_blocks(directory, prefixes, device, verify)
@@ -186,7 +196,7 @@ def _built(
     folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
     """Return the model of config.json with these weights, built without a second copy of them."""
-    config, kind = _described(folder)
+    config, kind = described_model(folder)
     try:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(  # type: ignore[assignment]
             None,
@@ -215,35 +225,6 @@ def _built(
             ) from error
     model.eval()  # type: ignore[no-untyped-call]
     return model
-
-
-def _described(folder: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
-    """Return the configuration in config.json and the class of its model.
-
-    Raises:
-        FormatError: it is missing or malformed, or names another quantization method.
-        ModelError: transformers has no such model.
-    """
-    if not (folder / "config.json").exists():
-        raise FormatError(
-            f"{folder} has no config.json: fill a module of its kind, load_compressed(..., into=)."
-        )
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        method = content.pop("quantization_config")["quant_method"]
-        model_type = content.pop("model_type")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise FormatError(f"{folder}: config.json is missing or malformed.") from None
-    if method != QUANT_METHOD:
-        raise FormatError(f"{folder}: its quantization method is {method!r}, not {QUANT_METHOD!r}.")
-    try:
-        config = AutoConfig.for_model(model_type, **content)
-        kind = model_class(config, content.get("architectures"))
-    except Exception as error:  # whatever transformers makes of a damaged config.json
-        raise ModelError(
-            f"{folder}: transformers cannot build its model ({reason(error)})."
-        ) from error
-    return config, kind
 
 
 def _usual_dtype(state: dict[str, Tensor]) -> torch.dtype:
@@ -290,12 +271,10 @@ def open_model(
 
 def is_compressed(source: str | Path) -> bool:
     """Return whether the config.json of a directory or hub name has our quantization method."""
-    path = Path(source).expanduser()
+    path = Path(source).expanduser() / "config.json"
     try:
-        file = (
-            path / "config.json" if path.exists() else hf_hub_download(str(source), "config.json")
-        )
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        file = path if os.path.exists(path.parent) else hf_hub_download(str(source), path.name)
+        config = read_json(Path(file))
         method = config["quantization_config"]["quant_method"]
     except (OSError, ValueError, LookupError, TypeError):
         return False  # load_model has a better message for it
