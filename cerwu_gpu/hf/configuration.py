@@ -10,16 +10,19 @@ from transformers import PretrainedConfig
 
 from cerwu_gpu.errors import FormatError
 
-COUNT_LIMIT = 10_000
-"""Maximum number of layers, blocks or experts that a configuration may ask for."""
-_COUNTS = re.compile(r"(^|_)(layers?|blocks?|depths?|experts)$")
+COUNT_LIMIT, LABELS_LIMIT = 10_000, 1_000_000
+"""Maximum numbers of layers, blocks or experts, and of labels, that a configuration may ask for."""
+_COUNTS = {
+    re.compile(r"(^|_)(layers?|blocks?|depths?|experts)$"): COUNT_LIMIT,
+    re.compile(r"(^|_)labels$"): LABELS_LIMIT,
+}
 _IMPLEMENTATION = re.compile(r"^_?(attn|experts)_implementation(_internal)?$")
 
 log = logging.getLogger("cerwu_gpu")
 
 
 def check_counts(content: Any, folder: str | Path, name: str = "") -> None:
-    """Refuse a configuration with a number of layers, blocks or experts above COUNT_LIMIT.
+    """Refuse a configuration with more layers, blocks, experts or labels than any model has.
 
     Args:
         content: of config.json, or a part of it.
@@ -34,10 +37,12 @@ def check_counts(content: Any, folder: str | Path, name: str = "") -> None:
     elif isinstance(content, list | tuple):
         for value in content:
             check_counts(value, folder, name)
-    elif isinstance(content, int) and content > COUNT_LIMIT and _COUNTS.search(name):
-        raise FormatError(
-            f"{folder}: {name} of config.json is {content}: at most {COUNT_LIMIT} are possible."
-        )
+    elif isinstance(content, int | float):
+        for pattern, most in _COUNTS.items():
+            if content > most and pattern.search(name):
+                raise FormatError(
+                    f"{folder}: {name} of config.json is {content}: at most {most} are possible."
+                )
 
 
 def without_kernels(content: Any) -> Any:

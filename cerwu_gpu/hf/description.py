@@ -62,7 +62,7 @@ def check_described(directory: CompressedDirectory) -> None:
     try:
         with torch.device("meta"), few_parameters(4 * len(stored) + PARAMETERS_FREE):
             model = kind(config)
-            model.tie_weights()
+            ties = model.get_expanded_tied_weights_keys(all_submodels=True)
     except FormatError as error:
         raise FormatError(f"{directory.path}: {error}") from None
     except Exception as error:  # whatever transformers makes of a damaged config.json
@@ -70,9 +70,12 @@ def check_described(directory: CompressedDirectory) -> None:
             f"{directory.path}: transformers cannot build its model ({reason(error)})."
         ) from error
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    state = model.state_dict(keep_vars=True)
+    # transformers does not tie while it loads a model, which is when from_pretrained asks.
+    state |= {name: state[source] for name, source in ties.items() if {name, source} <= set(state)}
     target = {
         name: tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
+        for name, tensor in state.items()
         if name in stored or not any(re.search(pattern, name) for pattern in ignored)
     }
     check_names(directory.path, target, stored, f"the {kind.__name__} of its config.json")

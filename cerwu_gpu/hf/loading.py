@@ -129,7 +129,8 @@ def decompress(
     check_apart({"the output": output}, {"the compressed model": folder})  # a hub name's snapshot
     model = load_compressed(folder, dtype=dtype, progress=progress)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig()  # the file itself is copied, valid or not
+        # The file itself is copied, valid or not.
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     with new_directory(output, overwrite=overwrite) as made:
         with written(output):
             model.save_pretrained(made)
