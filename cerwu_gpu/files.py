@@ -66,7 +66,7 @@ def resolved(path: str | Path) -> Path:
         target = place.resolve()
     except (OSError, RuntimeError, ValueError):
         target = place
-    if target.is_symlink() or "\0" in str(place):
+    if "\0" in str(place) or any(map(os.path.islink, (target, *target.parents))):
         raise OutputError(f"{place} cannot be resolved: its links lead in a circle.")
     return target
 

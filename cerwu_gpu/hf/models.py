@@ -1,8 +1,10 @@
 """Load a causal language model, whatever form it comes in."""
 
+import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,13 +243,14 @@ def _load_directory(
     if not any(file for pattern in WEIGHT_FILES for file in path.glob(pattern)):
         raise ModelError(f"{path} has no weights (model*.safetensors): it is no complete model.")
     try:
-        loaded: Any = auto.from_pretrained(
-            path,
-            dtype="auto" if dtype is None else dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # of which the sentence below tells
-        )
+        with _without_tables():
+            loaded: Any = auto.from_pretrained(
+                path,
+                dtype="auto" if dtype is None else dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, in one sentence
+            )
     except Exception as error:
         raise ModelError(f"{path} cannot be loaded as {what}: {reason(error)}") from error
     model, report = loaded
@@ -265,6 +268,22 @@ def _load_directory(
             f"among them {min(report['missing_keys'])}: fetch it again."
         )
     return LoadedModel(model, load_tokenizer(path, trust_remote_code), path)
+
+
+@contextmanager
+def _without_tables() -> Iterator[None]:
+    """Keep transformers from logging pages of weights that are missing or of another shape, which
+    `_load_directory` refuses in one sentence."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not any(word in record.getMessage() for word in ("MISSING", "MISMATCH"))
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _check_config(path: Path) -> None:
