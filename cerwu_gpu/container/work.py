@@ -103,7 +103,9 @@ class WorkDirectory:
         removed = self.path.with_name(f"{self.path.name}.{token_hex(4)}{PARTIAL}")
         with suppress(OSError):
             self.path.rename(removed)
-            shutil.rmtree(removed)
+            for name in (MARKER_FILE, LOCK_FILE):
+                (removed / name).unlink(missing_ok=True)
+            removed.rmdir()  # unlike rmtree it opens no file, of which there may be too many
 
     @property
     def kept(self) -> bool:

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,10 +118,8 @@ def through_transformers(path: Path) -> dict[str, bytes]:
     except CerwuError:
         raise
     except Exception as error:
-        where = error.__traceback__
-        while where is not None and where.tb_next is not None:
-            where = where.tb_next
-        ours = where is not None and "cerwu_gpu" in where.tb_frame.f_globals.get("__name__", "")
+        names = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
+        ours = any(name.startswith("cerwu_gpu.") for name in names)
         if ours or isinstance(error, MemoryError):
             raise
         raise Foreign(f"{type(error).__name__}: {error}") from error

@@ -211,7 +211,7 @@ def test_modules_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     compress(Plain(), tmp_path / "out")
     other = Plain(width=5)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(FormatError, match=r"stem\.weight as float32 \[7, 3, 3, 3\], Plain as"):
+    with pytest.raises(FormatError, match=r"stem\.weight as \[7, 3, 3, 3\], Plain as"):
         cerwu_gpu.load_compressed(tmp_path / "out", into=other)
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
     more = Plain()
@@ -222,7 +222,7 @@ def test_modules_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     del fewer.head
     with pytest.raises(FormatError, match=r"has head\.(weight|bias), which Plain lacks"):
         cerwu_gpu.load_compressed(tmp_path / "out", into=fewer)
-    with pytest.raises(FormatError, match=r" as float(32|64) \[.*bfloat16 \["):
+    with pytest.raises(FormatError, match=r" as float(32|64), Plain as bfloat16"):
         cerwu_gpu.load_compressed(tmp_path / "out", into=Plain().bfloat16())
     with pytest.raises(FormatError, match=r"no config\.json: fill a module"):
         cerwu_gpu.load_compressed(tmp_path / "out")
