@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from cerwu_gpu import __version__
 from cerwu_gpu.container.reader import inventory
-from cerwu_gpu.files import lies_inside, read_text
+from cerwu_gpu.files import lies_inside, opened, read_text
 from cerwu_gpu.hf.evaluation import perplexity_of
 from cerwu_gpu.hf.text import SELF, SHORT_NAMES
 
@@ -208,9 +208,9 @@ class Card:
         return f"The weights are under the licence of the original: {shown}."
 
 
-def _is_plain(value: object) -> bool:
-    """Return whether a field of a card is a short text, or a list of such."""
-    texts = value if isinstance(value, list) else [value]
+def _is_plain(name: str, value: object) -> bool:
+    """Return whether a field of a card is a short text; languages may be a list of such."""
+    texts = value if isinstance(value, list) and name == "language" else [value]
     return all(isinstance(x, str) and len(x) <= LONGEST_FIELD and x.isprintable() for x in texts)
 
 
@@ -266,14 +266,15 @@ def _carried_over(files: Path) -> dict[str, Any]:
         except Exception:  # no metadata, or none that a parser beneath can read
             fields = {}
         if isinstance(fields.get("license"), str):
-            return {name: fields[name] for name in CARRIED_OVER if _is_plain(fields.get(name))}
+            return {n: fields[n] for n in CARRIED_OVER if _is_plain(n, fields.get(n))}
     found = sorted(path for pattern in _LICENCE_FILES for path in files.glob(pattern))
     licences = [path for path in found if lies_inside(path, files)]
     if not licences:
         return {}
     try:
-        text = read_text(licences[0])
-    except (OSError, UnicodeDecodeError):
+        with opened(licences[0]) as file:
+            text = file.read().decode(errors="replace")
+    except OSError:
         text = ""
     for licence, phrases in _LICENCES.items():
         if all(phrase in text for phrase in phrases):

@@ -281,6 +281,16 @@ def test_a_licence_that_is_no_name_is_left_out(value: object, tmp_path: Path) ->
     assert card_of(tmp_path, tmp_path, 1).source == {"license": "other"}
 
 
+def test_languages_may_be_a_list_and_a_licence_in_any_encoding(tmp_path: Path) -> None:
+    fields = json.dumps({"license": "mit", "license_name": ["a"], "language": ["en", "de"]})
+    (tmp_path / "README.md").write_text(f"---\n{fields}\n---\n", encoding="utf-8")
+    assert card_of(tmp_path, tmp_path, 1).source == {"license": "mit", "language": ["en", "de"]}
+    (tmp_path / "README.md").unlink()
+    text = "\xa9 Permission is hereby granted, free of charge. THE SOFTWARE IS PROVIDED"
+    (tmp_path / "LICENSE").write_bytes(text.encode("latin-1"))
+    assert card_of(tmp_path, tmp_path, 1).source == {"license": "mit"}
+
+
 def test_events_of_writing_are_kept_once() -> None:
     class Bare(Adapter):
         module = nn.Linear(1, 1)
