@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars; read when they are imported
+os.environ["OMP_NUM_THREADS"] = "1"  # the threads of a process are not those of its forks
 
 import cerwu_gpu.api  # noqa: F401  once, here: the runs are forks of this process
 from cerwu_gpu.cli import main as command
