@@ -94,6 +94,7 @@ def main() -> int:
     arguments = [options.model, *rest]
     signals = [signal.Signals[f"SIG{name}"] for name in options.signals]
     moments = random.Random(options.seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
     differing = 0
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
