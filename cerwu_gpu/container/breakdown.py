@@ -38,6 +38,8 @@ def _of_shard(shard: Shard) -> Counter[str]:
     taken: Counter[str] = Counter()
     for name, entry in shard.manifest.compressed.items():
         taken[WORDS] += sum(4 * part.words for part in entry.parts)
+        if shard.tensors[f"{name}.side"][0] != "U8":
+            raise FormatError(f"{name}: its side data have the wrong dtype; the file is broken.")
         blob, first = np.asarray(shard.tensor(f"{name}.side")).tobytes(), 0
         for part in entry.parts:
             part_blob = blob[first : first + part.side]

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from cerwu_gpu.container.reader import CompressedDirectory
 from cerwu_gpu.errors import FormatError, ModelError, reason
-from cerwu_gpu.files import read_json
+from cerwu_gpu.files import dtype_name, read_json
 from cerwu_gpu.hf.configuration import check_counts, without_kernels
 from cerwu_gpu.hf.kinds import model_class
 from cerwu_gpu.models.module import check_names
@@ -79,6 +79,12 @@ def check_described(directory: CompressedDirectory) -> None:
         if name in stored or not any(re.search(pattern, name) for pattern in ignored)
     }
     check_names(directory.path, target, stored, f"the {kind.__name__} of its config.json")
+    for name, (dtype, _) in directory.described().items():
+        if target[name].is_floating_point() != dtype.startswith(("float", "bfloat")):
+            raise FormatError(
+                f"{directory.path} has {name} as {dtype}, the {kind.__name__} of its config.json "
+                f"as {dtype_name(target[name].dtype)}: get it again."
+            )
 
 
 @contextmanager

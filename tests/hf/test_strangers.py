@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM
 from cerwu_gpu import CerwuError, FormatError, ModelError, load_compressed
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.container.breakdown import breakdown
 from cerwu_gpu.files import TEXT_LIMIT
 from cerwu_gpu.hf.card import card_of
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.companions import LICENCE_PATTERNS, copy_files, write_config
 from cerwu_gpu.hf.loading import decompress, is_compressed, open_model
 from cerwu_gpu.hf.models import LoadedModel, load_model
+from tests.fuzz.mutations import Opened
 from tests.hf.toys import toy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -279,6 +281,27 @@ def test_a_licence_that_is_no_name_is_left_out(value: object, tmp_path: Path) ->
     fields = json.dumps({"license": "other", "license_name": value, "language": value})
     (tmp_path / "README.md").write_text(f"---\n{fields}\n---\n", encoding="utf-8")
     assert card_of(tmp_path, tmp_path, 1).source == {"license": "other"}
+
+
+@doors
+@pytest.mark.parametrize("kind", ["integers", "side data"])
+def test_other_dtypes_are_refused(
+    kind: str, door: Callable[[Path], Any], golden: Callable[[str], Path]
+) -> None:
+    """With right checksums: a norm of integers, side data of another type."""
+    folder = golden("scalar")
+    file = folder / "model.safetensors"
+    name = "model.norm.weight" if kind == "integers" else "lm_head.weight.side"
+
+    def spoil(header: dict[str, Any]) -> None:
+        header[name]["dtype"] = "I32" if kind == "integers" else "F8_E4M3"
+
+    file.write_bytes(Opened.of(file.read_bytes()).joined(spoil))
+    with pytest.raises(FormatError, match=name.removesuffix(".side")):
+        door(folder)
+    if kind == "side data":
+        with pytest.raises(FormatError, match="wrong dtype"):
+            breakdown(folder)
 
 
 def test_languages_may_be_a_list_and_a_licence_in_any_encoding(tmp_path: Path) -> None:
