@@ -141,7 +141,7 @@ def decompress(
         ]
         with written(output):
             for name in copy_inside(others, folder, made):
-                log.warning("%s is not copied: it leads out of %s, or is too large.", name, folder)
+                log.warning("%r is not copied: it leads out of %s, or is too large.", name, folder)
         put_in_place(made, output, overwrite=overwrite)
 
 

@@ -27,6 +27,7 @@ from tests.fuzz.mutations import Opened
 from tests.hf.toys import toy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+ESCAPE = "a\x1b[2J\u202eb"
 Change = Callable[[dict[str, Any]], Any]
 DOORS: dict[str, Callable[[Path], Any]] = {
     "load_compressed": load_compressed,
@@ -215,16 +216,18 @@ def test_a_cache_whose_blobs_lie_elsewhere_is_none(tmp_path: Path) -> None:
     assert len(copy_files(folder, tmp_path / "out", LICENCE_PATTERNS)) == 1
 
 
-def test_decompress_follows_no_links_either(golden: Callable[[str], Path], tmp_path: Path) -> None:
+def test_decompress_follows_no_links_either(
+    golden: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = golden("scalar")
     (folder / "LICENSE").symlink_to(private(tmp_path))
+    (folder / f"{ESCAPE}.txt").symlink_to(tmp_path / "id_rsa")
     (folder / "notes.txt").write_text("for all", encoding="utf-8")
     decompress(folder, tmp_path / "plain")
     assert not (tmp_path / "plain" / "LICENSE").exists()
     assert (tmp_path / "plain" / "notes.txt").read_text(encoding="utf-8") == "for all"
-
-
-ESCAPE = "a\x1b[2J\u202eb"
+    assert "LICENSE" in caplog.text
+    assert caplog.text.replace("\n", "").isprintable()
 
 
 def test_names_are_printed_without_control_sequences(
