@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
@@ -99,13 +100,16 @@ class WorkDirectory:
         Where the system refuses that, a work directory without work stays, which the next run
         takes.
         """
-        self.clear()
         removed = self.path.with_name(f"{self.path.name}.{token_hex(4)}{PARTIAL}")
-        with suppress(OSError):
-            self.path.rename(removed)
-            for name in (MARKER_FILE, LOCK_FILE):
-                (removed / name).unlink(missing_ok=True)
-            removed.rmdir()  # unlike rmtree it opens no file, of which there may be too many
+        interrupt = None
+        for step in (self.clear, partial(_rename, self.path, removed), partial(_empty, removed)):
+            try:
+                step()
+            except KeyboardInterrupt as error:  # half a step would stay for ever
+                interrupt = error
+                step()
+        if interrupt is not None:
+            raise interrupt
 
     @property
     def kept(self) -> bool:
@@ -279,5 +283,26 @@ def _difference(name: str, recorded: str, value: str) -> str:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+        # What is left where too few files may be open: this walk opens one at a time.
+        for folder, folders, files in os.walk(path, topdown=False):
+            links = [name for name in folders if Path(folder, name).is_symlink()]
+            with suppress(OSError):
+                for name in (*files, *links):
+                    Path(folder, name).unlink()
+                Path(folder).rmdir()
     else:
         path.unlink(missing_ok=True)
+
+
+def _rename(path: Path, target: Path) -> None:
+    with suppress(OSError):
+        path.rename(target)
+
+
+def _empty(removed: Path) -> None:
+    """Delete a work directory without work; unlike rmtree without opening a file, of which there
+    may be too many."""
+    with suppress(OSError):
+        for name in (MARKER_FILE, LOCK_FILE):
+            (removed / name).unlink(missing_ok=True)
+        removed.rmdir()

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from cerwu_gpu.container.output import check_apart, check_output, new_directory, put_in_place
 from cerwu_gpu.container.reader import CompressedDirectory, open_directory
 from cerwu_gpu.device import find_device
-from cerwu_gpu.errors import ConfigError, FormatError, ModelError, reason
+from cerwu_gpu.errors import ConfigError, FormatError, ModelError, reason, shortage
 from cerwu_gpu.files import copy_inside, read_json, resolved, written
 from cerwu_gpu.hf.description import check_described, described_model
 from cerwu_gpu.hf.kinds import load_kind
@@ -133,7 +133,7 @@ def decompress(
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     with new_directory(output, overwrite=overwrite) as made:
         with written(output):
-            model.save_pretrained(made)
+            _save(model, made)
         others = [
             file
             for file in sorted(folder.iterdir())
@@ -143,6 +143,22 @@ def decompress(
             for name in copy_inside(others, folder, made):
                 log.warning("%r is not copied: it leads out of %s, or is too large.", name, folder)
         put_in_place(made, output, overwrite=overwrite)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model; a full disk is left to `files.written`.
+
+    Raises:
+        ModelError: transformers refuses to write its configuration.
+    """
+    try:
+        model.save_pretrained(folder)
+    except Exception as error:  # a configuration that is loaded may not be valid enough to be saved
+        if isinstance(error, OSError) or shortage(error) is not None:
+            raise
+        raise ModelError(
+            f"config.json: transformers does not save it ({reason(error)})."
+        ) from error
 
 
 def _local(path: str | Path) -> Path:

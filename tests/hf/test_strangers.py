@@ -257,6 +257,16 @@ def test_names_are_printed_without_control_sequences(
             assert outcome.err.rstrip("\n").isprintable(), ascii(outcome.err)
 
 
+def test_settings_that_transformers_loads_but_does_not_save(
+    golden: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = golden("scalar")
+    edit(folder / "config.json", lambda c: c.update(output_attentions=1.5))
+    with pytest.raises(ModelError, match="config.json"):
+        decompress(folder, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
 def test_every_error_is_one_printable_line() -> None:
     assert str(ModelError(f"{ESCAPE}\nx")) == "a\\x1b[2J\\u202eb x"
     with pytest.raises(ValueError, match="x"):  # a ConfigError is still one
