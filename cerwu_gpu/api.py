@@ -15,14 +15,15 @@ from cerwu_gpu.calibration.running import placed
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.report_files import check_reports, report_paths, write_report
 from cerwu_gpu.compression.resume import settings_fingerprint
-from cerwu_gpu.compression.run import Run
+from cerwu_gpu.compression.run import Run, plain_tensors
 from cerwu_gpu.compression.target import to_target
 from cerwu_gpu.config import Batches, Calibration, CompressionConfig, ImageCalibration
 from cerwu_gpu.container.output import check_apart, check_output
 from cerwu_gpu.container.work import output_places, work_directory
+from cerwu_gpu.container.writer import check_storable
 from cerwu_gpu.device import find_device
-from cerwu_gpu.errors import ConfigError, ModelError
-from cerwu_gpu.files import local_path
+from cerwu_gpu.errors import ConfigError, ModelError, OutputError
+from cerwu_gpu.files import local_path, resolved
 from cerwu_gpu.hf.card import card_of
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.classifier import ImageClassifier
@@ -87,7 +88,7 @@ def compress(
     """
     config, target, clock = config or CompressionConfig(), find_device(device), Clock()
     given = Path(output)
-    output = local_path(given).resolve()
+    output = resolved(given)
     paths = report_paths(output, None if report is None else Path(report))
     places = output_places(output)
     calibration = config.calibration
@@ -133,6 +134,8 @@ def compress(
             loader = (loaded.kind or KINDS[0]).loader if transformer else None
             model_card = card_of(model, loaded.files, original_bytes, texts, loader)
             adapter.card = partial(model_card.write_judged, predictions=adapter.predictions)
+        others = {**plain_tensors(adapter.module, adapter.layouts), **adapter.carried}
+        check_storable(adapter.layouts, {name: x.dtype for name, x in others.items()})
         work.begin({**settings_fingerprint(config, target), **adapter.identity()})
         check = partial(check_written, trust_remote_code=trust_remote_code)
         with Run(
@@ -151,16 +154,19 @@ def compress(
             attempt.writer.publish()
             result = run.report(attempt, original_bytes)
     repeatable = (texts is not None or images is not None) and calibration.tokenizer is None
-    write_report(
-        paths,
-        result,
-        described,
-        target,
-        model=str(model) if repeatable and not isinstance(model, nn.Module) else None,
-        output=output,
-        given=given,
-        options={"card": card, "trust_remote_code": trust_remote_code},
-    )
+    try:
+        write_report(
+            paths,
+            result,
+            described,
+            target,
+            model=str(model) if repeatable and not isinstance(model, nn.Module) else None,
+            output=output,
+            given=given,
+            options={"card": card, "trust_remote_code": trust_remote_code},
+        )
+    except OutputError as error:  # the result is complete and counts
+        result = replace(result, events=(*result.events, f"there is no report: {error}"))
     return result
 
 

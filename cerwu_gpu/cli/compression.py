@@ -13,7 +13,7 @@ from cerwu_gpu.cli.output import listing, print_events, print_json, report_rows,
 from cerwu_gpu.config import all_settings, from_settings
 from cerwu_gpu.container.output import check_apart
 from cerwu_gpu.container.work import output_places
-from cerwu_gpu.files import local_path
+from cerwu_gpu.files import resolved
 
 
 @options.closed
@@ -62,7 +62,7 @@ def compress(
         **options.given_settings(settings), hessian_cache=hessian_cache, verify=not no_verify
     )
     grid = settings["grid"]
-    places = output_places(local_path(output).resolve())
+    places = output_places(resolved(output))
     read = {"the grid": grid if grid is not None and isfile(expanduser(grid)) else None}
     check_apart(places, {**read, "the images": settings["images"]})
     set_verbosity(quiet=quiet)
@@ -85,7 +85,7 @@ def compress(
     if json:
         print_json(result.to_dict())
         return
-    _, page = report_paths(local_path(output).resolve(), report)
+    _, page = report_paths(resolved(output), report)
     rows = [("output", str(output)), ("report", str(page)), *report_rows(result)]
     typer.echo(listing(rows))
     print_events(result.events)

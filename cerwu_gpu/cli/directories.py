@@ -9,6 +9,7 @@ import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import number, print_json, size, table
+from cerwu_gpu.errors import printable
 from cerwu_gpu.files import local_path
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def verify(directory: Directory) -> None:
     from cerwu_gpu.container.reader import verify as check
 
     check(directory)
-    typer.echo(f"{directory}: whole; every checksum and every stream is as it was written")
+    name = printable(str(directory))
+    typer.echo(f"{name}: whole; every checksum and every stream is as it was written")
 
 
 def decompress(
@@ -98,4 +100,4 @@ def decompress(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
-    typer.echo(f"{output}: {size(directory_bytes(local_path(output)))}")
+    typer.echo(f"{printable(str(output))}: {size(directory_bytes(local_path(output)))}")

@@ -1,7 +1,7 @@
 """The interface between kinds of models and `cerwu_gpu.compression`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -118,6 +118,10 @@ class Adapter(ABC):
         """Return the held-out loss [nats] of the module with its current weights; None without
         held-out data."""
         return None
+
+    def note(self, events: Iterable[str]) -> None:
+        """Add events of the writing, each once however often files are written."""
+        self.events = tuple(dict.fromkeys((*self.events, *events)))
 
     def write_files(self, folder: Path) -> None:  # noqa: B027
         """Write the directory's files besides weights, which are there: configuration, tokenizer,

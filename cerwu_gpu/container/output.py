@@ -4,7 +4,6 @@ Every command that writes a directory asks the functions of this file, so that o
 what is never written over: anything that is read, and anything that cerwu_gpu did not write.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -16,9 +15,9 @@ from glob import escape
 from pathlib import Path
 from secrets import token_hex
 
-from cerwu_gpu.container.header import HEADER_LIMIT, holds_manifest
+from cerwu_gpu.container.header import holds_manifest
 from cerwu_gpu.errors import OutputError
-from cerwu_gpu.files import flush_to_disk, local_path, written
+from cerwu_gpu.files import flush_to_disk, local_path, read_json, written
 from cerwu_gpu.spec import INDEX_FILE, QUANT_METHOD, SINGLE_FILE
 
 PARTIAL, REPLACED = ".partial", ".cerwu_gpu-replaced"
@@ -144,10 +143,8 @@ def _is_configured(path: Path) -> bool:
 def _quantization(path: Path) -> Mapping[str, object]:
     """Return the quantization_config of a config.json; empty where there is none."""
     try:
-        if path.stat().st_size > HEADER_LIMIT:
-            return {}
-        content = json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        content = read_json(path)["quantization_config"]
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -409,7 +409,7 @@ class CausalLM(Adapter):
         }
 
     def write_files(self, folder: Path) -> None:
-        write_companions(self.loaded, folder)
+        self.note(write_companions(self.loaded, folder))
 
     @property
     def vocabulary(self) -> int:

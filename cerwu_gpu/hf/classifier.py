@@ -42,7 +42,7 @@ class ImageClassifier(ModuleAdapter):
         return described(self.module)
 
     def write_files(self, folder: Path) -> None:
-        write_companions(self.loaded, folder)
+        self.note(write_companions(self.loaded, folder))
 
     def select(self, config: CompressionConfig) -> None:
         super().select(config)

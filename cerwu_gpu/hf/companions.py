@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cerwu_gpu.container.files import format_version
 from cerwu_gpu.container.output import is_usual
 from cerwu_gpu.errors import ModelError, OutputError, reason
-from cerwu_gpu.files import dtype_name, written
+from cerwu_gpu.files import copy_inside, dtype_name, may_be_copied, read_json, written
+from cerwu_gpu.hf.configuration import without_kernels
 from cerwu_gpu.hf.models import TOKENIZER_FILES, LoadedModel
 from cerwu_gpu.hf.names import checkpoint_files
 from cerwu_gpu.spec import INDEX_FILE, QUANT_METHOD
@@ -46,6 +46,8 @@ LEFT = {
     ),
 }
 """Reason to leave files that nobody misses -> their names."""
+ELSEWHERE = "it leads out of the model's directory, or is too large"
+"""Reason to leave a file that may not be copied (files.may_be_copied)."""
 _BLANKS = re.compile(rb'("(?:[^"\\]|\\.)*+")|[ \t\r\n]++')
 
 
@@ -82,6 +84,9 @@ def companions(source: Path | None, *, replaced: bool = False) -> Companions:
         why = next((why for why, names in LEFT.items() if _fits(name, names)), None)
         if why is not None:
             left[name] = why
+        elif not (name.endswith("/") or may_be_copied(source / name, source)):
+            left[name] = ELSEWHERE
+            events.append(f"{name} is not copied: {ELSEWHERE}")
         elif PurePosixPath(name).parts[0] in folders or _fits(name, TEXTS):
             carried.append(name)
         else:
@@ -93,9 +98,9 @@ def companions(source: Path | None, *, replaced: bool = False) -> Companions:
 def _modules(source: Path) -> list[str]:
     """Return the folders that the modules.json of sentence-transformers names."""
     try:
-        modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        modules = read_json(source / "modules.json")
         paths = [PurePosixPath(module["path"]) for module in modules]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return []
     return [path.parts[0] for path in paths if path.parts and ".." not in path.parts]
 
@@ -133,8 +138,9 @@ def not_carried(loaded: LoadedModel, *, strict: bool) -> tuple[dict[str, str], t
     return {**loaded.names.left, **(files.left or {})}, events
 
 
-def write_companions(loaded: LoadedModel, folder: Path) -> None:
-    """Write all files of a compressed directory besides its weights, JSON without blanks.
+def write_companions(loaded: LoadedModel, folder: Path) -> tuple[str, ...]:
+    """Write all files of a compressed directory besides its weights, JSON without blanks; return an
+    event for each of the source's that is not copied.
 
     Raises:
         OutputError: the disk refuses one.
@@ -143,9 +149,10 @@ def write_companions(loaded: LoadedModel, folder: Path) -> None:
     files = companions(loaded.files, replaced=loaded.replaced).carried
     unusual = [name for name in files if not is_usual(name)]
     write_config(loaded, folder, unusual)
+    events: tuple[str, ...] = ()
     if loaded.files is not None:
-        copy_files(loaded.files, folder, files)
-    if loaded.files is None:
+        events = copy_files(loaded.files, folder, files)
+    else:
         _save_generation(loaded.model, folder)
     if loaded.tokenizer is not None and (loaded.files is None or loaded.replaced):
         _save_tokenizer(loaded.tokenizer, folder)
@@ -153,6 +160,7 @@ def write_companions(loaded: LoadedModel, folder: Path) -> None:
         for file in folder.rglob("*.json"):
             if file.name != INDEX_FILE:  # the writer's own
                 file.write_bytes(compact(file.read_bytes()))
+    return events
 
 
 def write_config(loaded: LoadedModel, folder: Path, files: Iterable[str] = ()) -> None:
@@ -166,7 +174,7 @@ def write_config(loaded: LoadedModel, folder: Path, files: Iterable[str] = ()) -
         OutputError: the disk refuses it.
     """
     model = loaded.model
-    content: dict[str, Any] = _without_paths(model.config.to_dict())
+    content: dict[str, Any] = without_kernels(_without_paths(model.config.to_dict()))
     quantization = {"quant_method": QUANT_METHOD, "format": format_version(folder)}
     if files := list(files):
         quantization["files"] = files
@@ -178,16 +186,16 @@ def write_config(loaded: LoadedModel, folder: Path, files: Iterable[str] = ()) -
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def copy_files(source: Path, folder: Path, names: Iterable[str]) -> None:
-    """Copy files of a source directory, given by their relative paths.
+def copy_files(source: Path, folder: Path, names: Iterable[str]) -> tuple[str, ...]:
+    """Copy files of a source directory, given by their relative paths; return an event for each
+    that is left out because it leads elsewhere (files.lies_inside) or is too large.
 
     Raises:
         OutputError: the disk refuses one.
     """
     with written(folder):
-        for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
+        left = copy_inside(names, source, folder)
+    return tuple(f"{name} is not copied: {ELSEWHERE}" for name in left)
 
 
 def compact(content: bytes) -> bytes:

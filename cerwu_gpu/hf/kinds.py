@@ -3,7 +3,6 @@
 A new kind is an adapter, an entry in KINDS, and tests.
 """
 
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from cerwu_gpu.errors import ModelError
+from cerwu_gpu.files import read_json
 from cerwu_gpu.hf.card import Loader
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.classifier import ImageClassifier
@@ -180,7 +180,7 @@ def load_kind(
 def _kind_of_directory(folder: Path) -> Kind | None:
     """Return the kind that a directory's config.json stands for, if it is known."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "config.json")
         model_type, architectures = content["model_type"], content.get("architectures") or []
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # load_model has the sentence for it

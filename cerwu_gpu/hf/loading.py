@@ -1,24 +1,24 @@
 """Load a compressed directory as a transformers model, or write it as a plain directory."""
 
-import json
+import logging
+import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import GenerationConfig, PreTrainedModel
 
 from cerwu_gpu.container.output import check_apart, check_output, new_directory, put_in_place
 from cerwu_gpu.container.reader import CompressedDirectory, open_directory
 from cerwu_gpu.device import find_device
-from cerwu_gpu.errors import ConfigError, FormatError, ModelError, reason
-from cerwu_gpu.files import local_path
-from cerwu_gpu.hf.companions import copy_files
-from cerwu_gpu.hf.kinds import load_kind, model_class, remote_class
-from cerwu_gpu.hf.models import LoadedModel, is_conv1d, load_tokenizer
-from cerwu_gpu.hf.names import add_tensors, remember, source_of
+from cerwu_gpu.errors import ConfigError, FormatError, ModelError, reason, shortage
+from cerwu_gpu.files import copy_inside, local_path, read_json, resolved, written
+from cerwu_gpu.hf.description import check_described, described_model
+from cerwu_gpu.hf.kinds import load_kind
+from cerwu_gpu.hf.models import LoadedModel, check_readable, is_conv1d, load_tokenizer
+from cerwu_gpu.hf.names import add_tensors, carried_names, remember, source_of
 from cerwu_gpu.hf.resident import keep_compressed, placeholder, stored_in_blocks
 from cerwu_gpu.models.module import fill
 from cerwu_gpu.models.selection import find_blocks
@@ -26,6 +26,8 @@ from cerwu_gpu.spec import QUANT_METHOD
 
 Resident = Literal["dense", "compressed"]
 Module = TypeVar("Module", bound=nn.Module)
+
+log = logging.getLogger("cerwu_gpu")
 
 
 @overload
@@ -95,6 +97,7 @@ def load_compressed(
         if dtype is not None or resident != "dense":
             raise ConfigError("dtype and resident are not for a module to be filled: drop them.")
         return fill(into, directory, device=target, verify=verify, progress=progress)
+    check_described(directory, trust_remote_code)
     if resident == "compressed":
         return _compressed_in_memory(folder, directory, target, dtype, verify, trust_remote_code)
     carried = carried_names(folder)
@@ -128,7 +131,7 @@ def decompress(
         OutputError: the output is, holds or lies in `path`, or must not be replaced; otherwise as
             `load_compressed`.
     """
-    output = local_path(output).resolve()
+    output = resolved(output)
     check_apart({"the output": output}, {"the compressed model": path})
     check_output(output, overwrite=overwrite)
     folder = _local(path)
@@ -141,24 +144,44 @@ def decompress(
     others = [
         name
         for name in (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")))
-        if (folder / name).is_file() and name != "config.json"
+        if not (folder / name).is_dir() and name != "config.json"
         if "/" in name or "safetensors" not in name
     ]
     if "generation_config.json" in others:
-        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # the file itself follows
+        # The file itself is copied, valid or not.
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     with new_directory(output, overwrite=overwrite) as made:
-        model.save_pretrained(made)
-        add_tensors(made, kept)
-        copy_files(folder, made, others)
+        with written(output):
+            _save(model, made)
+            add_tensors(made, kept)
+            for name in copy_inside(others, folder, made):
+                log.warning("%r is not copied: it leads out of %s, or is too large.", name, folder)
         put_in_place(made, output, overwrite=overwrite)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model; a full disk is left to `files.written`.
+
+    Raises:
+        ModelError: transformers refuses to write its configuration.
+    """
+    try:
+        model.save_pretrained(folder)
+    except Exception as error:  # a configuration that is loaded may not be valid enough to be saved
+        if isinstance(error, OSError) or shortage(error) is not None:
+            raise
+        raise ModelError(
+            f"config.json: transformers does not save it ({reason(error)})."
+        ) from error
 
 
 def _local(path: str | Path) -> Path:
     """Return the directory itself, or the local snapshot of a hub name."""
     folder = local_path(path)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir it takes text too long for a name
+        check_readable(folder)
         return folder
-    if folder.exists() or isinstance(path, Path) or str(path).count("/") > 1:
+    if os.path.lexists(folder) or isinstance(path, Path) or str(path).count("/") > 1:
         raise FormatError(f"{path} is no directory: give one that cerwu-gpu compress wrote.")
     try:
         return Path(snapshot_download(str(path)))
@@ -242,51 +265,6 @@ def _built(
     return model
 
 
-def described_model(
-    folder: Path, trust_remote_code: bool = False
-) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
-    """Return the configuration in config.json and the class of its model.
-
-    Raises:
-        FormatError: it is missing or malformed, or names another quantization method.
-        ModelError: transformers has no such model, or it needs code that is not trusted.
-    """
-    if not (folder / "config.json").exists():
-        raise FormatError(
-            f"{folder} has no config.json: fill a module of its kind, load_compressed(..., into=)."
-        )
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        method = content.pop("quantization_config")["quant_method"]
-        model_type = content.pop("model_type")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise FormatError(f"{folder}: config.json is missing or malformed.") from None
-    if method != QUANT_METHOD:
-        raise FormatError(f"{folder}: its quantization method is {method!r}, not {QUANT_METHOD!r}.")
-    code = remote_class(content)
-    if code is not None and not trust_remote_code:
-        raise ModelError(
-            f"{folder}: its model is {code}, code of the directory: pass trust_remote_code=True "
-            "where you trust it."
-        )
-    try:
-        if code is not None:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-            return config, get_class_from_dynamic_module(code, folder)
-        config = AutoConfig.for_model(model_type, **content)
-        kind = model_class(config, content.get("architectures"))
-    except Exception as error:  # whatever transformers makes of a damaged config.json
-        raise ModelError(
-            f"{folder}: transformers cannot build its model ({reason(error)})."
-        ) from error
-    return config, kind
-
-
-def carried_names(folder: Path) -> set[str]:
-    """Return the names of stored tensors that the model of config.json does not load."""
-    return set(source_of(folder).get("carried", ()))
-
-
 def _usual_dtype(state: dict[str, Tensor]) -> torch.dtype:
     """Return the floating-point dtype that most weights have."""
     sizes: dict[torch.dtype, int] = {torch.float32: 0}
@@ -331,12 +309,10 @@ def open_model(
 
 def is_compressed(source: str | Path) -> bool:
     """Return whether the config.json of a directory or hub name has our quantization method."""
-    path = local_path(source)
+    path = local_path(source) / "config.json"
     try:
-        file = (
-            path / "config.json" if path.exists() else hf_hub_download(str(source), "config.json")
-        )
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        file = path if os.path.exists(path.parent) else hf_hub_download(str(source), path.name)
+        config = read_json(Path(file))
         method = config["quantization_config"]["quant_method"]
     except (OSError, ValueError, LookupError, TypeError):
         return False  # load_model has a better message for it

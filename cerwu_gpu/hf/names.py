@@ -31,6 +31,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from cerwu_gpu.errors import FormatError, ModelError, reason
+from cerwu_gpu.files import read_json
 
 CHECKPOINT_FILES = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -368,11 +369,18 @@ def source_of(folder: Path) -> dict[str, Any]:
         FormatError: it is malformed.
     """
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        quantization = content["quantization_config"]
-        return checked(quantization)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return checked(read_json(folder / "config.json")["quantization_config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise FormatError(f"{folder}: config.json is missing or malformed.") from None
+
+
+def carried_names(folder: Path) -> set[str]:
+    """Return the names of stored tensors that the model of config.json does not load.
+
+    Raises:
+        FormatError: as `source_of`.
+    """
+    return set(source_of(folder).get("carried", ()))
 
 
 def checked(quantization: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 are published; what would fail there is refused before the work where it can be known then.
 """
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +14,11 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.errors import CerwuError, ModelError, reason
+from cerwu_gpu.files import read_json
+from cerwu_gpu.hf.description import described_model
 from cerwu_gpu.hf.kinds import KINDS, remote_class
-from cerwu_gpu.hf.loading import described_model
 from cerwu_gpu.hf.models import load_tokenizer
+from cerwu_gpu.models.module import state_difference
 
 
 def check_before(adapter: Adapter, trust_remote_code: bool) -> None:
@@ -61,7 +62,7 @@ _DEFECT = "this is a defect of cerwu_gpu; please report it"
 
 def _open(folder: Path, given: PreTrainedModel, trust_remote_code: bool) -> PreTrainedModel:
     """Return the model of a directory on the meta device, and read its other files."""
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "config.json")
     code = remote_class(content)
     if code is not None or given.is_remote_code():
         _check_code(folder, content, type(given).__name__)
@@ -130,20 +131,11 @@ def _check_state(model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]], 
     Raises:
         ModelError: the first difference, and what to do.
     """
-    state = dict(model.state_dict(keep_vars=True))
     kind = type(model).__name__
-    filled = {id(state[name]) for name in stored if name in state}
-    for name, shape in stored.items():
-        if name not in state:
-            raise ModelError(f"{name}: the {kind} of config.json has no such weight: {do}.")
-        if tuple(state[name].shape) != shape:
-            raise ModelError(
-                f"{name} is {list(shape)}, and {list(state[name].shape)} in the {kind} of "
-                f"config.json: {do}."
-            )
-    for name, tensor in state.items():
-        if id(tensor) not in filled:
-            raise ModelError(f"{name} of the {kind} of config.json would be left at random: {do}.")
+    described = f"the {kind} of its config.json"
+    difference = state_difference(model.state_dict(keep_vars=True), stored, described)
+    if difference is not None:
+        raise ModelError(f"the {kind} is not as its configuration says ({difference}): {do}.")
 
 
 def _check_shared(fresh: PreTrainedModel, state: Mapping[str, Tensor]) -> None:

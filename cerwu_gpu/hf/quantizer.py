@@ -4,6 +4,7 @@ cerwu_gpu.hf.registration imports this module during transformers' own import, s
 import nothing of transformers that needs modeling_utils.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,6 +72,18 @@ class CerwuQuantizer(HfQuantizer):
                 "use cerwu_gpu.compress."
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Drop kernels of the Hub and refuse an absurd size, before the model is built.
+
+        Raises:
+            FormatError: the configuration asks for too many layers.
+        """
+        from cerwu_gpu.hf.configuration import check_counts, forget_kernels
+
+        forget_kernels(config)
+        check_counts(config.to_dict(), config.name_or_path)
+        return config
+
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
@@ -81,7 +94,16 @@ class CerwuQuantizer(HfQuantizer):
         """
         if not checkpoint_files:
             raise ModelError("a compressed model is loaded from its files: give no state dict.")
-        directory = open_directory(Path(checkpoint_files[0]).parent)
+        from cerwu_gpu.hf.description import check_described  # it imports modeling_utils
+
+        folder = Path(checkpoint_files[0]).parent
+        given = Path(str(model.config.name_or_path))
+        if given.is_dir() and not _below(folder, given):
+            raise FormatError(f"{given}: its index leads out of it; get the directory again.")
+        directory = open_directory(folder)
+        if set(map(Path, checkpoint_files)) != set(directory.files):
+            raise FormatError(f"{folder}: its index does not name its files; get it again.")
+        check_described(directory, model.is_remote_code())  # transformers asked for trust
         for _name, _tensor in directory.plain():
             pass  # transformers reads these itself, but it compares no checksums
         self._weights = DecodedWeights(directory)
@@ -190,6 +212,11 @@ class DecodedWeights:
             name = self._waiting.pop(first)
             batch.append(self._stored.pop(name).to(device))
         self._ready.update(decode_stored(batch))
+
+
+def _below(folder: Path, given: Path) -> bool:
+    """Return whether the path of `folder`, without links resolved, is `given` or leads below it."""
+    return Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(given))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

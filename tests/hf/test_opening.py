@@ -87,7 +87,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "one storage": (one_storage, "in the same memory"),
     "shared by blocks": (shared_by_blocks, "are one parameter"),
     "fewer blocks": (pruned, "model.layers.2"),
-    "a wider head": (widened, "lm_head.weight is"),
+    "a wider head": (widened, "lm_head.weight as"),
     "another norm": (with_norm, "model.extra"),
     "a class of its own": (lambda: Own(LlamaConfig(**SIZES)), "class of your own"),
     "generation settings": (invalid_generation, "generation_config"),
