@@ -64,7 +64,7 @@ def _adapt(states: Floats, number: int, one: bool) -> None:
 def _code(states: Floats, q: int, before: int, adapt: bool) -> float:
     """Return the bits of the integer q after the integer `before`; the states see it if `adapt`."""
     neighbour = 0 if before == 0 else (1 if before < 0 else 2)
-    bits = _cost(states, neighbour, q != 0)
+    bits: float = _cost(states, neighbour, q != 0)
     if adapt:
         _adapt(states, neighbour, q != 0)
     if q == 0:

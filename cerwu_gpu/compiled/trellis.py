@@ -271,10 +271,9 @@ def _search(
             for s in range(states):
                 column_base = u32((2 * column_class[j] + i32(quantizer[s])) * stride)
                 at, here = u64((s * (columns + AHEAD) + j) * ROWS), u64(s * ROWS)
-                for row in range(ROWS):
-                    r = u64(row)
-                    v[here + r] = old[at + r]
-                    base[here + r] = row_base[r] * u32(2 * stride) + column_base
+                for r in range(ROWS):
+                    v[here + u64(r)] = old[at + u64(r)]
+                    base[here + u64(r)] = row_base[r] * u32(2 * stride) + column_base
             omega, beta = importance[j] * f32(0.5), curvature[j]
             for p in range(2):
                 _places(v, offset, base, f32(p), low, extent, places)

@@ -101,7 +101,7 @@ class Limit:
         return len(self.rho) - torch.searchsorted(self.rho, level / self.mu)
 
     def _loss_at(self, log_level: float) -> float:
-        level = 2.0**log_level
+        level = float(2.0**log_level)
         drowned, above = self._parts(level)
         return drowned + level * above
 
