@@ -8,20 +8,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from cerwu_gpu.calibration.cache import tensors_digest
 from cerwu_gpu.calibration.running import placed
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.report_files import check_reports, report_paths, write_report
 from cerwu_gpu.compression.resume import settings_fingerprint
-from cerwu_gpu.compression.run import Run
+from cerwu_gpu.compression.run import Run, plain_tensors
 from cerwu_gpu.compression.target import to_target
 from cerwu_gpu.config import Batches, Calibration, CompressionConfig, ImageCalibration
 from cerwu_gpu.container.output import check_apart, check_output
 from cerwu_gpu.container.work import output_places, work_directory
+from cerwu_gpu.container.writer import check_storable
 from cerwu_gpu.device import find_device
-from cerwu_gpu.errors import ConfigError, ModelError
+from cerwu_gpu.errors import ConfigError, ModelError, OutputError
+from cerwu_gpu.files import local_path, resolved
 from cerwu_gpu.hf.card import card_of
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.classifier import ImageClassifier
@@ -30,9 +32,12 @@ from cerwu_gpu.hf.images import compare_on_images, load_images
 from cerwu_gpu.hf.kinds import KINDS, Kind, kind_of, load_kind
 from cerwu_gpu.hf.loading import load_compressed
 from cerwu_gpu.hf.models import LoadedModel, bytes_of_original, require_tokenizer
+from cerwu_gpu.hf.names import source_names
+from cerwu_gpu.hf.opening import check_before, check_written
 from cerwu_gpu.hf.sources import calibration_files, with_sources
 from cerwu_gpu.hf.text import SELF
 from cerwu_gpu.models.module import ModuleAdapter
+from cerwu_gpu.models.selection import require_values
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.report import Report
 from cerwu_gpu.sweep.model import Measure, ModelSubject, shared_hessians
@@ -83,7 +88,7 @@ def compress(
     """
     config, target, clock = config or CompressionConfig(), find_device(device), Clock()
     given = Path(output)
-    output = given.expanduser().resolve()
+    output = resolved(given)
     paths = report_paths(output, None if report is None else Path(report))
     places = output_places(output)
     calibration = config.calibration
@@ -114,8 +119,11 @@ def compress(
                 )
             check_calibration(loaded.module, calibrated)
             check_apart(places, {"the model": loaded.files})
-            original_bytes = bytes_of_original(model, loaded.module)
-        adapter = _adapter(loaded, calibrated, work.path, target, clock, card, progress)
+            carried = None if loaded.loaded is None else loaded.loaded.names.carried
+            original_bytes = bytes_of_original(model, loaded.module, carried)
+        adapter = _adapter(
+            loaded, calibrated, work.path, target, clock, card, progress, trust_remote_code
+        )
         # So that the report repeats the run as it was.
         usual = adapter.usual_sources if isinstance(adapter, CausalLM) else ()
         described = with_sources(config, usual)
@@ -126,7 +134,10 @@ def compress(
             loader = (loaded.kind or KINDS[0]).loader if transformer else None
             model_card = card_of(model, loaded.files, original_bytes, texts, loader)
             adapter.card = partial(model_card.write_judged, predictions=adapter.predictions)
+        others = {**plain_tensors(adapter.module, adapter.layouts), **adapter.carried}
+        check_storable(adapter.layouts, {name: x.dtype for name, x in others.items()})
         work.begin({**settings_fingerprint(config, target), **adapter.identity()})
+        check = partial(check_written, trust_remote_code=trust_remote_code)
         with Run(
             adapter,
             output,
@@ -134,6 +145,7 @@ def compress(
             overwrite=overwrite,
             verify=config.verify,
             work=work.path,
+            check=None if loaded.loaded is None else partial(check, adapter=adapter),
             progress=progress,
         ) as run:
             attempt = (
@@ -142,41 +154,44 @@ def compress(
             attempt.writer.publish()
             result = run.report(attempt, original_bytes)
     repeatable = (texts is not None or images is not None) and calibration.tokenizer is None
-    write_report(
-        paths,
-        result,
-        described,
-        target,
-        model=str(model) if repeatable and not isinstance(model, nn.Module) else None,
-        output=output,
-        given=given,
-        options={"card": card, "trust_remote_code": trust_remote_code},
-    )
+    try:
+        write_report(
+            paths,
+            result,
+            described,
+            target,
+            model=str(model) if repeatable and not isinstance(model, nn.Module) else None,
+            output=output,
+            given=given,
+            options={"card": card, "trust_remote_code": trust_remote_code},
+        )
+    except OutputError as error:  # the result is complete and counts
+        result = replace(result, events=(*result.events, f"there is no report: {error}"))
     return result
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A model with its tokenizer and files.
+    """A model, in memory or read block by block.
 
     Attributes:
         kind: of a transformers model; None: any other module.
-        files: local directory of the source's files; None for a model that was in memory.
-        events: what did not go as planned.
+        loaded: a transformers model with its tokenizer and files; None: any other module.
     """
 
     module: Any
     kind: Kind | None
-    tokenizer: PreTrainedTokenizerBase | None
-    files: Path | None
-    events: tuple[str, ...] = ()
+    loaded: LoadedModel | None
+
+    @property
+    def files(self) -> Path | None:
+        """Local directory of the source's files; None for a model that was in memory."""
+        return None if self.loaded is None else self.loaded.files
 
     @property
     def takes_text(self) -> bool:
         """Whether the model is calibrated by text or tokens."""
-        return isinstance(self.module, PreTrainedModel) and (
-            self.kind is None or self.kind.takes_text
-        )
+        return self.kind is not None and self.kind.takes_text
 
 
 def _loaded(
@@ -185,14 +200,18 @@ def _loaded(
     """Load a model of the kind that its configuration names."""
     given = config.calibration.tokenizer
     if isinstance(model, nn.Module):
-        return _in_memory(model, given)
+        source = _in_memory(model)
+        if source.kind is None:
+            return source
+        require_values(model)
+        loaded = LoadedModel(source.module, given, None, source_names(source.module, None))
+        return replace(source, loaded=loaded)
     kind, loaded = load_kind(
         model, trust_remote_code=trust_remote_code, stream=not _runs_whole(config)
     )
-    events = loaded.events
-    if given is None:
-        return _Source(loaded.model, kind, loaded.tokenizer, loaded.files, events)
-    return _Source(loaded.model, kind, given, None, events)
+    if given is not None:
+        loaded = replace(loaded, tokenizer=given, replaced=True)
+    return _Source(loaded.model, kind, loaded)
 
 
 def _runs_whole(config: CompressionConfig) -> bool:
@@ -207,16 +226,27 @@ def _runs_whole(config: CompressionConfig) -> bool:
     return any(text == SELF for text, _ in texts)
 
 
-def _in_memory(module: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> _Source:
-    kind = kind_of(module) if isinstance(module, PreTrainedModel) else None
-    return _Source(module, kind, tokenizer, None)
+def _in_memory(module: nn.Module) -> _Source:
+    """Return a module as a source.
+
+    Raises:
+        ModelError: it is a transformers model of no known kind.
+    """
+    if not isinstance(module, PreTrainedModel):
+        return _Source(module, None, None)
+    kind = kind_of(module)
+    if kind is None:
+        kinds = ", nor of ".join(one.name.partition(" ")[2] for one in KINDS)
+        raise ModelError(f"{type(module).__name__} is no class of {kinds}: it is not supported.")
+    return _Source(module, kind, None)
 
 
 def check_calibration(module: nn.Module, config: CompressionConfig) -> None:
     """Refuse calibration data that a model cannot take.
 
     Raises:
-        ModelError: a plain module or an image classifier comes without batches.
+        ModelError: a plain module or an image classifier comes without batches, or a model of
+            transformers is of no known kind.
         ConfigError: a language model comes with a loss.
     """
     source = _in_memory(module)
@@ -230,11 +260,6 @@ def check_calibration(module: nn.Module, config: CompressionConfig) -> None:
         raise ModelError(
             f"{type(module).__name__} is no language model: give batches of its inputs to "
             "calibrate."
-        )
-    if isinstance(module, PreTrainedModel) and source.kind is None and batches:
-        raise ModelError(
-            f"{type(module).__name__} is no image classifier and no language model that is known: "
-            "batches are for those and plain modules."
         )
     if source.takes_text and isinstance(config.calibration, Batches) and config.calibration.loss:
         raise ConfigError("a language model has a loss of its own: drop the loss.")
@@ -267,31 +292,27 @@ def _adapter(
     clock: Clock,
     card: bool,
     progress: bool,
+    trust_remote_code: bool,
 ) -> Adapter:
     """Return the adapter of a model, with its calibration data."""
     # Whole modules are calibrated anew in each sequential pass.
     searching = config.target is not None and not (config.sequential and not source.takes_text)
     cache = config.hessian_cache or (work / "hessians" if searching else None)
-    if source.takes_text:
-        kind: Any = CausalLM if source.kind is None else source.kind.adapter
+    if source.kind is not None and source.takes_text:
+        kind: Any = source.kind.adapter
         with clock.stage("load"):
-            loaded = LoadedModel(source.module, source.tokenizer, source.files, source.events)
-            language: CausalLM = kind(loaded, config, device=device, progress=progress)
+            language: CausalLM = kind(source.loaded, config, device=device, progress=progress)
+            check_before(language, trust_remote_code)
         with clock.stage("calibrate"):
             language.calibrate(config, hessian_cache=cache, work=work, judged=card)
         return language
     with clock.stage("calibrate"):
-        adapter = (ModuleAdapter if source.kind is None else ImageClassifier)(
-            source.module,
-            config,
-            device=device,
-            hessian_cache=cache,
-            work=work,
-            progress=progress,
-        )
-    if isinstance(adapter, ImageClassifier):
-        adapter.files = source.files
-    return adapter
+        options: Any = {"device": device, "hessian_cache": cache, "work": work}
+        if source.loaded is None:
+            return ModuleAdapter(source.module, config, progress=progress, **options)
+        classifier = ImageClassifier(source.loaded, config, progress=progress, **options)
+        check_before(classifier, trust_remote_code)
+    return classifier
 
 
 def text_subject(
@@ -392,7 +413,7 @@ def image_subject(
         batch_size=batch_size,
     )
     adapter = ImageClassifier(
-        loaded.model, base, device=target, hessian_cache=hessian_cache, progress=progress
+        loaded, base, device=target, hessian_cache=hessian_cache, progress=progress
     )
 
     def evaluate(module: Any) -> float:
@@ -406,5 +427,5 @@ def image_subject(
 def _subject(
     model: str | Path, adapter: Adapter, measure: Measure, base: CompressionConfig
 ) -> ModelSubject:
-    name = Path(model).expanduser().resolve().name
+    name = local_path(model).resolve().name
     return ModelSubject(name, adapter, measure, base, bytes_of_original(model, adapter.module))

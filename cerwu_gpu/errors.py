@@ -1,8 +1,36 @@
 """One exception per way to be wrong; each message names the thing and the remedy."""
 
+import errno
+import re
+
+_SHORTAGES = {
+    "memory": (
+        (errno.ENOMEM,),
+        "allocate memory|out of memory|bad_alloc|enough memory|failed to map|start new thread",
+    ),
+    "room on the disk": (
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        "no space left|quota exceeded|file too large",
+    ),
+    "files that may be open (ulimit -n)": ((errno.EMFILE, errno.ENFILE), "too many open files"),
+}
+"""What a process can run out of -> error numbers, and words in other libraries' messages."""
+
+
+def printable(text: str) -> str:
+    """Return one line in which every character that does not print (a terminal's control sequence,
+    a mark that turns the direction of writing) is written as a Python escape, "\\x1b"."""
+    if text.isprintable():
+        return text
+    line = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
 
 class CerwuError(Exception):
-    """The root of every error that cerwu_gpu raises on purpose."""
+    """The root of every error that cerwu_gpu raises on purpose; its message is `printable`."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class ConfigError(CerwuError, ValueError):
@@ -46,3 +74,21 @@ def reason(error: BaseException) -> str:
     first line of its message that has words in it, or else the exception's kind."""
     lines = (line.strip().rstrip(".:") for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
+
+
+def shortage(error: BaseException) -> str | None:
+    """Return what the system has run out of, if an exception of any library or one of its causes
+    says so: memory, room on the disk, open files."""
+    seen: BaseException | None = error
+    for _ in range(20):
+        if seen is None:
+            return None
+        if isinstance(seen, MemoryError):
+            return "memory"
+        for what, (numbers, words) in _SHORTAGES.items():
+            if isinstance(seen, OSError) and seen.errno in numbers:
+                return what
+            if isinstance(seen, Exception) and re.search(words, str(seen), re.IGNORECASE):
+                return what
+        seen = seen.__cause__ or seen.__context__
+    return None

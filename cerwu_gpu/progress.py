@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from cerwu_gpu.errors import printable
 from cerwu_gpu.report import Stage
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ def counted(
 
 def note(text: str) -> None:
     """Print a line on stderr, above any bar."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(printable(text), file=sys.stderr)
 
 
 class Clock:

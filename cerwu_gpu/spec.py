@@ -27,8 +27,11 @@ STREAM_SYMBOLS_MOST: Final = 1 << 16
 STREAM_SYMBOLS_LIMIT: Final = 1 << 17
 """Maximum symbols of a stream that a reader accepts."""
 
-WEIGHTS_PER_BYTE: Final = 1 << 12
-"""Maximum weights that a reader accepts for each byte of a directory's files with tensors."""
+WEIGHTS_PER_BYTE: Final = 1 << 8
+"""Maximum weights for each byte of a directory's files with tensors: in float32 they are 1024 times
+the bytes, which is about what deflate can make of its own."""
+CLASSES_LIMIT: Final = 511
+"""Maximum classes of a matrix: an element's is the sum of two bytes."""
 SLOTS_PER_BYTE: Final = 1 << 6
 SLOTS_FREE: Final = 1 << 20
 """Maximum table entries that a reader accepts: SLOTS_FREE, and SLOTS_PER_BYTE for each byte."""

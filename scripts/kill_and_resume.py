@@ -1,10 +1,12 @@
 """Kill a compression at random moments, start it again, and compare the bytes.
 
-    python scripts/kill_and_resume.py MODEL [--kills 10] [--seed 0] [options of cerwu-gpu compress]
+    python scripts/kill_and_resume.py MODEL [--kills 10] [--seed 0] [--signals KILL TERM INT]
+        [options of cerwu-gpu compress]
 
-One run is left alone. Each of the others gets SIGKILL once, at a moment drawn evenly from the time
-that the first one took, and is then started again with the same arguments. Every file must be the
-same in the end; one line per kill has the result, and the exit code is 1 if one differs.
+One run is left alone. Each of the others gets a signal once (by default SIGKILL), at a moment drawn
+evenly from the time that the first one took, and is then started again with the same arguments.
+Every file must be the same in the end, and a run that could end by itself must have exit code 0,
+2 or 130; one line per kill has the result, and the exit code is 1 if one differs.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 os.environ["TQDM_DISABLE"] = "1"  # the libraries' bars; read when they are imported
+os.environ["OMP_NUM_THREADS"] = "1"  # the threads of a process are not those of its forks
 
 import cerwu_gpu.api  # noqa: F401  once, here: the runs are forks of this process
 from cerwu_gpu.cli import main as command
@@ -59,16 +62,25 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def killed(arguments: Sequence[str], output: Path, moment: float) -> str:
-    """Start a run, kill it after `moment` seconds, and return its progress in words."""
+def killed(
+    arguments: Sequence[str], output: Path, moment: float, number: signal.Signals
+) -> tuple[str, int]:
+    """Start a run, send it a signal after `moment` seconds, and return its progress in words and
+    its exit code."""
     process = start(arguments, output)
     time.sleep(moment)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+    os.kill(process, number)
+    _, status = os.waitpid(process, 0)
+    code = os.waitstatus_to_exitcode(status)
     if output.exists():
-        return "had finished"
+        return "had finished", code
     blocks = len(list(work_path(output).glob("*/block-*")))
-    return f"had {blocks} finished blocks"
+    return f"had {blocks} finished blocks", code
+
+
+def allowed(number: signal.Signals) -> tuple[int, ...]:
+    """Return the exit codes that a run may have after a signal."""
+    return (0, -number) if number == signal.SIGKILL else (0, 2, 130)
 
 
 def main() -> int:
@@ -77,9 +89,12 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signals", nargs="+", default=["KILL"], choices=["KILL", "TERM", "INT"])
     options, rest = parser.parse_known_args()
     arguments = [options.model, *rest]
+    signals = [signal.Signals[f"SIG{name}"] for name in options.signals]
     moments = random.Random(options.seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
     differing = 0
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
@@ -90,14 +105,19 @@ def main() -> int:
         for number in range(1, options.kills + 1):
             output = Path(folder) / f"killed-{number}"
             moment = moments.uniform(0, whole)
-            state = killed(arguments, output, moment)
+            sent = signals[(number - 1) % len(signals)]
+            state, code = killed(arguments, output, moment, sent)
             begin = time.perf_counter()
             if not output.exists():
                 finish(start(arguments, output))
-            same = digests(output) == expected and not work_path(output).exists()
+            tidy = {path.name for path in Path(folder).glob(f"*{output.name}*")} <= {
+                output.name,
+                *(f"{output.name}.report.{kind}" for kind in ("json", "html")),
+            }
+            same = digests(output) == expected and tidy and code in allowed(sent)
             differing += not same
             print(
-                f"kill {number} after {moment:.1f} s: it {state}; "
+                f"{sent.name} {number} after {moment:.1f} s: exit code {code}, it {state}; "
                 f"{time.perf_counter() - begin:.1f} s more, {'same' if same else 'OTHER'} bytes",
                 flush=True,
             )

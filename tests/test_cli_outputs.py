@@ -237,7 +237,9 @@ def test_a_report_that_came_while_a_run_worked_is_kept(
 
     monkeypatch.setattr(DirectoryWriter, "publish", published)
     options = ("-o", place / "out", "--calibration", place / "text.txt", *FEW)
-    assert_refused(command("compress", place / "model", *options), str(report))
+    outcome = command("compress", place / "model", *options)
+    assert outcome.code == 0  # the result counts
+    assert "there is no report: " in outcome.out and "no report of cerwu_gpu" in outcome.out
     assert report.read_text(encoding="utf-8") == "{}"
     cerwu_gpu.verify(place / "out")
 

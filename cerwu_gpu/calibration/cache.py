@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from cerwu_gpu.calibration.running import placed, state_of, weight_source
 from cerwu_gpu.compression.blocks import Block, Blocks, BlockWeights, InputStatistics, KnownBlock
 from cerwu_gpu.errors import CalibrationError, OutputError
-from cerwu_gpu.files import atomic, tensor_bytes
+from cerwu_gpu.files import atomic, local_path, tensor_bytes
 from cerwu_gpu.layout import Label, WeightLayout
 from cerwu_gpu.progress import note
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 
-VERSION = 3
+VERSION = 4
 """Version of the files' contents; part of every key."""
-METADATA_KEY = "cerwu_hessians"
+METADATA_KEY, CHECKSUM_KEY = "cerwu_hessians", "sha256"
 
 
 def hessian_key(
@@ -69,7 +70,7 @@ class HessianCache:
     of the blocks counted like blocks after the last one, and sensitivities.safetensors."""
 
     def __init__(self, directory: Path | str, key: str) -> None:
-        self.path = Path(directory).expanduser() / key
+        self.path = local_path(directory) / key
         self._sensitivities = self.path / "sensitivities.safetensors"
         self._noted = False
 
@@ -98,11 +99,27 @@ class HessianCache:
         """Return `count` blocks from the files if all are there, else `calibrated` ones that are
         written to them; with `progress` a line reports the former, once."""
         if not self.complete(count):
+            self.check_writable()
             return CachingBlocks(calibrated(), self, device)
         if progress and not self._noted:
             note(f"Hessians found in {self.path}: calibration is skipped.")
             self._noted = True
         return CachedBlocks(module, layouts, self, count, device)
+
+    def check_writable(self) -> None:
+        """Make the directory, and refuse one that takes no file, before the work.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be written ({error.strerror}): choose another directory."
+            ) from error
 
     def write(
         self,
@@ -128,7 +145,9 @@ class HessianCache:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with atomic(target) as temporary:
-                save_file(tensors, temporary, {METADATA_KEY: json.dumps(contents)})
+                text = json.dumps(contents)
+                metadata = {METADATA_KEY: text, CHECKSUM_KEY: _checksum(text, tensors)}
+                save_file(tensors, temporary, metadata)
         except (OSError, SafetensorError) as error:
             raise OutputError(
                 f"{self.path} cannot be written ({error}): "
@@ -143,9 +162,9 @@ class HessianCache:
         Raises:
             CalibrationError: the file is damaged.
         """
-        with self._opened(self.file(index), device) as (file, contents):
+        with self._opened(self.file(index), device) as (tensors, contents):
             statistics = {
-                key: InputStatistics(file.get_tensor(key), tokens, None, rows_seen)
+                key: InputStatistics(tensors[key], tokens, None, rows_seen)
                 for key, (tokens, rows_seen) in contents["tokens"].items()
             }
             inputs = {(name, part): key for name, part, key in contents["inputs"]}
@@ -172,28 +191,36 @@ class HessianCache:
         """
         if not self._sensitivities.is_file():
             return None
-        with self._opened(self._sensitivities, torch.device("cpu")) as (file, contents):
+        with self._opened(self._sensitivities, torch.device("cpu")) as (tensors, contents):
             return Sensitivities(
                 {
-                    (name, part): file.get_tensor(f"gradient {i}")
+                    (name, part): tensors[f"gradient {i}"]
                     for i, (name, part) in enumerate(contents["gradients"])
                 },
-                {
-                    name: file.get_tensor(f"addition {i}")
-                    for i, name in enumerate(contents["additions"])
-                },
+                {name: tensors[f"addition {i}"] for i, name in enumerate(contents["additions"])},
             )
 
     @contextmanager
-    def _opened(self, path: Path, device: torch.device) -> Iterator[tuple[Any, Any]]:
-        """Yield the open file and the description of its contents."""
+    def _opened(self, path: Path, device: torch.device) -> Iterator[tuple[dict[str, Tensor], Any]]:
+        """Yield a file's tensors, which are those that were written, and their description."""
         try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                yield file, json.loads(file.metadata()[METADATA_KEY])
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+                if metadata[CHECKSUM_KEY] != _checksum(metadata[METADATA_KEY], tensors):
+                    raise ValueError("its bytes have changed")
+                placed = {name: tensor.to(device) for name, tensor in tensors.items()}
+                yield placed, json.loads(metadata[METADATA_KEY])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CalibrationError(
                 f"{path} is damaged: delete {self.path} and calibrate again."
             ) from error
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 (hexadecimal) of a description and the tensors that it is of."""
+    by_name = tensors_digest(dict(sorted(tensors.items())))
+    return hashlib.sha256(f"{by_name} {text}".encode()).hexdigest()
 
 
 def cached_sensitivities(
@@ -202,6 +229,8 @@ def cached_sensitivities(
     """Return the sensitivities in a cache; where there are none, compute and write them."""
     sensitivities = None if cache is None else cache.read_sensitivities()
     if sensitivities is None:
+        if cache is not None:
+            cache.check_writable()
         sensitivities = compute()
         if cache is not None:
             cache.write_sensitivities(sensitivities)

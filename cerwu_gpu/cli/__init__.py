@@ -3,8 +3,12 @@
 Heavy modules are imported inside the commands, so that `--help` and usage errors are immediate.
 """
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +21,7 @@ from cerwu_gpu.cli.directories import decompress, info, verify
 from cerwu_gpu.cli.evaluation import evaluate
 from cerwu_gpu.cli.hub import push
 from cerwu_gpu.cli.sweep import sweep
-from cerwu_gpu.errors import CerwuError
+from cerwu_gpu.errors import CerwuError, printable, reason, shortage
 
 WRONG_INPUT = 2
 INTERRUPTED = 130
@@ -29,18 +33,31 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:  # the class of ctx moved between releases of typer
         try:
             return super().invoke(ctx)
-        except CerwuError as error:
-            _fail(str(error), WRONG_INPUT)
-        except OSError as error:
-            if error.filename is None:
+        except (Exception, KeyboardInterrupt) as error:
+            refusal = _refusal(error)
+            if refusal is None:
                 raise
-            _fail(f"{error.filename}: {error.strerror}.", WRONG_INPUT)
-        except KeyboardInterrupt as interrupt:
-            _fail(f"interrupted: {interrupt}" if str(interrupt) else "interrupted.", INTERRUPTED)
+            _fail(*refusal)
+
+
+def _refusal(error: BaseException) -> tuple[str, int] | None:
+    """Return the sentence and the exit code for an error that is no defect of the program."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted: {error}" if str(error) else "interrupted.", INTERRUPTED
+    if isinstance(error, CerwuError):
+        return str(error), WRONG_INPUT
+    what = shortage(error)
+    if what is not None:
+        return f"there is not enough {what} ({reason(error)}).", WRONG_INPUT
+    if isinstance(error, OSError):
+        subject = "the result cannot be written" if error.filename is None else error.filename
+        return f"{subject}: {error.strerror or error}.", WRONG_INPUT
+    return None
 
 
 def _fail(sentence: str, code: int) -> None:
-    typer.echo(f"cerwu-gpu: {' '.join(sentence.split())}", err=True)
+    with suppress(OSError):  # nobody listens
+        typer.echo(f"cerwu-gpu: {printable(' '.join(sentence.split()))}", err=True)
     raise typer.Exit(code)
 
 
@@ -82,4 +99,47 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; `arguments` without the program's name, from sys.argv by default."""
-    app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="cerwu-gpu")
+    code: Any = 0
+    with _terminated_as_interrupted():
+        try:
+            app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="cerwu-gpu")
+        except SystemExit as end:
+            code = end.code
+        except (Exception, KeyboardInterrupt) as error:  # outside of a command: --help
+            refusal = _refusal(error)
+            if refusal is None:
+                raise
+            with suppress(typer.Exit):
+                _fail(*refusal)
+            code = refusal[1]
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            code = _fail_to_print(error)
+    sys.exit(code)
+
+
+def _fail_to_print(error: OSError) -> int:
+    """Report that stdout takes no more, and return the exit code; what it still holds is dropped,
+    so that Python does not try again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(typer.Exit):
+        _fail(f"the result cannot be printed ({error.strerror}).", WRONG_INPUT)
+    return WRONG_INPUT
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C in the context, so that a run keeps its work and tidies up."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python allows handlers in the main thread only
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

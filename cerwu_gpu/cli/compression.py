@@ -2,7 +2,7 @@
 
 import sys
 from contextlib import redirect_stdout
-from os.path import isfile  # unlike Path.is_file it takes text too long for a name
+from os.path import expanduser, isfile  # unlike Path.is_file it takes text too long for a name
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from cerwu_gpu.cli.output import listing, print_events, print_json, report_rows,
 from cerwu_gpu.config import all_settings, from_settings
 from cerwu_gpu.container.output import check_apart
 from cerwu_gpu.container.work import output_places
+from cerwu_gpu.files import resolved
 
 
 @options.closed
@@ -61,8 +62,8 @@ def compress(
         **options.given_settings(settings), hessian_cache=hessian_cache, verify=not no_verify
     )
     grid = settings["grid"]
-    places = output_places(output.expanduser().resolve())
-    read = {"the grid": Path(grid) if grid is not None and isfile(grid) else None}
+    places = output_places(resolved(output))
+    read = {"the grid": grid if grid is not None and isfile(expanduser(grid)) else None}
     check_apart(places, {**read, "the images": settings["images"]})
     set_verbosity(quiet=quiet)
     from cerwu_gpu.api import compress as run  # after the settings: torch takes seconds
@@ -84,7 +85,7 @@ def compress(
     if json:
         print_json(result.to_dict())
         return
-    _, page = report_paths(output.expanduser().resolve(), report)
+    _, page = report_paths(resolved(output), report)
     rows = [("output", str(output)), ("report", str(page)), *report_rows(result)]
     typer.echo(listing(rows))
     print_events(result.events)

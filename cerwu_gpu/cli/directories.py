@@ -9,6 +9,8 @@ import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import number, print_json, size, table
+from cerwu_gpu.errors import printable
+from cerwu_gpu.files import local_path
 
 if TYPE_CHECKING:
     from cerwu_gpu.container.reader import Inventory
@@ -65,7 +67,8 @@ def verify(directory: Directory) -> None:
     from cerwu_gpu.container.reader import verify as check
 
     check(directory)
-    typer.echo(f"{directory}: whole; every checksum and every stream is as it was written")
+    name = printable(str(directory))
+    typer.echo(f"{name}: whole; every checksum and every stream is as it was written")
 
 
 def decompress(
@@ -82,6 +85,7 @@ def decompress(
             help="Replace an existing compressed model; other models are never replaced.",
         ),
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Convert DIRECTORY to an uncompressed safetensors model, for tools without cerwu_gpu."""
     import torch
@@ -94,5 +98,6 @@ def decompress(
         output,
         dtype=None if dtype is None else getattr(torch, dtype),
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
     )
-    typer.echo(f"{output}: {size(directory_bytes(output))}")
+    typer.echo(f"{printable(str(output))}: {size(directory_bytes(local_path(output)))}")

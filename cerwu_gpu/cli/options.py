@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
-from os.path import isfile  # unlike Path.is_file it takes text too long for a name
+from os.path import expanduser, isfile  # unlike Path.is_file it takes text too long for a name
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -54,7 +54,8 @@ def parse_grid(text: str) -> tuple[float, ...]:
         ConfigError: a part of it is not a number, or there is none.
     """
     try:
-        content = Path(text).read_text(encoding="utf-8") if isfile(text) else text
+        path = expanduser(text)
+        content = Path(path).read_text(encoding="utf-8") if isfile(path) else text
         return tuple(float(value) for value in re.split(r"[,\s]+", content.strip(", \t\r\n")))
     except ValueError:  # a decoding error is one, too
         raise ConfigError(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from cerwu_gpu import quantities
+from cerwu_gpu.errors import printable
 from cerwu_gpu.report import Report, finite
 
 
@@ -24,7 +25,7 @@ def set_verbosity(*, quiet: bool) -> None:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table as text: the first column aligned left, the other ones right."""
-    lines = [header, *rows]
+    lines = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = [
         "  ".join(
@@ -39,7 +40,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def listing(rows: Sequence[tuple[str, str]]) -> str:
     """Return lines of a name and its value."""
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+    return "\n".join(f"{name.ljust(width)}  {printable(value)}" for name, value in rows)
 
 
 def size(count: int) -> str:
@@ -89,7 +90,7 @@ def print_events(events: Sequence[str]) -> None:
     """Print each event on a line."""
     typer.echo(f"\nevents: {len(events) or 'none'}")
     for event in events:
-        typer.echo(f"  {event}")
+        typer.echo(f"  {printable(event)}")
 
 
 def print_json(value: object) -> None:

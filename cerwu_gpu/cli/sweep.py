@@ -14,6 +14,7 @@ from cerwu_gpu.cli.output import print_json, set_verbosity
 from cerwu_gpu.cli.sweep_tables import minimum_table, points_table, summary, time_words
 from cerwu_gpu.config import Distillation, from_settings
 from cerwu_gpu.errors import ConfigError
+from cerwu_gpu.files import resolved
 from cerwu_gpu.sweep.points import Axes, check_available, grid_points
 from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
 
@@ -84,7 +85,7 @@ def sweep(
     from cerwu_gpu.hf.sources import calibration_files
     from cerwu_gpu.hf.text import load_text, text_file
 
-    output = output.expanduser()
+    output = resolved(output)
     check_folder(
         output,
         {

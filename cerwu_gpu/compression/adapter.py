@@ -1,7 +1,7 @@
 """The interface between kinds of models and `cerwu_gpu.compression`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -28,7 +28,9 @@ class Adapter(ABC):
         module: the model; a run changes its weights in place.
         layouts: of the weights to compress, by name, in the order of the model.
         events: what did not go as planned before the run.
-        left: name of every other parameter with two axes or more -> reason to leave it alone.
+        left: name of every other parameter with two axes or more -> reason to leave it alone; and
+            of what the source holds and the result does not.
+        carried: tensors of the source that the module does not hold, to be stored as they are.
         drifts: whether a corrected drift changes the quantized targets: a sample of the rows then
             does not show the whole effect of lmbda.
         full_passes: number of passes that the search for a target may take.
@@ -40,6 +42,7 @@ class Adapter(ABC):
     layouts: Mapping[str, WeightLayout]
     events: tuple[str, ...] = ()
     left: Mapping[str, str] = {}
+    carried: Mapping[str, Tensor] = {}
     drifts = False
     full_passes = 3
     card: Callable[[Path, float | None, float | None], None] | None = None
@@ -115,6 +118,10 @@ class Adapter(ABC):
         """Return the held-out loss [nats] of the module with its current weights; None without
         held-out data."""
         return None
+
+    def note(self, events: Iterable[str]) -> None:
+        """Add events of the writing, each once however often files are written."""
+        self.events = tuple(dict.fromkeys((*self.events, *events)))
 
     def write_files(self, folder: Path) -> None:  # noqa: B027
         """Write the directory's files besides weights, which are there: configuration, tokenizer,

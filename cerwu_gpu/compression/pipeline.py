@@ -277,6 +277,12 @@ class _Pass:
             events.append("its inputs are 0 for every calibration token: quantized against H = I")
         if not all(self.sensitivities.reaches(matrix.name, matrix.part) for matrix in stack):
             events.append("no gradient reached its outputs: it counts like the mean of all others")
+        rows, columns = seen.rows_seen, len(used_hessian(seen))
+        if rows and rows < columns and quantized.damping is not None:
+            events.append(
+                f"{rows:,} calibration tokens for {columns:,} columns: its Hessian was taken with "
+                f"a damping of {quantized.damping:.3g}"
+            )
         if quantized.more_damping is not None:
             events.append(f"its Hessian needed a damping of {quantized.more_damping:.3g}")
         if events and config.strict:

@@ -16,7 +16,7 @@ from cerwu_gpu.compression.resume import LIBRARIES
 from cerwu_gpu.config import CompressionConfig, settings
 from cerwu_gpu.container.breakdown import breakdown
 from cerwu_gpu.errors import OutputError
-from cerwu_gpu.files import write_text, written
+from cerwu_gpu.files import read_json, resolved, write_text, written
 from cerwu_gpu.report import Report, finite
 from cerwu_gpu.report_page.page import is_page, page
 
@@ -36,7 +36,7 @@ def report_paths(output: Path, folder: Path | None) -> tuple[Path, Path]:
     if folder is None:
         data, html = (output.parent / f"{output.name}.{name}" for name in (JSON_FILE, HTML_FILE))
         return data, html
-    place = folder.expanduser().resolve()
+    place = resolved(folder)
     if place.exists() and not place.is_dir():
         raise OutputError(f"{place} is a file: choose a directory for the report.")
     return place / JSON_FILE, place / HTML_FILE
@@ -61,9 +61,9 @@ def check_reports(paths: tuple[Path, Path]) -> None:
 def _is_report(path: Path) -> bool:
     """Return whether a file is a report.json that `write_report` wrote."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         return content.keys() >= REPORT_KEYS and "cerwu_gpu" in content["machine"]
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 

@@ -87,6 +87,7 @@ class Run:
         overwrite: bool = False,
         verify: bool = True,
         work: Path | None = None,
+        check: Callable[[Path], None] | None = None,
         progress: bool = False,
     ) -> None:
         """Take the settings; nothing is written yet.
@@ -96,6 +97,7 @@ class Run:
             verify: decode the written files and compare them with the weights in memory.
             work: this run's directory (container/work.py) for finished blocks; None: they are not
                 stored.
+            check: opens a complete directory as its users will, and raises what they would see.
             progress: show bars on stderr.
         """
         self.adapter = adapter
@@ -104,6 +106,7 @@ class Run:
         self._overwrite = overwrite
         self._verify = verify
         self._work = work
+        self._check = check
         self._progress = progress
         self._stack = ExitStack()
         self._sensitivities: Sensitivities | None = None
@@ -180,8 +183,12 @@ class Run:
         with clock.stage("write"):
             for name, tensor in plain_tensors(adapter.module, layouts).items():
                 writer.add_plain(name, adapter.value(name, tensor))
+            for name, tensor in adapter.carried.items():
+                writer.add_plain(name, tensor)
             writer.complete()
             adapter.write_files(writer.folder)
+            if self._check is not None:
+                self._check(writer.folder)
             if adapter.card is not None:
                 with written(writer.folder):
                     adapter.card(writer.folder, self._original_loss, loss)
@@ -231,7 +238,11 @@ def plain_tensors(module: nn.Module, layouts: Mapping[str, WeightLayout]) -> dic
 
 def plain_bytes(module: nn.Module, layouts: Mapping[str, WeightLayout]) -> int:
     """Return the bytes of the uncompressed tensors; without layouts, of the whole module."""
-    tensors = plain_tensors(module, layouts).values()
+    return tensors_bytes(plain_tensors(module, layouts).values())
+
+
+def tensors_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of some tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -19,7 +19,14 @@ from cerwu_gpu.compression.estimate import (
     first_lmbda,
     sample_stacks,
 )
-from cerwu_gpu.compression.run import Attempt, Run, directory_bytes, plain_bytes, plain_tensors
+from cerwu_gpu.compression.run import (
+    Attempt,
+    Run,
+    directory_bytes,
+    plain_bytes,
+    plain_tensors,
+    tensors_bytes,
+)
 from cerwu_gpu.config import Bits, CompressionConfig, MaxPerplexityIncrease, MaxSize
 from cerwu_gpu.errors import ConfigError, TargetError
 
@@ -241,8 +248,10 @@ def _fixed_bytes(run: Run) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         run.adapter.write_files(Path(folder))
         files = directory_bytes(Path(folder))
-    headers = len(plain_tensors(module, layouts)) * PLAIN_HEADER + parts * PART_HEADER
-    least = plain_bytes(module, layouts) + files
+    carried = run.adapter.carried
+    count = len(plain_tensors(module, layouts)) + len(carried)
+    headers = count * PLAIN_HEADER + parts * PART_HEADER
+    least = plain_bytes(module, layouts) + tensors_bytes(carried.values()) + files
     return least, least + headers
 
 

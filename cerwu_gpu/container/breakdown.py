@@ -7,6 +7,7 @@ import numpy as np
 
 from cerwu_gpu.coding import side
 from cerwu_gpu.container.files import Shard, open_shards
+from cerwu_gpu.errors import FormatError
 from cerwu_gpu.report import HEADERS, PLAIN, PURPOSES, WORDS
 
 OF_ARRAY = {array: purpose.name for purpose in PURPOSES for array in purpose.arrays}
@@ -37,10 +38,16 @@ def _of_shard(shard: Shard) -> Counter[str]:
     taken: Counter[str] = Counter()
     for name, entry in shard.manifest.compressed.items():
         taken[WORDS] += sum(4 * part.words for part in entry.parts)
+        if shard.tensors[f"{name}.side"][0] != "U8":
+            raise FormatError(f"{name}: its side data have the wrong dtype; the file is broken.")
         blob, first = np.asarray(shard.tensor(f"{name}.side")).tobytes(), 0
         for part in entry.parts:
             part_blob = blob[first : first + part.side]
-            for array, size in side.sizes(part_blob, part.rows, part.columns).items():
+            try:
+                sizes = side.sizes(part_blob, part.rows, part.columns)
+            except FormatError as error:
+                raise FormatError(f"{name}: {error}") from None
+            for array, size in sizes.items():
                 taken[OF_ARRAY[array]] += size
             first += part.side
     for name in shard.manifest.plain_sha256:

@@ -4,16 +4,19 @@ No tensor is read here: contradictions in the metadata are found before anything
 (docs/format.md, "Checks before allocation").
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cerwu_gpu.container.header import HEADER_LIMIT, Manifest, read_header, strict_json
+from cerwu_gpu.container.header import Manifest, read_header, strict_json
 from cerwu_gpu.container.shard import header_digest
 from cerwu_gpu.errors import CorruptionError, FormatError
+from cerwu_gpu.files import read_text
 from cerwu_gpu.spec import (
     HEADER_KEY,
     INDEX_FILE,
@@ -30,11 +33,21 @@ _OF_TORCH = (RuntimeError, TypeError, ValueError, LookupError)
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file whose manifest agrees with the names of its tensors."""
+    """One safetensors file whose manifest agrees with the names of its tensors.
+
+    Attributes:
+        tensors: name of every tensor -> its dtype, as safetensors calls it, and its shape.
+    """
 
     path: Path
     manifest: Manifest
-    names: frozenset[str]
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    _file: Any
+    """The open file: it is mapped into memory once, not once for every tensor."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.tensors)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
@@ -43,8 +56,9 @@ class Shard:
             FormatError: it cannot be read.
         """
         try:
-            with safe_open(self.path, framework="pt") as file:
-                return file.get_tensor(name)  # type: ignore[no-any-return]
+            tensor: Tensor = self._file.get_tensor(name)
+            aligned = tensor.data_ptr() % tensor.element_size() == 0  # the format promises nothing
+            return tensor if aligned else tensor.clone()
         except (SafetensorError, OSError, *_OF_TORCH) as error:
             raise FormatError(f"{self.path.name}: {name} cannot be read ({error}).") from error
 
@@ -96,12 +110,12 @@ def _index(path: Path) -> dict[str, str] | None:
     index = path / INDEX_FILE
     if not index.is_file():
         if not (path / SINGLE_FILE).is_file():
+            if any(path.glob("model-*-of-*.safetensors")):
+                raise FormatError(f"{path} lacks {INDEX_FILE} of its files: get it again.")
             raise FormatError(f"{path} holds no {SINGLE_FILE}: it is no compressed model.")
         return None
     try:
-        if index.stat().st_size > HEADER_LIMIT:
-            raise FormatError(f"{INDEX_FILE} is too long; get the file again.")
-        content = strict_json(index.read_text(encoding="utf-8"), INDEX_FILE)
+        content = strict_json(read_text(index), INDEX_FILE)
         places = content["weight_map"]
     except (OSError, ValueError, KeyError, TypeError):
         raise FormatError(f"{INDEX_FILE} is malformed; get the file again.") from None
@@ -109,7 +123,7 @@ def _index(path: Path) -> dict[str, str] | None:
         raise FormatError(f"{INDEX_FILE} names no file; get the file again.")
     for name in places.values():
         inside = isinstance(name, str) and name.isprintable() and not {"/", "\\"} & set(name)
-        if not inside or not (path / name).is_file():
+        if not inside or not os.path.isfile(path / name):  # unlike is_file it takes any length
             raise FormatError(f"{INDEX_FILE} names {name!r}, which is not in the directory.")
     return places
 
@@ -117,8 +131,8 @@ def _index(path: Path) -> dict[str, str] | None:
 def _open_shard(path: Path) -> Shard:
     try:
         # The library checks that the tensors fill the file, without overlap and without holes.
-        with safe_open(path, framework="pt") as file:
-            names = frozenset(file.keys())
+        file = safe_open(path, framework="pt")
+        names = frozenset(file.keys())  # type: ignore[no-untyped-call]
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path.name} is no readable safetensors file ({error}).") from None
     header = read_header(path)
@@ -139,7 +153,8 @@ def _open_shard(path: Path) -> Shard:
     described = {name: (header[name]["dtype"], header[name]["shape"]) for name in names}
     if metadata.get(HEADER_KEY) != header_digest(metadata[METADATA_KEY], described):
         raise CorruptionError(f"{path.name}: its header has changed since it was written.")
-    return Shard(path, manifest, names)
+    tensors = {name: (dtype, tuple(shape)) for name, (dtype, shape) in described.items()}
+    return Shard(path, manifest, tensors, file)
 
 
 def _check_proportion(shards: list[Shard]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from cerwu_gpu.errors import FormatError, VersionError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.spec import (
+    CLASSES_LIMIT,
     FORMAT_VERSION,
     INTEGER_LIMIT,
     METADATA_KEY,
@@ -110,7 +111,7 @@ class Part:
             and self.lowest in self.integers
             and self.lowest + self.size - 1 in self.integers
             and self.escapes in (0, 1 + bool(self.states))
-            and self.tables <= self.rows + self.columns
+            and self.tables <= min(CLASSES_LIMIT, self.rows + self.columns)
             and self.alphabet <= SYMBOLS_LIMIT
             and self.tables * self.quantizers * self.alphabet <= TABLE_SLOTS_LIMIT
             and self.escaped <= self.rows * self.columns

@@ -14,8 +14,8 @@ from torch import Tensor
 from cerwu_gpu.container.header import Part
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.container.writer import DirectoryWriter
-from cerwu_gpu.errors import FormatError, OutputError
-from cerwu_gpu.files import written
+from cerwu_gpu.errors import CorruptionError, FormatError, OutputError
+from cerwu_gpu.files import checksum, read_json, written
 from cerwu_gpu.report import LayerReport
 from cerwu_gpu.spec import SINGLE_FILE
 
@@ -91,7 +91,11 @@ class Journal:
         try:
             entries = open_directory(path).compressed()
             tensors = load_file(path / SINGLE_FILE)
-            content = json.loads((path / REPORTS_FILE).read_text(encoding="utf-8"))
+            for name, entry in entries.items():
+                found = [checksum(tensors[f"{name}.{what}"]) for what in ("words", "side")]
+                if found != [entry.words_sha256, entry.side_sha256]:
+                    raise CorruptionError(f"{name}: its bytes have changed")
+            content = read_json(path / REPORTS_FILE)
             reports = [_report(fields) for fields in content]
         except (FormatError, SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise _damaged(path, error) from None

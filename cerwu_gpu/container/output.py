@@ -4,7 +4,6 @@ Every command that writes a directory asks the functions of this file, so that o
 what is never written over: anything that is read, and anything that cerwu_gpu did not write.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -16,9 +15,9 @@ from glob import escape
 from pathlib import Path
 from secrets import token_hex
 
-from cerwu_gpu.container.header import HEADER_LIMIT, holds_manifest
+from cerwu_gpu.container.header import holds_manifest
 from cerwu_gpu.errors import OutputError
-from cerwu_gpu.files import flush_to_disk, written
+from cerwu_gpu.files import flush_to_disk, local_path, read_json, written
 from cerwu_gpu.spec import INDEX_FILE, QUANT_METHOD, SINGLE_FILE
 
 PARTIAL, REPLACED = ".partial", ".cerwu_gpu-replaced"
@@ -94,10 +93,11 @@ def foreign_content(folder: Path) -> str | None:
     folder that neither `compress` nor a tokenizer writes.
     """
     ours = False
-    for path in _files(folder):
+    companions = (*COMPANION_FILES, *map(escape, _carried(folder / "config.json")))
+    for path in _files(folder, folder, companions):
         name = path.relative_to(folder).as_posix()
         is_shard = _matches(name, SHARD_FILES)
-        if not path.is_file() or not (is_shard or _matches(name, COMPANION_FILES)):
+        if not path.is_file() or not (is_shard or _matches(name, companions)):
             return f"holds {name!r}, which is no part of a compressed model"
         has_manifest = holds_manifest(path) if is_shard else None
         if has_manifest is False:
@@ -106,14 +106,26 @@ def foreign_content(folder: Path) -> str | None:
     return None if ours else "is no compressed model"
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def is_usual(name: str) -> bool:
+    """Return whether a file of this name, a relative path, needs no mention in config.json."""
+    return _matches(name, COMPANION_FILES)
+
+
+def _files(folder: Path, root: Path, companions: tuple[str, ...]) -> Iterator[Path]:
     """Yield what a directory holds; of a folder that may be part of a model, its content."""
     for path in sorted(folder.iterdir()):
-        inside = sorted(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
-        if inside and any(pattern.startswith(f"{path.name}/") for pattern in COMPANION_FILES):
-            yield from inside
+        name = f"{path.relative_to(root).as_posix()}/"
+        partly = path.is_dir() and not path.is_symlink() and any(path.iterdir())
+        if partly and any(pattern.startswith((name, escape(name))) for pattern in companions):
+            yield from _files(path, root, companions)
         else:
             yield path
+
+
+def _carried(path: Path) -> list[str]:
+    """Return the names of further files of the source that a config.json lists."""
+    names = _quantization(path).get("files", ())
+    return [x for x in names if isinstance(x, str)] if isinstance(names, list) else []
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -125,13 +137,16 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _is_configured(path: Path) -> bool:
     """Return whether a config.json names our quantization method."""
+    return _quantization(path).get("quant_method") == QUANT_METHOD
+
+
+def _quantization(path: Path) -> Mapping[str, object]:
+    """Return the quantization_config of a config.json; empty where there is none."""
     try:
-        if path.stat().st_size > HEADER_LIMIT:
-            return False
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return bool(content["quantization_config"]["quant_method"] == QUANT_METHOD)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+        content = read_json(path)["quantization_config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_apart(outputs: Mapping[str, Path], read: Mapping[str, str | Path | None]) -> None:
@@ -175,7 +190,7 @@ def _places(name: str | Path | None) -> Iterator[tuple[Path, bool]]:
     """
     if name is None:
         return
-    source = Path(os.path.expanduser(name))  # unlike Path.expanduser it takes unknown users
+    source = local_path(name)
     if isinstance(name, str) and not os.path.lexists(source):
         return
     yield Path(os.path.realpath(source.parent), source.name), True  # the link, if it is one

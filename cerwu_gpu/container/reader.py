@@ -1,5 +1,6 @@
 """Reads compressed directories; everything is checked before it is used."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,14 +14,17 @@ from cerwu_gpu import backend
 from cerwu_gpu.container.files import Shard, open_shards
 from cerwu_gpu.container.header import Entry
 from cerwu_gpu.container.matrix import StoredMatrix, unpack_matrix
+from cerwu_gpu.container.shard import TORCH_NAMES
 from cerwu_gpu.errors import CorruptionError, FormatError
-from cerwu_gpu.files import checksum, dtype_name
+from cerwu_gpu.files import checksum, dtype_name, local_path
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.progress import counted
 from cerwu_gpu.threads import run
 
 BATCH_WEIGHTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 """Number of weights decoded together: streams enough for all workers, and little memory."""
+BATCH_TABLES = 1 << 14
+"""Number of tables laid out together: at some 4 KB each, 64 MB."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,23 @@ class CompressedDirectory:
         version = max(shard.manifest.version for shard in self._shards)
         return Inventory(version, tuple(tensors), tuple(files), total)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Paths of the files with tensors."""
+        return tuple(shard.path for shard in self._shards)
+
+    def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return dtype and shape of every parameter and plain tensor, without reading any; a dtype
+        that torch does not have goes by the name that safetensors has for it."""
+        found = {}
+        for shard in self._shards:
+            for name, entry in shard.manifest.compressed.items():
+                found[name] = entry.dtype, entry.shape
+            for name in shard.manifest.plain_sha256:
+                dtype, shape = shard.tensors[name]
+                found[name] = TORCH_NAMES.get(dtype, dtype), shape
+        return found
+
     def compressed(self) -> dict[str, Entry]:
         """Return the manifest entry of every compressed weight."""
         return {n: e for shard in self._shards for n, e in shard.manifest.compressed.items()}
@@ -210,8 +231,8 @@ def open_directory(path: Path | str) -> CompressedDirectory:
         FormatError: this is no compressed directory, a shard is missing, or they do not agree.
         VersionError: made by a newer cerwu_gpu.
     """
-    path = Path(path)
-    if not path.is_dir():
+    path = local_path(path)
+    if not os.path.isdir(path):  # unlike Path.is_dir it takes text too long for a name
         raise FormatError(f"{path} is no directory: give one that cerwu-gpu compress wrote.")
     return CompressedDirectory(path, open_shards(path))
 
@@ -307,15 +328,27 @@ def decode_stored(
                 layout = WeightLayout(stored.name, entry.shape, len(entry.parts), entry.transposed)
                 matrices += stored.matrices
                 places += [layout.matrix(parameter, part) for part in range(layout.parts)]
-        backend.decode_weights(
-            [matrix.coded for matrix in matrices],
-            [matrix.rule for matrix in matrices],
-            dtype,
-            places,
-        )
+        for part in _by_tables(matrices):
+            backend.decode_weights(
+                [matrix.coded for matrix in matrices[part]],
+                [matrix.rule for matrix in matrices[part]],
+                dtype,
+                places[part],
+            )
     parameters.reverse()
     for stored in batch:
         yield stored.name, parameters.pop()  # frees what the caller drops
+
+
+def _by_tables(matrices: Sequence[StoredMatrix]) -> Iterator[slice]:
+    """Yield runs of matrices of BATCH_TABLES tables together: a decoder lays out all of a run's."""
+    first = tables = 0
+    for number, matrix in enumerate(matrices):
+        if tables > BATCH_TABLES:
+            yield slice(first, number)
+            first, tables = number, 0
+        tables += len(matrix.coded.tables)
+    yield slice(first, len(matrices))
 
 
 def _compressed_entry(name: str, entry: Entry, size: int) -> TensorEntry:

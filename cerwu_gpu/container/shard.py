@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cerwu_gpu.files import tensor_bytes
+from cerwu_gpu.files import dtype_name, tensor_bytes
 from cerwu_gpu.spec import HEADER_KEY, METADATA_KEY
 
-_NAMES = {
+SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -27,9 +27,19 @@ _NAMES = {
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.uint16: "U16",
     torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
     torch.bool: "BOOL",
 }
+"""Dtypes that can be stored -> their names in safetensors."""
+
+
+TORCH_NAMES = {name: dtype_name(dtype) for dtype, name in SAFETENSORS_NAMES.items()}
+"""Name of a dtype in safetensors -> its name in torch."""
 
 
 def header_digest(manifest: str, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> str:
@@ -47,9 +57,15 @@ def header_digest(manifest: str, tensors: Mapping[str, tuple[str, Sequence[int]]
     return hashlib.sha256("\n".join([manifest, *lines]).encode()).hexdigest()
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], manifest: str) -> None:
-    """Write `tensors` (any order) with their manifest to `path`, and flush to the disk."""
-    described = {name: (_NAMES[x.dtype], tuple(x.shape)) for name, x in tensors.items()}
+def write_shard(
+    path: Path, tensors: Mapping[str, Tensor], manifest: str, *, least: int = 0
+) -> None:
+    """Write `tensors` (any order) with their manifest to `path`, and flush to the disk.
+
+    Args:
+        least: minimum bytes of the file; blanks in the header make up for what is missing.
+    """
+    described = {name: (SAFETENSORS_NAMES[x.dtype], tuple(x.shape)) for name, x in tensors.items()}
     metadata = {METADATA_KEY: manifest, HEADER_KEY: header_digest(manifest, described)}
     header: dict[str, object] = {"__metadata__": {**metadata, "format": "pt"}}
     # Wide elements first keeps every tensor aligned to its element size.
@@ -59,12 +75,13 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], manifest: str) -> Non
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * max(least - 8 - len(text) - offset, 0)
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little"))

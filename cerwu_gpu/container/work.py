@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
@@ -20,7 +21,7 @@ from filelock import lock_descriptor
 
 from cerwu_gpu.container.output import PARTIAL
 from cerwu_gpu.errors import CerwuError, OutputError
-from cerwu_gpu.files import TEMPORARY, flush_to_disk, refused, write_text
+from cerwu_gpu.files import TEMPORARY, flush_to_disk, read_json, refused, write_text
 
 MARKER_FILE, LOCK_FILE, FINGERPRINT_FILE = "cerwu_gpu-work", "lock", "fingerprint.json"
 MARKER = "cerwu_gpu keeps the work of an unfinished run in this directory (docs/resume.md).\n"
@@ -99,11 +100,16 @@ class WorkDirectory:
         Where the system refuses that, a work directory without work stays, which the next run
         takes.
         """
-        self.clear()
         removed = self.path.with_name(f"{self.path.name}.{token_hex(4)}{PARTIAL}")
-        with suppress(OSError):
-            self.path.rename(removed)
-            shutil.rmtree(removed)
+        interrupt = None
+        for step in (self.clear, partial(_rename, self.path, removed), partial(_empty, removed)):
+            try:
+                step()
+            except KeyboardInterrupt as error:  # half a step would stay for ever
+                interrupt = error
+                step()
+        if interrupt is not None:
+            raise interrupt
 
     @property
     def kept(self) -> bool:
@@ -113,10 +119,10 @@ class WorkDirectory:
     def _fingerprint(self) -> Fingerprint | None:
         path = self.path / FINGERPRINT_FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise OutputError(f"{path} is damaged ({error}): delete {self.path}.") from error
         if not isinstance(content, dict):
             raise OutputError(f"{path} is damaged (no JSON object): delete {self.path}.")
@@ -277,5 +283,26 @@ def _difference(name: str, recorded: str, value: str) -> str:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+        # What is left where too few files may be open: this walk opens one at a time.
+        for folder, folders, files in os.walk(path, topdown=False):
+            links = [name for name in folders if Path(folder, name).is_symlink()]
+            with suppress(OSError):
+                for name in (*files, *links):
+                    Path(folder, name).unlink()
+                Path(folder).rmdir()
     else:
         path.unlink(missing_ok=True)
+
+
+def _rename(path: Path, target: Path) -> None:
+    with suppress(OSError):
+        path.rename(target)
+
+
+def _empty(removed: Path) -> None:
+    """Delete a work directory without work; unlike rmtree without opening a file, of which there
+    may be too many."""
+    with suppress(OSError):
+        for name in (MARKER_FILE, LOCK_FILE):
+            (removed / name).unlink(missing_ok=True)
+        removed.rmdir()

@@ -1,7 +1,7 @@
 """Collects coded and plain tensors and turns them into a finished directory, or into nothing."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,34 @@ from torch import Tensor
 
 from cerwu_gpu.container.header import Entry, Manifest, Part
 from cerwu_gpu.container.output import new_directory, put_in_place
-from cerwu_gpu.container.shard import write_shard
+from cerwu_gpu.container.shard import SAFETENSORS_NAMES, write_shard
+from cerwu_gpu.errors import ModelError
 from cerwu_gpu.files import TEMPORARY, checksum, dtype_name, written
-from cerwu_gpu.spec import INDEX_FILE, SINGLE_FILE
+from cerwu_gpu.spec import INDEX_FILE, SINGLE_FILE, WEIGHTS_PER_BYTE
 
 SHARD_BYTES = 5_000_000_000
 """Maximum bytes of a file's tensors, as on the Hub."""
+
+
+def check_storable(compressed: Collection[str], plain: Mapping[str, torch.dtype]) -> None:
+    """Refuse names and dtypes that the format cannot hold, before the work.
+
+    Args:
+        compressed: names of parameters to compress.
+        plain: name of every other tensor -> its dtype.
+
+    Raises:
+        ModelError: the first of them.
+    """
+    taken = {f"{name}.{what}" for name in compressed for what in ("words", "side")}
+    for name in (*compressed, *plain):
+        if not name.isprintable():
+            raise ModelError(f"the name {name!r} cannot be stored: rename the layer.")
+    for name, dtype in plain.items():
+        if name in taken or name == "__metadata__":
+            raise ModelError(f"the name {name} has another use in the format: rename the layer.")
+        if dtype not in SAFETENSORS_NAMES:
+            raise ModelError(f"{name} is {dtype_name(dtype)}, which cannot be stored: cast it.")
 
 
 class DirectoryWriter:
@@ -121,8 +143,11 @@ class DirectoryWriter:
 
     def complete(self) -> None:
         """Write the remaining tensors and the index: the directory is whole, but still hidden."""
-        self._flush()
         self._renew()
+        # A directory of matrices that take next to no bits must not look like an attack.
+        weights = sum(entry.weights for entry in self._compressed.values())
+        written_bytes = sum(path.stat().st_size for path, _, _ in self._shards)
+        self._flush(least=-(-weights // WEIGHTS_PER_BYTE) - written_bytes)
         count = len(self._shards)
         weight_map = {}
         for number, (path, names, _) in enumerate(self._shards, start=1):
@@ -151,18 +176,19 @@ class DirectoryWriter:
         self._tensors.update(tensors)
         self._bytes += size
 
-    def _flush(self) -> None:
+    def _flush(self, least: int = 0) -> None:
+        """Write the collected tensors to a file of at least `least` bytes."""
         path = self.folder / f"shard-{len(self._shards)}{TEMPORARY}"
-        self._write(path, self._tensors)
+        self._write(path, self._tensors, least)
         self._shards.append((path, list(self._tensors), self._bytes))
         self._tensors, self._bytes = {}, 0
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], least: int = 0) -> None:
         compressed = {n: e for n, e in self._compressed.items() if f"{n}.words" in tensors}
         plain = {n: digest for n, digest in self._plain.items() if n in tensors}
         manifest = Manifest(self.generator, compressed, plain)
         with written(path):
-            write_shard(path, tensors, manifest.to_json())
+            write_shard(path, tensors, manifest.to_json(), least=least)
 
     def _renew(self) -> None:
         """Write files again that hold outdated side data."""

@@ -1,5 +1,6 @@
 """The model card of a compressed directory: README.md as the Hugging Face Hub reads it."""
 
+import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +13,16 @@ from transformers import PreTrainedModel
 
 from cerwu_gpu import __version__
 from cerwu_gpu.container.reader import inventory
+from cerwu_gpu.files import lies_inside, local_path, opened, read_text
 from cerwu_gpu.hf.evaluation import perplexity_of
 from cerwu_gpu.hf.text import SELF, SHORT_NAMES
 
 CARD_FILE = "README.md"
 CARRIED_OVER = ("license", "license_name", "license_link", "language")
 """Metadata fields that are copied from the original's card."""
+LONGEST_FIELD = 500
+"""Maximum characters of such a field."""
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+ -]*")
 _LICENCE_FILES = ("LICENSE*", "LICENCE*")
 _LICENCES = {
     "apache-2.0": ("Apache License", "Version 2.0"),
@@ -200,7 +205,19 @@ class Card:
         licence = self.source.get("license_name", self.source.get("license"))
         if licence is None:
             return "The weights are under the licence of the original, which was not found with it."
-        return f"The weights are under the licence of the original: {licence}."
+        shown = licence if _PLAIN_NAME.fullmatch(licence) else _escaped(licence)
+        return f"The weights are under the licence of the original: {shown}."
+
+
+def _is_plain(name: str, value: object) -> bool:
+    """Return whether a field of a card is a short text; languages may be a list of such."""
+    texts = value if isinstance(value, list) and name == "language" else [value]
+    return all(isinstance(x, str) and len(x) <= LONGEST_FIELD and x.isprintable() for x in texts)
+
+
+def _escaped(text: str) -> str:
+    """Return text that Markdown shows as it is, without HTML and links."""
+    return re.sub(r"([\\`*_{}\[\]()#|!~:/])", r"\\\1", html.escape(text))
 
 
 def card_of(
@@ -225,7 +242,7 @@ def card_of(
 
 def _public_names(calibration: Sequence[str] | None) -> str | None:
     """Return the datasets' names on the hub; None for files and given strings, which have none."""
-    if calibration is None or any(Path(name).expanduser().exists() for name in calibration):
+    if calibration is None or any(local_path(name).exists() for name in calibration):
         return None
     known = {SELF: "text sampled from the original", **SHORT_NAMES}
     return " and ".join(known.get(name, name) for name in calibration)
@@ -240,17 +257,24 @@ def _base_model(model: str | Path | nn.Module) -> str | None:
 def _carried_over(files: Path) -> dict[str, Any]:
     """Return licence and language from the original's card, else the licence of its file."""
     card = files / CARD_FILE
-    if card.is_file():
+    if card.is_file() and lies_inside(card, files):
         try:
-            fields = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+            content = read_text(card)
+            original: Any = ModelCard(content, ignore_metadata_errors=True)
+            fields = original.data.to_dict()
         except Exception:  # no metadata, or none that a parser beneath can read
             fields = {}
-        if "license" in fields:
-            return {name: fields[name] for name in CARRIED_OVER if name in fields}
-    licences = sorted(path for pattern in _LICENCE_FILES for path in files.glob(pattern))
+        if isinstance(fields.get("license"), str):
+            return {n: fields[n] for n in CARRIED_OVER if _is_plain(n, fields.get(n))}
+    found = sorted(path for pattern in _LICENCE_FILES for path in files.glob(pattern))
+    licences = [path for path in found if lies_inside(path, files)]
     if not licences:
         return {}
-    text = licences[0].read_text(encoding="utf-8", errors="replace")
+    try:
+        with opened(licences[0]) as file:
+            text = file.read().decode(errors="replace")
+    except OSError:
+        text = ""
     for licence, phrases in _LICENCES.items():
         if all(phrase in text for phrase in phrases):
             return {"license": licence}

@@ -20,7 +20,7 @@ from cerwu_gpu.calibration.cache import (
     tensors_digest,
 )
 from cerwu_gpu.calibration.capture import Capture
-from cerwu_gpu.calibration.running import is_held_out, weight_source
+from cerwu_gpu.calibration.running import is_held_out, placed, weight_source
 from cerwu_gpu.calibration.sensitivity import blockwise_sensitivities
 from cerwu_gpu.calibration.students import BlockwiseStudent
 from cerwu_gpu.compression.adapter import HELD_OUT_TEXT, Adapter
@@ -34,16 +34,9 @@ from cerwu_gpu.config import (
     Source,
 )
 from cerwu_gpu.container.journal import Journal
-from cerwu_gpu.errors import CalibrationError
+from cerwu_gpu.errors import CalibrationError, CerwuError, ModelError, reason
 from cerwu_gpu.files import checksum
-from cerwu_gpu.hf.companions import (
-    COPIED_FILES,
-    LICENCE_PATTERNS,
-    copy_files,
-    described,
-    save_text_files,
-    write_config,
-)
+from cerwu_gpu.hf.companions import described, not_carried, write_companions
 from cerwu_gpu.hf.ends import Ends, ends_placed
 from cerwu_gpu.hf.evaluation import mean_loss
 from cerwu_gpu.hf.head import HeadBlocks, HeadGradients, head_layouts
@@ -56,7 +49,10 @@ from cerwu_gpu.models.selection import (
     Selection,
     find_blocks,
     finite,
+    require_coded,
     require_finite,
+    require_separate,
+    require_values,
     select_in_blocks,
 )
 from cerwu_gpu.quantize.sensitivity import Sensitivities
@@ -97,8 +93,9 @@ class CausalLM(Adapter):
         """Choose the weights.
 
         Raises:
-            ConfigError: a pattern matches nothing, or no weight is left.
-            ModelError: the model has no blocks.
+            ConfigError: a pattern matches nothing, no weight is left, or a weight has no values.
+            ModelError: the model has no blocks, weights of a type that is not compressed, or with
+                `config.strict` a source that holds more than the result would.
         """
         super().__init__()
         self.loaded = loaded
@@ -114,15 +111,21 @@ class CausalLM(Adapter):
         self._batch_size = Calibration().batch_size
         self._device = device
         self._progress = progress
+        self.carried = loaded.names.carried
+        if self._disk is None:
+            require_values(self.module)
+        require_separate(self.module)
         self._blocks = find_blocks(self.module, is_conv1d)
         self.select(config)
+        require_coded(self.module, self.layouts)
 
     def select(self, config: CompressionConfig) -> None:
         selection = select(self.module, config.include, config.exclude, head=not config.keep_head)
         self.layouts = {layout.name: layout for layout in selection.chosen}
-        self.left = selection.left
+        left, events = not_carried(self.loaded, strict=config.strict)
+        self.left = {**selection.left, **left}
         chosen = selection.events(strict=config.strict)
-        self.events = (*self.loaded.events, *chosen, *self.data.events)
+        self.events = (*self.loaded.events, *chosen, *events, *self.data.events)
 
     def calibrate(
         self,
@@ -278,17 +281,18 @@ class CausalLM(Adapter):
             check_tokens(self.module, tokens, tokens.shape[1])
         backbone, outer = self.backbone()
         head = None if outer.head is None else HeadGradients(outer.head)
-        alphas = blockwise_sensitivities(
-            backbone,
-            tokens,
-            lambda captured: _Tail(self, self.ends(captured), head, self._device),
-            ends_placed(self.module, self._blocks, self._device),
-            to_inputs=head is not None,
-            device=self._device,
-            batch_size=batch_size,
-            spool=None if self._disk is None else self._work,
-            progress=self._progress,
-        )
+        with _refusing(self.module):
+            alphas = blockwise_sensitivities(
+                backbone,
+                tokens,
+                lambda captured: _Tail(self, self.ends(captured), head, self._device),
+                ends_placed(self.module, self._blocks, self._device),
+                to_inputs=head is not None,
+                device=self._device,
+                batch_size=batch_size,
+                spool=None if self._disk is None else self._work,
+                progress=self._progress,
+            )
         additions: dict[str, Tensor] = {}
         if head is not None:
             for name in head.head.names:
@@ -320,6 +324,25 @@ class CausalLM(Adapter):
             drift=Drift(config.sequential, config.corrects_drift and not sampling),
             progress=self._progress,
         )
+
+    @torch.no_grad()
+    def finish(self, config: CompressionConfig) -> None:
+        """Notice compressed weights that overflow float16 on the calibration text.
+
+        Raises:
+            ModelError: they do, with `config.strict`.
+        """
+        if self.module.dtype != torch.float16 or not self.data.tokens.numel():
+            return
+        on_device = placed(self.module, self._device)
+        with on_device if self._disk is None else self._disk.running():
+            ids = self.inputs(self.data.tokens[:1]).to(self.module.device)
+            logits = self.module(input_ids=ids, **self.run_options).logits
+        event = "the compressed model overflows float16 on its calibration text: use bfloat16"
+        if not bool(torch.isfinite(logits).all()) and event not in self.events:
+            if config.strict:
+                raise ModelError(f"{event} (strict).")
+            self.events = (*self.events, event)
 
     def student(self, config: CompressionConfig) -> Student:
         """Return the model with what is tuned on the calibration tokens; held-out ones, or else a
@@ -386,11 +409,7 @@ class CausalLM(Adapter):
         }
 
     def write_files(self, folder: Path) -> None:
-        write_config(self.module, folder)
-        if self.loaded.files is not None:
-            copy_files(self.loaded.files, folder, (*COPIED_FILES, *LICENCE_PATTERNS))
-        else:
-            save_text_files(self.module, self.loaded.tokenizer, folder)
+        self.note(write_companions(self.loaded, folder))
 
     @property
     def vocabulary(self) -> int:
@@ -466,6 +485,24 @@ def select(
         exclude,
         is_transposed=is_conv1d,
     )
+
+
+@contextmanager
+def _refusing(model: PreTrainedModel) -> Iterator[None]:
+    """Turn what a model's own code raises into one sentence.
+
+    Raises:
+        ModelError: the model cannot be run and differentiated block by block.
+    """
+    try:
+        yield
+    except (CerwuError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the model's code makes of it
+        raise ModelError(
+            f"{type(model).__name__} cannot be run block by block with gradients "
+            f"({reason(error)}): its architecture is not supported."
+        ) from error
 
 
 @contextmanager

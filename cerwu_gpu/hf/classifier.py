@@ -4,43 +4,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cerwu_gpu.calibration.running import mapped, materialized
 from cerwu_gpu.config import Batches, CompressionConfig
-from cerwu_gpu.errors import ModelError
-from cerwu_gpu.hf.companions import (
-    LICENCE_PATTERNS,
-    copy_files,
-    described,
-    save_text_files,
-    write_config,
-)
+from cerwu_gpu.hf.companions import described, not_carried, write_companions
+from cerwu_gpu.hf.models import LoadedModel
 from cerwu_gpu.models.module import ModuleAdapter
-
-COPIED_FILES = ("preprocessor_config.json", "processor_config.json", *LICENCE_PATTERNS)
-"""Files of an image classifier that are copied into the compressed directory."""
 
 
 class ImageClassifier(ModuleAdapter):
     """An image classifier with batches of its inputs.
 
     Attributes:
-        files: local directory of the source's own files; None for a model in memory.
+        loaded: the model and its files.
     """
 
     module: PreTrainedModel
-    files: Path | None = None
 
-    def __init__(self, module: PreTrainedModel, config: CompressionConfig, **options: Any) -> None:
-        """Take the arguments of ModuleAdapter; floating inputs are cast to the model's dtype.
-
-        Raises:
-            ModelError: the model's layers were changed, so that its directory could not be loaded.
-        """
-        _check_unchanged(module)
+    def __init__(self, loaded: LoadedModel, config: CompressionConfig, **options: Any) -> None:
+        """Take the arguments of ModuleAdapter; floating inputs are cast to the model's dtype."""
+        module = loaded.model
+        self.loaded = loaded
+        self.carried = loaded.names.carried
         calibration = config.calibration
         if isinstance(calibration, Batches):
 
@@ -55,27 +42,10 @@ class ImageClassifier(ModuleAdapter):
         return described(self.module)
 
     def write_files(self, folder: Path) -> None:
-        write_config(self.module, folder)
-        save_text_files(self.module, None, folder)
-        if self.files is not None:
-            copy_files(self.files, folder, COPIED_FILES)
+        self.note(write_companions(self.loaded, folder))
 
-
-def _check_unchanged(model: PreTrainedModel) -> None:
-    """Refuse a model that `load_compressed` could not build from its configuration.
-
-    Raises:
-        ModelError: the model's layers were changed.
-    """
-    with torch.device("meta"):
-        fresh = type(model)(model.config).state_dict()
-    state = model.state_dict()
-    changed = {
-        name for name in state.keys() & fresh.keys() if state[name].shape != fresh[name].shape
-    }
-    changed |= state.keys() ^ fresh.keys()
-    if changed:
-        raise ModelError(
-            f"{min(changed)} of {type(model).__name__} is not as its configuration says (folded or "
-            "changed layers): its directory could not be loaded."
-        )
+    def select(self, config: CompressionConfig) -> None:
+        super().select(config)
+        left, events = not_carried(self.loaded, strict=config.strict)
+        self.left = {**self.left, **left}
+        self.events = (*self.events, *events)

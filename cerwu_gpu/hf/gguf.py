@@ -39,7 +39,7 @@ def check_gguf(path: Path) -> None:
     Raises:
         ModelError: it is not GGUF, or packages are missing.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file it takes text too long for a name
         raise ModelError(f"{path} does not exist: check the path.")
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from cerwu_gpu.errors import CalibrationError, ModelError, reason
+from cerwu_gpu.files import local_path
 from cerwu_gpu.hf.models import local_directory
 from cerwu_gpu.hf.text import Part
 
@@ -100,7 +101,7 @@ def _dataset(name: str, part: Part) -> Any:
     """Return the rows of the split for `part`."""
     from datasets import load_dataset
 
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     try:
         if folder.is_dir():
             splits: Any = load_dataset("imagefolder", data_dir=str(folder))

@@ -3,13 +3,13 @@
 A new kind is an adapter, an entry in KINDS, and tests.
 """
 
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from cerwu_gpu.errors import ModelError
+from cerwu_gpu.files import read_json
 from cerwu_gpu.hf.card import Loader
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.classifier import ImageClassifier
@@ -136,6 +137,20 @@ def model_class(config: PretrainedConfig, architectures: object) -> type[PreTrai
     return classes[0][1]
 
 
+def remote_class(content: Mapping[str, Any]) -> str | None:
+    """Return the reference to the code of a model that is no class of transformers ("module.Class"
+    in `auto_map` of its config.json, `content`); None for a model of transformers."""
+    code, architectures = content.get("auto_map"), content.get("architectures")
+    if not isinstance(code, dict) or not isinstance(architectures, list):
+        return None
+    for kind in KINDS:
+        reference = code.get(kind.auto.__name__)
+        name = reference.rpartition(".")[2] if isinstance(reference, str) else ""
+        if name in architectures and not hasattr(transformers, name):
+            return str(reference)
+    return None
+
+
 def load_kind(
     source: str | Path, *, trust_remote_code: bool = False, stream: bool = False
 ) -> tuple[Kind, LoadedModel]:
@@ -165,10 +180,11 @@ def load_kind(
 def _kind_of_directory(folder: Path) -> Kind | None:
     """Return the kind that a directory's config.json stands for, if it is known."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "config.json")
         model_type, architectures = content["model_type"], content.get("architectures") or []
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # load_model has the sentence for it
+    _check_architectures(folder, architectures)
     kinds = [kind for kind in KINDS if kind.class_names(model_type)]
     for kind in kinds:
         if set(kind.class_names(model_type)) & set(architectures):
@@ -176,3 +192,29 @@ def _kind_of_directory(folder: Path) -> Kind | None:
     if len(kinds) > 1 and not content.get("is_decoder", False):
         kinds = kinds[1:]  # an encoder, which can be a decoder as well
     return kinds[0] if kinds else None
+
+
+def _check_architectures(folder: Path, architectures: object) -> None:
+    """Refuse a directory whose config.json names a class of transformers for another task: loaded
+    as a model of one of our kinds, it would lose its head or more.
+
+    Raises:
+        ModelError: it does.
+    """
+    known = {
+        name
+        for kind in KINDS
+        for names in kind.names.values()
+        for name in (names if isinstance(names, tuple) else (names,))
+    }
+    named = (
+        [x for x in architectures if isinstance(x, str)] if isinstance(architectures, list) else []
+    )
+    if named and not known.intersection(named):
+        other = next((name for name in named if hasattr(transformers, name)), None)
+        if other is not None:
+            kinds = ", nor of ".join(kind.name.partition(" ")[2] for kind in KINDS)
+            raise ModelError(
+                f"{folder}: its config.json names {other}, which is no class of {kinds}: it is not "
+                "supported."
+            )

@@ -1,25 +1,24 @@
 """Load a compressed directory as a transformers model, or write it as a plain directory."""
 
-import json
-import shutil
+import logging
+import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedModel
 
 from cerwu_gpu.container.output import check_apart, check_output, new_directory, put_in_place
 from cerwu_gpu.container.reader import CompressedDirectory, open_directory
 from cerwu_gpu.device import find_device
-from cerwu_gpu.errors import ConfigError, FormatError, ModelError, reason
-from cerwu_gpu.hf.kinds import load_kind, model_class
-from cerwu_gpu.hf.models import LoadedModel, is_conv1d, load_tokenizer
+from cerwu_gpu.errors import ConfigError, FormatError, ModelError, reason, shortage
+from cerwu_gpu.files import copy_inside, local_path, read_json, resolved, written
+from cerwu_gpu.hf.description import check_described, described_model
+from cerwu_gpu.hf.kinds import load_kind
+from cerwu_gpu.hf.models import LoadedModel, check_readable, is_conv1d, load_tokenizer
+from cerwu_gpu.hf.names import add_tensors, carried_names, remember, source_of
 from cerwu_gpu.hf.resident import keep_compressed, placeholder, stored_in_blocks
 from cerwu_gpu.models.module import fill
 from cerwu_gpu.models.selection import find_blocks
@@ -27,6 +26,8 @@ from cerwu_gpu.spec import QUANT_METHOD
 
 Resident = Literal["dense", "compressed"]
 Module = TypeVar("Module", bound=nn.Module)
+
+log = logging.getLogger("cerwu_gpu")
 
 
 @overload
@@ -39,6 +40,7 @@ def load_compressed(
     resident: Resident = "dense",
     verify: bool = True,
     progress: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel: ...
 @overload
 def load_compressed(
@@ -58,6 +60,7 @@ def load_compressed(
     resident: Resident = "dense",
     verify: bool = True,
     progress: bool = False,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Return a transformers model whose weights are, bit for bit, those that compression had.
 
@@ -75,6 +78,8 @@ def load_compressed(
         resident: "dense", or "compressed" for the least memory.
         verify: compare every tensor with its checksum.
         progress: show a bar on stderr.
+        trust_remote_code: run the code of the directory, where its model is no class of
+            transformers.
 
     Raises:
         FormatError: the directory does not conform to docs/format.md (CorruptionError: bytes have
@@ -92,12 +97,15 @@ def load_compressed(
         if dtype is not None or resident != "dense":
             raise ConfigError("dtype and resident are not for a module to be filled: drop them.")
         return fill(into, directory, device=target, verify=verify, progress=progress)
+    check_described(directory, trust_remote_code)
     if resident == "compressed":
-        return _compressed_in_memory(folder, directory, target, dtype, verify)
-    state = {n: _cast(x.to(target), dtype) for n, x in directory.plain(verify=verify)}
+        return _compressed_in_memory(folder, directory, target, dtype, verify, trust_remote_code)
+    carried = carried_names(folder)
+    plain = directory.plain(verify=verify)
+    state = {n: _cast(x.to(target), dtype) for n, x in plain if n not in carried}
     weights = directory.weights(device=target, verify=verify, progress=progress)
     state |= {name: _cast(tensor, dtype) for name, tensor in weights}
-    return _built(folder, state, dtype, target)
+    return _built(folder, state, dtype, target, trust_remote_code)
 
 
 def decompress(
@@ -107,6 +115,7 @@ def decompress(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write the model as a plain safetensors directory that any tool reads.
 
@@ -116,31 +125,63 @@ def decompress(
         dtype: cast all floating-point weights; default: as they were compressed.
         overwrite: replace a compressed directory at `output`; nothing else is ever replaced.
         progress: show a bar on stderr.
+        trust_remote_code: as for `load_compressed`.
 
     Raises:
         OutputError: the output is, holds or lies in `path`, or must not be replaced; otherwise as
             `load_compressed`.
     """
-    output = Path(output).expanduser().resolve()
+    output = resolved(output)
     check_apart({"the output": output}, {"the compressed model": path})
     check_output(output, overwrite=overwrite)
     folder = local_snapshot(path)
     check_apart({"the output": output}, {"the compressed model": folder})  # a hub name's snapshot
-    model = load_compressed(folder, dtype=dtype, progress=progress)
+    model = load_compressed(
+        folder, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code
+    )
+    directory, carried = open_directory(folder), carried_names(folder)
+    kept = {n: _cast(x, dtype) for n, x in directory.plain() if n in carried}
+    others = [
+        name
+        for name in (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")))
+        if not (folder / name).is_dir() and name != "config.json"
+        if "/" in name or "safetensors" not in name
+    ]
+    if "generation_config.json" in others:
+        # The file itself is copied, valid or not.
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     with new_directory(output, overwrite=overwrite) as made:
-        model.save_pretrained(made)
-        for file in sorted(folder.iterdir()):
-            if file.is_file() and file.name != "config.json" and "safetensors" not in file.name:
-                shutil.copyfile(file, made / file.name)
+        with written(output):
+            _save(model, made)
+            add_tensors(made, kept)
+            for name in copy_inside(others, folder, made):
+                log.warning("%r is not copied: it leads out of %s, or is too large.", name, folder)
         put_in_place(made, output, overwrite=overwrite)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model; a full disk is left to `files.written`.
+
+    Raises:
+        ModelError: transformers refuses to write its configuration.
+    """
+    try:
+        model.save_pretrained(folder)
+    except Exception as error:  # a configuration that is loaded may not be valid enough to be saved
+        if isinstance(error, OSError) or shortage(error) is not None:
+            raise
+        raise ModelError(
+            f"config.json: transformers does not save it ({reason(error)})."
+        ) from error
 
 
 def local_snapshot(path: str | Path) -> Path:
     """Return the directory itself, or the local snapshot of a hub name."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    folder = local_path(path)
+    if os.path.isdir(folder):  # unlike Path.is_dir it takes text too long for a name
+        check_readable(folder)
         return folder
-    if folder.exists() or isinstance(path, Path) or str(path).count("/") > 1:
+    if os.path.lexists(folder) or isinstance(path, Path) or str(path).count("/") > 1:
         raise FormatError(f"{path} is no directory: give one that cerwu-gpu compress wrote.")
     try:
         return Path(snapshot_download(str(path)))
@@ -157,23 +198,25 @@ def _compressed_in_memory(
     device: torch.device,
     dtype: torch.dtype | None,
     verify: bool,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     """Return the model with its blocks compressed and all else dense."""
-    config, kind = _described(folder)
+    config, kind = described_model(folder, trust_remote_code)
     with torch.device("meta"):
         prefixes = [prefix for prefix, _ in find_blocks(kind(config), is_conv1d)]
     stored = stored_in_blocks(directory, prefixes, device, verify)
     if not stored:
         raise ModelError(f"{folder}: no weight in its blocks is compressed: load it dense.")
     plain = directory.plain(verify=verify)  # a view of the file, which may not stay as it is
-    state = {name: _cast(tensor.clone(), dtype) for name, tensor in plain}
+    carried = carried_names(folder)
+    state = {n: _cast(tensor.clone(), dtype) for n, tensor in plain if n not in carried}
     for name in directory.compressed():
         if name in stored:
             state[name] = placeholder(stored[name], dtype)
         else:
             outside = directory.stored(name, device=device, verify=verify)
             state[name] = _cast(outside.decode(), dtype)
-    model = _built(folder, state, dtype, torch.device("cpu"))
+    model = _built(folder, state, dtype, torch.device("cpu"), trust_remote_code)
     keep_compressed(model, find_blocks(model, is_conv1d), stored, dtype)
     return model
 
@@ -183,10 +226,14 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _built(
-    folder: Path, state: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device
+    folder: Path,
+    state: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     """Return the model of config.json with these weights, built without a second copy of them."""
-    config, kind = _described(folder)
+    config, kind = described_model(folder, trust_remote_code)
     try:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(  # type: ignore[assignment]
             None,
@@ -206,6 +253,7 @@ def _built(
         missing = min(keys["missing_keys"])
         raise FormatError(f"{folder}: {missing} of its model is missing; get the directory again.")
     _check_loaded(model, state)
+    remember(model, source_of(folder))
     if (folder / "generation_config.json").is_file():
         try:
             model.generation_config = model.generation_config.from_pretrained(folder)
@@ -215,35 +263,6 @@ def _built(
             ) from error
     model.eval()  # type: ignore[no-untyped-call]
     return model
-
-
-def _described(folder: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
-    """Return the configuration in config.json and the class of its model.
-
-    Raises:
-        FormatError: it is missing or malformed, or names another quantization method.
-        ModelError: transformers has no such model.
-    """
-    if not (folder / "config.json").exists():
-        raise FormatError(
-            f"{folder} has no config.json: fill a module of its kind, load_compressed(..., into=)."
-        )
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        method = content.pop("quantization_config")["quant_method"]
-        model_type = content.pop("model_type")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise FormatError(f"{folder}: config.json is missing or malformed.") from None
-    if method != QUANT_METHOD:
-        raise FormatError(f"{folder}: its quantization method is {method!r}, not {QUANT_METHOD!r}.")
-    try:
-        config = AutoConfig.for_model(model_type, **content)
-        kind = model_class(config, content.get("architectures"))
-    except Exception as error:  # whatever transformers makes of a damaged config.json
-        raise ModelError(
-            f"{folder}: transformers cannot build its model ({reason(error)})."
-        ) from error
-    return config, kind
 
 
 def _usual_dtype(state: dict[str, Tensor]) -> torch.dtype:
@@ -283,19 +302,17 @@ def open_model(
         _, loaded = load_kind(source, trust_remote_code=trust_remote_code)
         loaded.model.to(target)  # type: ignore[arg-type]
         return loaded
-    model = load_compressed(source, device=target)
+    model = load_compressed(source, device=target, trust_remote_code=trust_remote_code)
     folder = local_snapshot(source)
     return LoadedModel(model, load_tokenizer(folder, trust_remote_code), folder)
 
 
 def is_compressed(source: str | Path) -> bool:
     """Return whether the config.json of a directory or hub name has our quantization method."""
-    path = Path(source).expanduser()
+    path = local_path(source) / "config.json"
     try:
-        file = (
-            path / "config.json" if path.exists() else hf_hub_download(str(source), "config.json")
-        )
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        file = path if os.path.exists(path.parent) else hf_hub_download(str(source), path.name)
+        config = read_json(Path(file))
         method = config["quantization_config"]["quant_method"]
     except (OSError, ValueError, LookupError, TypeError):
         return False  # load_model has a better message for it

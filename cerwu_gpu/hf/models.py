@@ -1,9 +1,11 @@
 """Load a causal language model, whatever form it comes in."""
 
-import json
+import logging
+import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from cerwu_gpu.compression.run import plain_bytes
+from cerwu_gpu.compression.run import plain_bytes, tensors_bytes
 from cerwu_gpu.errors import ModelError, reason
+from cerwu_gpu.files import local_path, read_json, unreadable
 from cerwu_gpu.hf.gguf import check_gguf, gguf_model, gguf_tokenizer, read_once
+from cerwu_gpu.hf.names import SourceNames, read_checkpoint, source_names
 from cerwu_gpu.models.selection import holds_matrices
-from cerwu_gpu.spec import QUANT_METHOD
+from cerwu_gpu.spec import INDEX_FILE, QUANT_METHOD, SINGLE_FILE
 
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = (
@@ -52,12 +56,16 @@ class LoadedModel:
         model: in eval mode, on the CPU.
         tokenizer: None where the source has none.
         files: local directory of the source's own tokenizer and generation files; None for GGUF.
+        names: what the source calls its tensors, and holds besides the model's.
+        replaced: whether the tokenizer is another one than that in `files`.
         events: what did not go as planned.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     files: Path | None
+    names: SourceNames = field(default_factory=SourceNames)
+    replaced: bool = False
     events: tuple[str, ...] = ()
 
 
@@ -81,7 +89,7 @@ def load_model(
         ModelError: the source is missing, has no or incomplete weights, is quantized already, has
             no linear layer, needs code that is not trusted, or its tokenizer cannot be read.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if is_gguf(source):
         check_gguf(path)
         with read_once():
@@ -96,8 +104,8 @@ def load_model(
 
 def is_gguf(source: str | Path) -> bool:
     """Return whether a source names a .gguf file."""
-    path = Path(source).expanduser()
-    return path.suffix == ".gguf" and not path.is_dir()
+    path = local_path(source)
+    return path.suffix == ".gguf" and not os.path.isdir(path)
 
 
 def local_directory(source: str | Path) -> Path:
@@ -106,14 +114,26 @@ def local_directory(source: str | Path) -> Path:
     Raises:
         ModelError: there is none.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = local_path(source)
+    if os.path.isdir(path):  # unlike Path.is_dir it takes text too long for a name
+        check_readable(path)
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise ModelError(f"{path} is a file: give a model directory, a .gguf file or a hub name.")
     if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         raise ModelError(f"{path} does not exist: check the path.")
     return _download(source)
+
+
+def check_readable(folder: Path) -> None:
+    """Refuse a directory with a file that transformers would read for ever.
+
+    Raises:
+        ModelError: it holds a pipe or a device, or text that is too long.
+    """
+    problem = unreadable(folder)
+    if problem is not None:
+        raise ModelError(f"{folder} holds {problem}: take it away.")
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -179,7 +199,7 @@ def _positions(model: PreTrainedModel) -> int | None:
             padding = module.padding_idx  # RoBERTa counts positions from behind it
             if padding is not None:
                 return module.num_embeddings - padding - 1
-    return positions
+    return positions if positions is not None and positions > 0 else None  # XLNet has -1
 
 
 def _download(name: str) -> Path:
@@ -224,35 +244,69 @@ def _load_directory(
     path: Path, trust_remote_code: bool, dtype: torch.dtype | None, auto: Any, what: str
 ) -> LoadedModel:
     _check_config(path)
+    shards = any(path.glob("model-*-of-*.safetensors"))
+    if shards and not any((path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)):
+        raise ModelError(f"{path} lacks {INDEX_FILE} of its files: fetch it again.")
     if not any(file for pattern in WEIGHT_FILES for file in path.glob(pattern)):
         raise ModelError(f"{path} has no weights (model*.safetensors): it is no complete model.")
     try:
-        loaded: Any = auto.from_pretrained(
-            path,
-            dtype="auto" if dtype is None else dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with _without_tables():
+            loaded: Any = auto.from_pretrained(
+                path,
+                dtype="auto" if dtype is None else dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, in one sentence
+            )
     except Exception as error:
         raise ModelError(f"{path} cannot be loaded as {what}: {reason(error)}") from error
     model, report = loaded
+    if report["mismatched_keys"]:
+        name, *shapes = min(report["mismatched_keys"])
+        stored, built = (list(shape) for shape in shapes)
+        raise ModelError(
+            f"{path}: {name} is {stored} in its files and {built} in the model of its config.json: "
+            "they do not belong together."
+        )
     if report["missing_keys"]:
         # transformers fills these with random numbers and only warns.
         raise ModelError(
             f"{path} lacks {len(report['missing_keys'])} of the model's weights, "
             f"among them {min(report['missing_keys'])}: fetch it again."
         )
-    return LoadedModel(model, load_tokenizer(path, trust_remote_code), path)
+    names = source_names(model, read_checkpoint(path))
+    return LoadedModel(model, load_tokenizer(path, trust_remote_code), path, names)
+
+
+@contextmanager
+def _without_tables() -> Iterator[None]:
+    """Keep transformers from logging pages of weights that are missing or of another shape, which
+    `_load_directory` refuses in one sentence."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not any(word in record.getMessage() for word in ("MISSING", "MISMATCH"))
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _check_config(path: Path) -> None:
     try:
-        config: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config: Any = read_json(path / "config.json")
         quantization = config.get("quantization_config")
     except FileNotFoundError as error:
         raise ModelError(f"{path} has no config.json: it is no model directory.") from error
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{path / 'config.json'} cannot be read: {reason(error)}") from error
+    if (path / "adapter_config.json").exists():
+        raise ModelError(
+            f"{path} holds an adapter (adapter_config.json) beside its weights: merge it into "
+            "them, or move it away."
+        )
     if quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -283,8 +337,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def bytes_of_original(source: str | Path | nn.Module, module: nn.Module) -> int:
-    """Return the bytes of a .gguf file, else of the loaded dense weights, tied ones once."""
+def bytes_of_original(
+    source: str | Path | nn.Module, module: nn.Module, carried: Mapping[str, Tensor] | None = None
+) -> int:
+    """Return the bytes of a .gguf file, else of the loaded dense weights, tied ones once, and of
+    the tensors that are `carried` beside them."""
     if not isinstance(source, nn.Module) and Path(source).suffix == ".gguf":
-        return Path(source).expanduser().stat().st_size
-    return plain_bytes(module, {})
+        return local_path(source).stat().st_size
+    return plain_bytes(module, {}) + tensors_bytes((carried or {}).values())

@@ -4,6 +4,7 @@ cerwu_gpu.hf.registration imports this module during transformers' own import, s
 import nothing of transformers that needs modeling_utils.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,14 +38,16 @@ class CerwuConfig(QuantizationConfigMixin):
     Attributes:
         quant_method: "cerwu".
         format: version of docs/format.md, for information; readers use the manifests'.
+        source: what is known of the source's names.
     """
 
     dequantize = True
     """Marker for transformers that a loaded model is an ordinary dense one."""
 
-    def __init__(self, format: int = FORMAT_VERSION, **_: Any) -> None:
+    def __init__(self, format: int = FORMAT_VERSION, **source: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format = format
+        self.source = source
 
 
 @register_quantizer(QUANT_METHOD)
@@ -69,6 +72,18 @@ class CerwuQuantizer(HfQuantizer):
                 "use cerwu_gpu.compress."
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Drop kernels of the Hub and refuse an absurd size, before the model is built.
+
+        Raises:
+            FormatError: the configuration asks for too many layers.
+        """
+        from cerwu_gpu.hf.configuration import check_counts, forget_kernels
+
+        forget_kernels(config)
+        check_counts(config.to_dict(), config.name_or_path)
+        return config
+
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
@@ -79,10 +94,43 @@ class CerwuQuantizer(HfQuantizer):
         """
         if not checkpoint_files:
             raise ModelError("a compressed model is loaded from its files: give no state dict.")
-        directory = open_directory(Path(checkpoint_files[0]).parent)
+        from cerwu_gpu.hf.description import check_described  # it imports modeling_utils
+
+        folder = Path(checkpoint_files[0]).parent
+        given = Path(str(model.config.name_or_path))
+        if given.is_dir() and not _below(folder, given):
+            raise FormatError(f"{given}: its index leads out of it; get the directory again.")
+        directory = open_directory(folder)
+        if set(map(Path, checkpoint_files)) != set(directory.files):
+            raise FormatError(f"{folder}: its index does not name its files; get it again.")
+        check_described(directory, model.is_remote_code())  # transformers asked for trust
         for _name, _tensor in directory.plain():
             pass  # transformers reads these itself, but it compares no checksums
         self._weights = DecodedWeights(directory)
+        expected = set(model._keys_to_ignore_on_load_unexpected or ())
+        carried = {f"^{re.escape(name)}$" for name in self._source().get("carried", ())}
+        model._keys_to_ignore_on_load_unexpected = expected | carried
+
+    def _source(self) -> dict[str, Any]:
+        """Return what config.json says of the source's names.
+
+        Raises:
+            FormatError: it is malformed.
+        """
+        from cerwu_gpu.hf.names import checked  # it needs modeling_utils
+
+        assert isinstance(self.quantization_config, CerwuConfig)
+        try:
+            return checked(self.quantization_config.source)
+        except TypeError as error:
+            raise FormatError(f"config.json: {error}; get the directory again.") from None
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: "PreTrainedModel"
+    ) -> list[Any]:
+        """Return our conversion alone: stored names are the model's own already, and a conversion
+        of transformers may take one of them for another model's."""
+        return list(self.get_weight_conversions())
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Return the conversion of NAME.words and NAME.side into NAME."""
@@ -91,9 +139,11 @@ class CerwuQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: "PreTrainedModel", **_: Any
     ) -> "PreTrainedModel":
-        # save_pretrained inverts the conversions that were used: dense weights need only the
-        # model's own, which transformers looks up again.
-        model._weight_conversions = None  # type: ignore[assignment]
+        from cerwu_gpu.hf.names import remember  # it needs modeling_utils
+
+        # save_pretrained inverts the conversions that were used: dense weights need only those
+        # of the source.
+        remember(model, self._source())
         del self._weights
         return model
 
@@ -162,6 +212,11 @@ class DecodedWeights:
             name = self._waiting.pop(first)
             batch.append(self._stored.pop(name).to(device))
         self._ready.update(decode_stored(batch))
+
+
+def _below(folder: Path, given: Path) -> bool:
+    """Return whether the path of `folder`, without links resolved, is `given` or leads below it."""
+    return Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(given))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -39,12 +39,22 @@ class Slot:
 class Memory:
     """Decoded weights of a block that has run, for the next block to write over.
 
-    Fresh memory costs a fifth of the decoder's time on a CPU, where the system clears each page.
-    On a GPU torch's own allocator does the same.
+    A copy or a pickle of it is empty. Fresh memory costs a fifth of the decoder's time on a CPU,
+    where the system clears each page. On a GPU torch's own allocator does the same.
     """
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
+        self._stream: torch.cuda.Stream | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_free": [], "_stream": None}
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Return the stream of a GPU on which blocks are decoded ahead."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._stream
 
     def take(self, stored: StoredWeight) -> Tensor:
         """Return memory for a weight, reused from one that has run if shape and dtype fit."""
@@ -77,6 +87,23 @@ class ResidentBlock:
         self._reusable: list[Tensor] = []
         self._ahead: tuple[list[Tensor], torch.cuda.Event] | None = None
         self.following: ResidentBlock | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_reusable": [], "_ahead": None}
+
+    # The hooks are methods, so that in a copy of the model they are those of the copy.
+
+    def before(self, *_: Any) -> None:
+        """Fill the modules, before the block runs."""
+        self.fill()
+
+    def after(self, *_: Any) -> None:
+        """Empty the modules, and let the next block be decoded while this one's work, which is
+        queued on the GPU by now, is done."""
+        self.empty()
+        device = self._slots[0].stored.matrices[0].coded.words.device
+        if device.type == "cuda" and self.following is not None:
+            self.following.decode_ahead(self._memory.stream(device))
 
     def decode_ahead(self, stream: torch.cuda.Stream) -> None:
         """Decode on `stream` while the current stream computes."""
@@ -168,7 +195,6 @@ def keep_compressed(
     slots = {name: _slot(model, name, weight) for name, weight in stored.items()}
     device = next(iter(stored.values())).matrices[0].coded.words.device
     model.to(device)  # type: ignore[arg-type]
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     last: ResidentBlock | None = None
     memory = Memory()
     for prefix, block in blocks:
@@ -179,7 +205,8 @@ def keep_compressed(
         resident.empty()
         if last is not None:
             last.following = resident
-        _hook(block, resident, stream)
+        block.register_forward_pre_hook(resident.before)
+        block.register_forward_hook(resident.after, always_call=True)
         last = resident
     model.requires_grad_(False)
     _refuse_what_needs_weights(model)
@@ -207,32 +234,20 @@ def _check_unshared(model: PreTrainedModel, stored: Mapping[str, StoredWeight]) 
             raise ModelError(f"{name} is shared between modules: load the model dense.")
 
 
-def _hook(block: nn.Module, resident: ResidentBlock, stream: torch.cuda.Stream | None) -> None:
-    def before(*_: Any) -> None:
-        resident.fill()
-
-    def after(*_: Any) -> None:
-        resident.empty()
-        # This block's work is queued on the GPU by now; the next block is decoded meanwhile.
-        if stream is not None and resident.following is not None:
-            resident.following.decode_ahead(stream)
-
-    block.register_forward_pre_hook(before)
-    block.register_forward_hook(after, always_call=True)
-
-
 def _refuse_what_needs_weights(model: PreTrainedModel) -> None:
     """Refuse saving, moving and casting, which would silently leave out the blocks' weights."""
+    model.register_state_dict_pre_hook(_no_state)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(_no_state)  # type: ignore[no-untyped-call]
+    model._apply = _no_move  # type: ignore[method-assign]
 
-    def refuse(what: str) -> NoReturn:
-        raise ModelError(f"a model with resident='compressed' cannot be {what}: {REMEDY}")
 
-    def no_state(*_: Any) -> NoReturn:
-        refuse("saved, and has no state dict")
+def _no_state(*_: Any) -> NoReturn:
+    _refuse("saved, and has no state dict")
 
-    def no_move(*_: Any, **__: Any) -> NoReturn:
-        refuse("moved or cast")
 
-    model.register_state_dict_pre_hook(no_state)  # type: ignore[no-untyped-call]
-    model.register_load_state_dict_pre_hook(no_state)  # type: ignore[no-untyped-call]
-    model._apply = no_move  # type: ignore[method-assign]
+def _no_move(*_: Any, **__: Any) -> NoReturn:
+    _refuse("moved or cast")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ModelError(f"a model with resident='compressed' cannot be {what}: {REMEDY}")

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cerwu_gpu.errors import CalibrationError, reason
+from cerwu_gpu.files import local_path
 from cerwu_gpu.hf.models import require_tokenizer
 from cerwu_gpu.progress import counted
 
@@ -79,7 +80,7 @@ def load_text(name: str, *, part: Part = "calibration") -> str:
 
 def text_file(name: str) -> Path | None:
     """Return the local file of this name; None where there is none."""
-    path = Path(name).expanduser()
+    path = local_path(name)
     return path if path.is_file() else None
 
 

@@ -298,26 +298,55 @@ def fill(
         FormatError: names, shapes or dtypes of the file and the module differ, or the file is
             damaged.
     """
+    target: dict[str, Tensor] = dict(module.state_dict(keep_vars=True))
+    described, kind = directory.described(), type(module).__name__
+    check_names(directory.path, target, {n: shape for n, (_, shape) in described.items()}, kind)
+    for name, (dtype, _) in described.items():
+        if dtype != dtype_name(target[name].dtype):
+            raise FormatError(
+                f"{directory.path} has {name} as {dtype}, {kind} as "
+                f"{dtype_name(target[name].dtype)}: give the module it is of."
+            )
     state = dict(directory.plain(verify=verify))
     state |= dict(directory.weights(device=device, verify=verify, progress=progress))
-    target: dict[str, Tensor] = dict(module.state_dict(keep_vars=True))
-    kind, path = type(module).__name__, directory.path
-    for name in state:
-        if name not in target:
-            raise FormatError(f"{path} has {name}, which {kind} lacks: give the module it is of.")
-    stored = {id(target[name]) for name in state}
-    for name, tensor in target.items():
-        if id(tensor) not in stored:
-            raise FormatError(f"{path} lacks {name} of {kind}: give the module it is of.")
-        if name in state and (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
-            raise FormatError(
-                f"{path} has {name} as {_described(state[name])}, {kind} as {_described(tensor)}: "
-                "give the module it is of."
-            )
     for name, tensor in state.items():
         target[name].copy_(tensor)
     return module
 
 
-def _described(tensor: Tensor) -> str:
-    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+def check_names(
+    path: Path, target: Mapping[str, Tensor], stored: Mapping[str, tuple[int, ...]], kind: str
+) -> None:
+    """Refuse stored tensors that are not those of a module (`state_difference`).
+
+    Args:
+        path: of the directory.
+
+    Raises:
+        FormatError: the first difference.
+    """
+    difference = state_difference(target, stored, kind)
+    if difference is not None:
+        raise FormatError(f"{path}: {difference}: give the module it is of.")
+
+
+def state_difference(
+    target: Mapping[str, Tensor], stored: Mapping[str, tuple[int, ...]], kind: str
+) -> str | None:
+    """Return how stored tensors differ from those of a module by name or shape; None: they do not.
+
+    Args:
+        target: the module's tensors; one of several names of a shared tensor must be stored.
+        stored: name -> shape.
+        kind: of the module, in the sentence.
+    """
+    for name in stored:
+        if name not in target:
+            return f"it has {name}, which {kind} lacks"
+    filled = {id(target[name]) for name in stored}
+    for name, tensor in target.items():
+        if id(tensor) not in filled:
+            return f"it lacks {name} of {kind}"
+        if name in stored and tuple(tensor.shape) != stored[name]:
+            return f"it has {name} as {list(stored[name])}, {kind} as {list(tensor.shape)}"
+    return None

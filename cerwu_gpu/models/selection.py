@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -325,6 +326,46 @@ def require_values(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
             raise ConfigError(f"{name} has no values yet: run or load the module first.")
+
+
+def require_coded(module: nn.Module, names: Iterable[str]) -> None:
+    """Refuse weights of a type that is not compressed, before any work is done.
+
+    Raises:
+        ModelError: there is one; it is named.
+    """
+    for name in names:
+        dtype = dtype_name(module.get_parameter(name).dtype)
+        if dtype not in DTYPES:
+            raise ModelError(
+                f"{name} is in {dtype}, which is not compressed: give the model in one of "
+                f"{', '.join(DTYPES)}, or exclude it."
+            )
+
+
+def require_separate(module: nn.Module) -> None:
+    """Refuse parameters that lie in the same memory and are not one.
+
+    Raises:
+        ModelError: there is a pair; changing one would change the other.
+    """
+    places: dict[int, list[tuple[int, int, str]]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.numel() and not parameter.is_meta:
+            steps = zip(parameter.shape, parameter.stride(), strict=True)
+            begin = parameter.data_ptr()
+            last = sum((size - 1) * stride for size, stride in steps)
+            end = begin + (last + 1) * parameter.element_size()
+            storage = parameter.untyped_storage().data_ptr()
+            places.setdefault(storage, []).append((begin, end, name))
+    for inside in places.values():
+        inside.sort()
+        for (_, end, name), (begin, _, other) in pairwise(inside):
+            if begin < end:
+                raise ModelError(
+                    f"{name} and {other} lie in the same memory and are two parameters: make "
+                    "them one, or give one of them a copy."
+                )
 
 
 def require_finite(module: nn.Module, names: Iterable[str]) -> None:

@@ -37,8 +37,10 @@ class QuantizedStack:
     Attributes:
         matrices: in the order given.
         relative_losses: tr((W-Q) H (W-Q)^T) / tr(W H W^T) of each, with the undamped H.
-        more_damping: the damping that the factorisation needed where that of the settings was not
-            enough; else None.
+        damping: the damping of the Hessian, by the settings or by the number of inputs; None: the
+            method takes no Hessian.
+        more_damping: the damping that the factorisation needed where that was not enough; else
+            None.
         find_limits: functions that return the fewest bits per weight for each matrix's loss,
             weighted by the sensitivities (limit.py), from the eigenvalues of a matrix [n, n]; None
             where no limit was asked for, or the loss is 0.
@@ -46,6 +48,7 @@ class QuantizedStack:
 
     matrices: tuple[QuantizedMatrix, ...]
     relative_losses: tuple[float, ...]
+    damping: float | None
     more_damping: float | None
     find_limits: tuple[Callable[[], float | None], ...]
 
@@ -149,16 +152,18 @@ def _quantize(stacks: Sequence[Stack], config: CompressionConfig) -> list[Quanti
     raised: Tensor | None = None
     if not isinstance(config.grid, Waterfilled) and config.grid.method == "rtn":
         symbols, grid, classes = _round_to_nearest(weight, config.grid)
-        more_damping: list[float | None] = [None] * len(stacks)
+        dampings: list[float | None] = [None] * len(stacks)
+        more_damping = dampings
     else:
         given = config.objective.damping
-        dampings = [
+        asked = [
             usual_damping(stack.rows_seen, len(stack.hessian)) if given is None else given
             for stack in stacks
         ]
-        damped, upper, used = factors_with_damping(hessian, dampings, config.objective.damping_by)
+        damped, upper, used = factors_with_damping(hessian, asked, config.objective.damping_by)
+        dampings = [*asked]
         more_damping = [
-            now if now != asked else None for now, asked in zip(used, dampings, strict=True)
+            now if now != first else None for now, first in zip(used, asked, strict=True)
         ]
         problem = Problem.build(weight, alpha, damped, upper, bounds, config)
         symbols, grid, classes = problem.solve(), problem.grid, problem.classes
@@ -191,8 +196,8 @@ def _quantize(stacks: Sequence[Stack], config: CompressionConfig) -> list[Quanti
             )
             own.finds.append(find if weight.shape[2] <= config.limit_columns else _no_limit)
     return [
-        QuantizedStack(tuple(own.matrices), tuple(own.losses), more, tuple(own.finds))
-        for own, more in zip(done, more_damping, strict=True)
+        QuantizedStack(tuple(own.matrices), tuple(own.losses), damping, more, tuple(own.finds))
+        for own, damping, more in zip(done, dampings, more_damping, strict=True)
     ]
 
 

@@ -12,7 +12,7 @@ from cerwu_gpu.baselines.nncodec import pass_through_nncodec
 from cerwu_gpu.calibration.running import Batch
 from cerwu_gpu.calibration.sensitivity import Loss
 from cerwu_gpu.compression.adapter import HELD_OUT_TEXT, Adapter
-from cerwu_gpu.compression.run import Run, directory_bytes, plain_bytes
+from cerwu_gpu.compression.run import Run, directory_bytes, plain_bytes, tensors_bytes
 from cerwu_gpu.config import Batches, CompressionConfig
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.errors import ConfigError
@@ -146,6 +146,7 @@ class ModelSubject:
             adapter.write_files(Path(folder))
             rest = directory_bytes(Path(folder))
         rest += plain_bytes(adapter.module, adapter.layouts)
+        rest += tensors_bytes(adapter.carried.values())
         return Outcome(
             bits_per_weight=8 * coded_bytes / sum(p.numel() for p in parameters.values()),
             directory_bytes=coded_bytes + rest,

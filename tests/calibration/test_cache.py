@@ -7,6 +7,7 @@ from cerwu_gpu.calibration import cache
 from cerwu_gpu.calibration.cache import CachedBlocks, HessianCache, tensors_digest
 from cerwu_gpu.errors import CalibrationError, OutputError
 from cerwu_gpu.hf.companions import described
+from cerwu_gpu.quantize.sensitivity import Sensitivities
 from tests.hf.calibrated import cached_blocks, find_weights
 from tests.hf.calibrated import calibrated_blocks as CalibratedBlocks
 from tests.hf.toys import toy, toy_tokens
@@ -129,3 +130,29 @@ def test_nothing_but_whole_files_is_left(tmp_path):
     contents(open_blocks(toy("llama"), tmp_path))
     names = sorted(file.name for file in (tmp_path / "key").iterdir())
     assert names == [f"block-0000{index}.safetensors" for index in range(3)]
+
+
+@pytest.mark.parametrize("what", ["tensors", "description"])
+def test_a_flipped_bit_is_noticed(what, tmp_path):
+    """A Hessian with one wrong number would still have a factor, and other weights."""
+    contents(open_blocks(toy("llama"), tmp_path))
+    file = HessianCache(tmp_path, "key").file(1)
+    raw = bytearray(file.read_bytes())
+    place = (
+        len(raw) // 2 if what == "tensors" else raw.index(b"tokens") + len(b'tokens\\":{\\"') + 1
+    )
+    raw[place] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(CalibrationError, match=r"block-00001.safetensors is damaged: delete"):
+        contents(open_blocks(toy("llama"), tmp_path, calibrate=never))
+
+
+def test_a_flipped_bit_in_the_sensitivities_is_noticed(tmp_path):
+    kept = HessianCache(tmp_path, "key")
+    kept.write_sensitivities(Sensitivities({("w", 0): torch.rand(1000)}))
+    file = tmp_path / "key" / "sensitivities.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-2] ^= 64
+    file.write_bytes(raw)
+    with pytest.raises(CalibrationError, match="is damaged"):
+        kept.read_sensitivities()

@@ -13,13 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cerwu_gpu import backend
 from cerwu_gpu.coding import side
-from cerwu_gpu.container.header import Manifest
+from cerwu_gpu.container import reader
+from cerwu_gpu.container.header import Manifest, Part
 from cerwu_gpu.container.matrix import encode_matrix
 from cerwu_gpu.container.reader import open_directory, verify
+from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import CorruptionError, FormatError, VersionError
 from cerwu_gpu.quantize.layer import quantize_stack
-from cerwu_gpu.spec import TABLE_SLOTS_LIMIT
+from cerwu_gpu.spec import TABLE_SLOTS_LIMIT, WEIGHTS_PER_BYTE
 from tests.configs import configured
 from tests.fuzz.mutations import Opened
 
@@ -369,3 +372,63 @@ def test_tiny_matrices_have_no_more_tables_than_rows_and_columns(m, n, seed, oct
     x = torch.randn(n, 20, generator=generator) * torch.exp2(torch.rand(n, 1) * octaves)
     stack = quantize_stack([weight], x @ x.t() / 10, configured(lmbda=1e-3))
     encode_matrix(stack.matrices[0], 0.5).part.check("w")
+
+
+def empty_matrix(path: Path, rows: int, columns: int, streams: int) -> None:
+    """A directory with one matrix of one symbol: no words, and arrays of width 0."""
+    counts = {"row_class": (rows, np.uint8), "column_class": (columns, np.uint8)}
+    counts |= {"step_code": (columns, np.int16), "row_scale_code": (rows, np.int16)}
+    arrays: dict = {name: np.zeros(count, dtype) for name, (count, dtype) in counts.items()}
+    arrays |= {
+        "table_codes": np.zeros((1, 1, 1), np.uint8),
+        "lengths": np.zeros(streams, np.uint32),
+    }
+    blob = side.pack(arrays, rows, columns)
+    only = Part(rows, columns, "scalar", 0, 1, 0, 1, 0, len(blob), 0, None)
+    with DirectoryWriter(path, generator="") as writer:
+        writer.add_compressed(
+            "w",
+            shape=(rows, columns),
+            dtype=torch.float32,
+            transposed=False,
+            parts=(only,),
+            words=torch.zeros(0, dtype=torch.uint32),
+            side=torch.frombuffer(bytearray(blob), dtype=torch.uint8),
+        )
+        writer.complete()
+        writer.publish()
+
+
+def test_a_small_file_cannot_ask_for_much(tmp_path):
+    """The writer makes up for matrices of no bits; without its blanks they are refused."""
+    path = tmp_path / "out"
+    empty_matrix(path, 1 << 10, 1 << 10, 8)
+    assert (path / "model.safetensors").stat().st_size >= (1 << 20) // WEIGHTS_PER_BYTE
+    verify(path)
+    assert not next(open_directory(path).weights())[1].any()
+    raw_header(path, lambda text: (text.rstrip(b" "), None))
+    assert (path / "model.safetensors").stat().st_size < 2000
+    with pytest.raises(FormatError, match="claims 1048576 weights, too many"):
+        verify(path)
+
+
+def test_a_matrix_has_at_most_511_classes(copy):
+    directory = copy("scalar")
+    change(directory, lambda o: (resized(1 << 10, 8)(o), part(tables=512)(o)))
+    with pytest.raises(FormatError, match="contradicts itself"):
+        open_directory(directory)
+
+
+def test_many_tables_are_laid_out_a_few_at_a_time(tmp_path, monkeypatch):
+    """The weights are those that they are together."""
+    directory = GOLDEN / "moe"
+    expected = dict(open_directory(directory).weights())
+    calls = []
+    decode = backend.decode_weights
+    monkeypatch.setattr(
+        backend, "decode_weights", lambda *a: (calls.append(len(a[0])), decode(*a))[1]
+    )
+    monkeypatch.setattr(reader, "BATCH_TABLES", 2)
+    found = dict(open_directory(directory).weights())
+    assert len(calls) > 2
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())

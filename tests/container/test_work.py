@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,4 +122,24 @@ def test_runs_that_begin_and_end_together_never_take_each_other_for_strangers(
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(run, range(400)))
     assert any(results)
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("step", ["unlink", "rename", "rmdir"])
+def test_an_interrupt_of_the_last_step_leaves_nothing(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes right after the system has done its part."""
+    done = getattr(Path, step)
+    interrupts = iter([KeyboardInterrupt])
+
+    def interrupted(path: Path, *arguments: Any, **options: Any) -> Any:
+        result = done(path, *arguments, **options)
+        for interrupt in interrupts:
+            raise interrupt
+        return result
+
+    with pytest.raises(KeyboardInterrupt), work_directory(tmp_path / "out") as work:
+        work.begin({"lmbda": "1"})
+        monkeypatch.setattr(Path, step, interrupted)
     assert contents(tmp_path) == {}

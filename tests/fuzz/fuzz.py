@@ -1,12 +1,16 @@
 """Damages golden directories many times, and counts what reading them then does.
 
-    python tests/fuzz/fuzz.py --mutations 20000
+    python tests/fuzz/fuzz.py --mutations 50000
+    CERWU_GPU_BACKEND=torch python tests/fuzz/fuzz.py --mutations 5000 --doors reader
     CERWU_GPU_BACKEND=triton TRITON_INTERPRET=1 python tests/fuzz/fuzz.py --mutations 300 --small
 
 Half of the mutations are accidents, half are attacks: changes after which every checksum is right
-again. Each must end in a CerwuError that names a tensor or a file, or in the very same weights; an
-attack may also end in other weights. Workers with limited memory and time do the reading, so that a
-crash or a hang is one more count. Exit status 1: something was neither.
+again. They take turns at the doors: the reader, verify, info, load_compressed, from_pretrained and
+decompress. Each must end in a CerwuError that names a tensor or a file, or in the very same
+weights; an attack may also end in other weights. from_pretrained reads config.json and headers
+before it asks us: whatever it refuses then is counted as foreign. Workers with limited memory and
+time do the reading, so that a crash or a hang is one more count; so is memory beyond twice that of
+the honest directory and 50 MB. Exit status 1: something was neither.
 """
 
 import argparse
@@ -19,9 +23,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,8 +35,16 @@ sys.path.insert(0, str(ROOT))
 # ruff: noqa: E402 - the checkout goes on the path before the package is imported
 import torch
 
-from cerwu_gpu.container.reader import CompressedDirectory, decode_stored, open_directory
+from cerwu_gpu.container.breakdown import breakdown
+from cerwu_gpu.container.reader import (
+    CompressedDirectory,
+    decode_stored,
+    inventory,
+    open_directory,
+    verify,
+)
 from cerwu_gpu.errors import CerwuError
+from cerwu_gpu.hf.loading import is_compressed
 from tests.fuzz.mutations import mutate
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -41,7 +54,9 @@ EXTRA_MEMORY = 4 << 30
 """Address space that a worker gets beyond what it has after the honest directory: a crash below."""
 SMALL = 64
 """Weights of one directory that Triton's interpreter has the time for."""
-BAD = ("crash", "hang", "unnamed", "wrong weights by accident")
+BAD = ("crash", "hang", "unnamed", "wrong weights by accident", "memory")
+MEMORY = 50 << 20
+"""Bytes that a damaged directory may take beyond twice what the honest one takes."""
 
 
 def kinds() -> list[str]:
@@ -75,6 +90,67 @@ def read(path: Path, names: list[str]) -> dict[str, bytes]:
     return {name: description(tensor) for name, tensor in tensors.items()}
 
 
+def described(model: torch.nn.Module) -> dict[str, bytes]:
+    return {name: description(tensor) for name, tensor in model.state_dict().items()}
+
+
+def through_info(path: Path) -> dict[str, bytes]:
+    inventory(path)
+    breakdown(path)
+    return {}
+
+
+def through_load(path: Path) -> dict[str, bytes]:
+    from cerwu_gpu.hf.loading import load_compressed
+
+    return described(load_compressed(path))
+
+
+def through_transformers(path: Path) -> dict[str, bytes]:
+    """What from_pretrained gives.
+
+    Raises:
+        CerwuError: as reading does; Foreign: transformers refuses it by itself.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        weights = described(AutoModelForCausalLM.from_pretrained(path))
+        if not is_compressed(path):
+            raise Foreign("config.json names no method, and transformers asks nobody")
+        return weights
+    except (CerwuError, Foreign):
+        raise
+    except Exception as error:
+        names = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
+        ours = any(name.startswith("cerwu_gpu.") for name in names)
+        if ours or isinstance(error, MemoryError):
+            raise
+        raise Foreign(f"{type(error).__name__}: {error}") from error
+
+
+def through_decompress(path: Path) -> dict[str, bytes]:
+    from cerwu_gpu.hf.loading import decompress
+
+    with tempfile.TemporaryDirectory() as place:
+        decompress(path, Path(place) / "plain")
+        return {file.name: b"" for file in (Path(place) / "plain").iterdir()}
+
+
+class Foreign(Exception):
+    """transformers refuses a directory before it asks us."""
+
+
+DOORS: dict[str, Callable[[Path], dict[str, bytes]]] = {
+    "verify": lambda path: verify(path) or {},
+    "info": through_info,
+    "load_compressed": through_load,
+    "from_pretrained": through_transformers,
+    "decompress": through_decompress,
+}
+"""The ways into a directory besides the reader itself; those of transformers models come last."""
+
+
 def description(tensor: torch.Tensor) -> bytes:
     flat = tensor.contiguous().reshape(-1)
     data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
@@ -84,29 +160,45 @@ def description(tensor: torch.Tensor) -> bytes:
 class Subject:
     """A copy of one golden directory that is damaged again and again."""
 
-    def __init__(self, kind: str, place: Path, *, small: bool = False) -> None:
+    def __init__(
+        self, kind: str, place: Path, *, small: bool = False, doors: Sequence[str] = ("reader",)
+    ) -> None:
         self.kind, self.path = kind, place / kind
         shutil.copytree(GOLDEN / kind, self.path)
         directory = open_directory(self.path)
         self.names = chosen(directory, small=small)
-        self.honest = read(self.path, self.names)
-        self.known = [*self.honest, *directory.compressed(), *os.listdir(self.path)]
+        loads = "model_type" in json.loads((self.path / "config.json").read_text("utf-8"))
+        known = [name for name in DOORS if loads or name in ("verify", "info")]
+        self.doors = [name for name in doors if name == "reader" or name in known]
+        self.honest = {name: self._through(name) for name in self.doors}
+        self.known = [*read(self.path, self.names), *directory.compressed(), kind]
+        self.known += os.listdir(self.path)
+
+    def _through(self, door: str) -> dict[str, bytes]:
+        return read(self.path, self.names) if door == "reader" else DOORS[door](self.path)
 
     def outcome(self, number: int) -> tuple[str, str]:
         """What reading after mutation `number` does, and what it said."""
         attack = number % 2 == 1
         seed = f"{self.kind} {number}"
-        file, changed = mutate(self.path, seed, self.names, attack=attack)
+        door = self.doors[number // 2 % len(self.doors)]
+        # What transformers makes of an attack on config.json is not ours before it asks us.
+        described = door in ("load_compressed", "decompress") or (
+            door == "from_pretrained" and not attack
+        )
+        file, changed = mutate(self.path, seed, self.names, attack=attack, described=described)
         raw = file.read_bytes()
         file.write_bytes(changed)
         try:
-            return self._read(attack)
+            return self._read(attack, door)
         finally:
             file.write_bytes(raw)
 
-    def _read(self, attack: bool) -> tuple[str, str]:
+    def _read(self, attack: bool, door: str) -> tuple[str, str]:
         try:
-            weights = read(self.path, self.names)
+            weights = self._through(door)
+        except Foreign as error:
+            return "foreign", str(error)
         except CerwuError as error:
             message = str(error)
             named = any(name in message for name in self.known)
@@ -115,10 +207,10 @@ class Subject:
         except OverflowError:
             return "too large", ""
         except Exception as error:
-            return "crash", f"{type(error).__name__}: {error}"
-        if weights == self.honest:
+            return "crash", f"{door}: {type(error).__name__}: {error}"
+        if weights == self.honest[door]:
             return "harmless", ""
-        return ("wrong weights" if attack else "wrong weights by accident"), ""
+        return ("wrong weights" if attack else "wrong weights by accident"), door
 
 
 def peak() -> int:
@@ -126,18 +218,22 @@ def peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def work(kind: str, first: int, last: int, small: bool) -> None:
+def work(kind: str, first: int, last: int, small: bool, doors: Sequence[str]) -> None:
     """Say `ready`, then before and after each mutation what is going on; one JSON a line."""
     torch.set_num_threads(1)
+    os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers comes
     with tempfile.TemporaryDirectory() as place:
-        subject = Subject(kind, Path(place), small=small)
-        say({"ready": peak()})
+        subject = Subject(kind, Path(place), small=small, doors=doors)
+        honest = peak()
+        say({"ready": honest})
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         limit = used + EXTRA_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for number in range(first, last):
             say({"start": number})
             outcome, message = subject.outcome(number)
+            if outcome not in BAD and peak() > 2 * honest + MEMORY:
+                outcome, message = "memory", f"{peak():,} bytes"
             say({"done": number, "outcome": outcome, "message": message[:300], "peak": peak()})
 
 
@@ -168,17 +264,20 @@ class Tally:
         yield from self.bad
 
 
-def fuzz_kind(kind: str, count: int, small: bool, tally: Tally) -> None:
+def fuzz_kind(kind: str, count: int, small: bool, doors: Sequence[str], tally: Tally) -> None:
     """`count` mutations of one directory; a worker that ends or hangs is replaced."""
     number = 0
     while number < count:
-        number = _supervise(kind, number, count, small, tally)
+        number = _supervise(kind, number, count, small, doors, tally)
 
 
-def _supervise(kind: str, first: int, last: int, small: bool, tally: Tally) -> int:
+def _supervise(
+    kind: str, first: int, last: int, small: bool, doors: Sequence[str], tally: Tally
+) -> int:
     """Run one worker; return the first mutation that is not done."""
     command = [sys.executable, __file__, "--worker", kind, str(first), str(last)]
     command += ["--small"] if small else []
+    command += ["--doors", *doors]
     running = None
     with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as worker:
         assert worker.stdout is not None
@@ -211,18 +310,23 @@ def _supervise(kind: str, first: int, last: int, small: bool, tally: Tally) -> i
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Damage golden directories and read them.")
-    parser.add_argument("--mutations", type=int, default=20000)
+    parser.add_argument("--mutations", type=int, default=50000)
+    parser.add_argument(
+        "--doors", nargs="+", default=["reader", *DOORS], choices=["reader", *DOORS]
+    )
     parser.add_argument("--small", action="store_true", help="only the smallest matrices")
     parser.add_argument("--kinds", nargs="*", default=kinds())
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         kind, first, last = options.worker
-        work(kind, int(first), int(last), options.small)
+        work(kind, int(first), int(last), options.small, options.doors)
         return 0
     tally = Tally()
+    doors = ["reader"] if options.small else options.doors
     for kind in options.kinds:
-        fuzz_kind(kind, -(-options.mutations // len(options.kinds)), options.small, tally)
+        count = -(-options.mutations // len(options.kinds))
+        fuzz_kind(kind, count, options.small, doors, tally)
         print(f"{kind} done", file=sys.stderr)
     print("\n".join(tally.lines()))
     return 1 if tally.bad else 0

@@ -243,15 +243,34 @@ def index_value(raw: bytes, rng: random.Random) -> bytes:
     return json.dumps(index).encode()
 
 
-def mutate(directory: Path, seed: str, names: list[str], *, attack: bool) -> tuple[Path, bytes]:
-    """A file of the directory and what it shall hold instead; the same for the same seed."""
+def config_value(raw: bytes, rng: random.Random) -> bytes:
+    """Any value of config.json becomes another, or is missing."""
+    content = json.loads(raw)
+    where, key = rng.choice(list(_places(content)))
+    if rng.random() < 0.2:
+        del where[key]
+    else:
+        where[key] = _other(where[key], rng)
+    return json.dumps(content).encode()
+
+
+def mutate(
+    directory: Path, seed: str, names: list[str], *, attack: bool, described: bool = False
+) -> tuple[Path, bytes]:
+    """A file of the directory and what it shall hold instead; the same for the same seed.
+
+    With `described`, config.json may be the file, too.
+    """
     rng = random.Random(seed)
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.index.json")])
+    files += [directory / "config.json"] if described else []
     while True:
         file = rng.choice(files)
         raw = file.read_bytes()
         if not attack:
             changed = damaged(raw, rng)
+        elif file.name == "config.json":
+            changed = config_value(raw, rng)
         elif file.suffix == ".json":
             changed = index_value(raw, rng)
         else:

@@ -1,5 +1,6 @@
-"""A sample of what tests/fuzz/fuzz.py does 20,000 times, and that it would notice what is wrong."""
+"""A sample of what tests/fuzz/fuzz.py does 50,000 times, and that it would notice what is wrong."""
 
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,27 @@ def test_mutations_are_detected_or_do_no_harm(kind, tmp_path):
     outcomes = {number: subject.outcome(number) for number in range(40)}
     assert {n: found for n, found in outcomes.items() if found[0] not in GOOD} == {}
     assert Counter(what for what, _ in outcomes.values())["detected"] > 20
+
+
+def test_every_door_detects_them(tmp_path, capfd):
+    """Each door meets eight accidents and eight attacks, some of them on config.json."""
+    subject = fuzz.Subject("scalar", tmp_path, doors=tuple(fuzz.DOORS))
+    assert subject.doors == list(fuzz.DOORS)
+    outcomes = {number: subject.outcome(number) for number in range(16 * len(fuzz.DOORS))}
+    good = GOOD | {"foreign"}
+    assert {n: found for n, found in outcomes.items() if found[0] not in good} == {}
+    counts = Counter(what for what, _ in outcomes.values())
+    assert counts["detected"] > 40 > 10 > counts["foreign"]
+
+
+def test_what_transformers_refuses_by_itself_is_told_apart(tmp_path, monkeypatch):
+    subject = fuzz.Subject("scalar", tmp_path, doors=("from_pretrained",))
+    (subject.path / "config.json").write_text("{")
+    assert subject._read(False, "from_pretrained")[0] == "foreign"
+    shutil.copy(fuzz.GOLDEN / "scalar" / "config.json", subject.path)
+    assert subject._read(False, "from_pretrained")[0] == "harmless"
+    monkeypatch.setattr(reader.CompressedDirectory, "plain", lambda self: 1 // 0)
+    assert subject._read(False, "from_pretrained")[0] == "crash"
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -44,7 +66,7 @@ def test_a_crash_is_counted_as_one(tmp_path, monkeypatch):
     number = next(n for n in range(1, 50, 2) if subject.outcome(n)[0] == "crash")
     tally = fuzz.Tally()
     tally.add("corners", number, *subject.outcome(number))
-    assert tally.bad == [f"corners {number}: crash IndexError: out of range"]
+    assert tally.bad == [f"corners {number}: crash reader: IndexError: out of range"]
 
 
 def test_an_error_without_a_name_is_counted_as_one(tmp_path, monkeypatch):

@@ -158,8 +158,9 @@ def test_a_matrix_without_gradients_is_an_event(run: Any) -> None:
 def test_more_damping_is_reported_with_its_value(
     run: Any, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Two tokens make H singular; without damping there is no factor.
-    settings = {"samples": 1, "sequence_length": 2, "damping": 0.0, "levels": 15, "method": method}
+    # One word again and again makes H singular; without damping there is no factor.
+    settings = {"samples": 4, "sequence_length": 16, "damping": 0.0, "levels": 15, "method": method}
+    settings |= {"text": "sea " * 400}
     settings |= {"include": ("*.layers.0.mlp.down_proj",), "keep_head": True, "sensitivity": "none"}
     report = run(toy("llama"), **settings)
     (event,) = report.events
@@ -211,3 +212,15 @@ def test_weights_left_alone_are_in_the_report_and_do_not_fail_strict(run: Any) -
     assert report.left.keys().isdisjoint(layer.name for layer in report.layers)
     strict = run(toy("llama"), exclude=("*.layers.1.*",), keep_head=True, strict=True)
     assert not strict.events and len(strict.left) > 2
+
+
+def test_fewer_tokens_than_columns_are_an_event_with_the_damping(run: Any) -> None:
+    settings = {"include": ("*.layers.0.mlp.down_proj",), "keep_head": True, "sensitivity": "none"}
+    settings |= {"samples": 1, "sequence_length": 16}
+    columns = toy("llama").config.intermediate_size
+    few = f"16 calibration tokens for {columns} columns: its Hessian was taken with a damping of"
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert run(toy("llama"), **settings).events == (f"{name}: {few} 1",)
+    assert run(toy("llama"), **settings, damping=0.25).events == (f"{name}: {few} 0.25",)
+    assert run(toy("llama"), **{**settings, "samples": 4}).events == ()
+    assert run(toy("llama"), **settings, levels=11, method="rtn").events == ()

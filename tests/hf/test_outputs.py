@@ -7,15 +7,14 @@ from typing import Any
 import transformers.models
 
 from cerwu_gpu.container.output import foreign_content
-from cerwu_gpu.hf import card, classifier, companions
+from cerwu_gpu.hf import card, companions
 from tests.configs import compress_flat, configured
 from tests.hf.toys import toy
 
 COPIED = sorted(
     {
-        *companions.COPIED_FILES,
-        *companions.LICENCE_PATTERNS,
-        *classifier.COPIED_FILES,
+        *(name for name in companions.TOKENIZER_PARTS if "/" not in name),
+        *("LICENSE*", "preprocessor_config.json", "generation_config.json"),
         card.CARD_FILE,
     }
 )

@@ -1,6 +1,8 @@
 """Blocks that stay compressed in memory: the same numbers, and clear refusals."""
 
+import copy
 import gc
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +198,17 @@ def test_wrong_requests_are_refused(
     only = small("llama", tmp_path / "head", toy_tokenizer, toy_text, include=("*embed*",))
     with pytest.raises(ModelError, match="load it dense"):
         cerwu_gpu.load_compressed(only, resident="compressed")
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_runs_with_weights_of_its_own(how: str, llama: Path) -> None:
+    model = cerwu_gpu.load_compressed(llama, resident="compressed")
+    with torch.no_grad():
+        expected = model(toy_tokens(2)).logits
+        other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+        del model
+        gc.collect()
+        assert torch.equal(other(toy_tokens(2)).logits, expected)
+    assert block_bytes(other) == 4 * 32 * 2 * 3, "norms alone: its blocks are compressed as well"
+    with pytest.raises(ModelError, match="moved or cast"):
+        other.half()

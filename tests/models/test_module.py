@@ -196,9 +196,9 @@ def test_image_classifiers_come_back(family: str, tmp_path: Path) -> None:
 def test_an_image_classifier_comes_from_a_directory(tmp_path: Path) -> None:
     model = toy("resnet")
     model.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "preprocessor_config.json").write_text("{}\n")
+    (tmp_path / "model" / "preprocessor_config.json").write_text("{ }\n")
     compress(tmp_path / "model", tmp_path / "out")
-    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}\n"
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}"
     compress(model, tmp_path / "again")
     ours, theirs = (cerwu_gpu.load_compressed(tmp_path / name) for name in ("out", "again"))
     assert torch.equal(ours(images()[0]).logits, theirs(images()[0]).logits)
@@ -211,7 +211,7 @@ def test_modules_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     compress(Plain(), tmp_path / "out")
     other = Plain(width=5)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(FormatError, match=r"stem\.weight as float32 \[7, 3, 3, 3\], Plain as"):
+    with pytest.raises(FormatError, match=r"stem\.weight as \[7, 3, 3, 3\], Plain as"):
         cerwu_gpu.load_compressed(tmp_path / "out", into=other)
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
     more = Plain()
@@ -222,7 +222,7 @@ def test_modules_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     del fewer.head
     with pytest.raises(FormatError, match=r"has head\.(weight|bias), which Plain lacks"):
         cerwu_gpu.load_compressed(tmp_path / "out", into=fewer)
-    with pytest.raises(FormatError, match=r" as float(32|64) \[.*bfloat16 \["):
+    with pytest.raises(FormatError, match=r" as float(32|64), Plain as bfloat16"):
         cerwu_gpu.load_compressed(tmp_path / "out", into=Plain().bfloat16())
     with pytest.raises(FormatError, match=r"no config\.json: fill a module"):
         cerwu_gpu.load_compressed(tmp_path / "out")

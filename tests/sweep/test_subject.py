@@ -170,7 +170,7 @@ def test_nncodec_points_are_measured_with_the_weights_that_it_decodes(
     assert coarse.quality != original == subject.original()
     rtn = subject.run(one(base, "rtn", levels=(15,)), tmp_path / "rtn")
     coded = rtn.bits_per_weight * weights / 8
-    assert coarse.directory_bytes - 1000 == pytest.approx(rtn.directory_bytes - coded, rel=0.6)
+    assert coarse.directory_bytes - 1000 == pytest.approx(rtn.directory_bytes - coded, rel=0.7)
 
 
 def test_nncodec_itself(
