@@ -162,16 +162,21 @@ def private(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["LICENSE", "NOTICE.txt", "tokenizer_config.json", "additional_chat_templates/rag.jinja"],
+)
 def test_links_out_of_a_source_are_not_followed(name: str, tmp_path: Path) -> None:
     source, output = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     output.mkdir()
+    (source / name).parent.mkdir(exist_ok=True)
     (source / name).symlink_to(private(tmp_path))
     (source / "LICENSE.md").write_text("free", encoding="utf-8")
-    adapter = CausalLM(
-        LoadedModel(toy("llama"), None, source), CompressionConfig(), device=torch.device("cpu")
-    )
+    loaded, device = LoadedModel(toy("llama"), None, source), torch.device("cpu")
+    with pytest.raises(ModelError, match=rf"{name} is not copied.*\(strict\)"):
+        CausalLM(loaded, CompressionConfig(strict=True), device=device)
+    adapter = CausalLM(loaded, CompressionConfig(), device=device)
     adapter.write_files(output)
     adapter.write_files(output)
     assert [event for event in adapter.events if name in event] == [

@@ -313,3 +313,18 @@ def test_no_two_blocks_are_in_memory_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(WeightsOnDisk, "_fill", counted)
     compressed(source, tmp_path / "small")
     assert {tuple(blocks) for blocks in present} == {(0,), (1,), (2,)}
+
+
+def test_an_overflow_of_float16_is_noticed_by_blocks_from_disk(tmp_path):
+    model = toy("llama", tie_word_embeddings=False).half()
+    for head, count in ((None, 0), (6e4, 1)):
+        with torch.no_grad():
+            model.lm_head.weight.fill_(head or 0.1)
+        source = tmp_path / f"model-{head}"
+        model.save_pretrained(source)
+        config = configured(lmbda=1e-6, sensitivity="none", keep_head=True)
+        batches = [toy_tokens(8)]
+        report = compress_flat(
+            source, tmp_path / f"small-{head}", config=config, batches=batches, progress=False
+        )
+        assert sum("overflows float16" in event for event in report.events) == count
