@@ -21,7 +21,7 @@ test: install
 # vLLM on the CPU, in an environment of its own. Its torchvision needs CUDA's torch and is not used.
 test-vllm: VENV = .venv-vllm
 test-vllm: | .venv-vllm/bin/vllm
-	$(BIN)/python -m pytest tests/vllm
+	$(BIN)/python -m pytest tests/serving
 
 .venv-vllm/bin/vllm:
 	$(PYTHON) -m venv .venv-vllm

@@ -64,7 +64,7 @@ NOT_RUN = {
     "cerwu-gpu sweep HUB -o sweep --max-windows 40 --methods nncodec": "nncodec is no dependency",
     "hf upload": "publishes",
     "cerwu-gpu push": "publishes; see hf/test_hub",
-    "vllm serve": "vLLM is no dependency; see tests/vllm",
+    "vllm serve": "vLLM is no dependency; see tests/serving",
     "lm_eval": "belongs to lm-eval",
     "python -m cerwu_gpu.hf.lm_eval": "lm-eval is no dependency; see hf/test_tasks",
     "--tasks": "the same",

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types of numbers that need no scale beside them."""
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias)$")
 _SCALE = re.compile(r"[._](weight_)?(scale(_inv|_2)?|scales|scale_shift|qzeros|g_idx|absmax)$")
+
+_BLOCK = re.compile(r"^(.*?\.\d+)\..*$")
 
 Patterns = tuple[tuple[str, ...], tuple[str, ...]]
 """A conversion of transformers: the patterns of its sources and of its targets."""
@@ -360,6 +363,19 @@ def remember(model: PreTrainedModel, described: Mapping[str, Any]) -> None:
             conversions = [one for one in conversions if not hasattr(one, "prefix_to_add")]
         conversions = [StartRenaming(described["renamed"]), *conversions]
     model._weight_conversions = conversions  # type: ignore[assignment]
+
+
+def under_source_names(
+    model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors of a model under the names, and in the parts, of its source.
+
+    Args:
+        model: its class knows the conversions, or `remember` gave it some.
+        tensors: of the model's own names; those of a block one after the other.
+    """
+    for _, block in groupby(tensors, key=lambda pair: _BLOCK.sub(r"\1", pair[0])):
+        yield from revert_weight_conversion(model, dict(block)).items()
 
 
 def source_of(folder: Path) -> dict[str, Any]:

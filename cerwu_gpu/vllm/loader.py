@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any, get_args
@@ -13,9 +14,11 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from cerwu_gpu.container.reader import open_directory
+from cerwu_gpu.container.reader import CompressedDirectory, open_directory
 from cerwu_gpu.errors import ConfigError
+from cerwu_gpu.hf.description import check_described, described_model
 from cerwu_gpu.hf.loading import Resident
+from cerwu_gpu.hf.names import carried_names, remember, source_of, under_source_names
 from cerwu_gpu.spec import QUANT_METHOD
 from cerwu_gpu.vllm.method import StoredTensor
 
@@ -68,13 +71,23 @@ class CerwuLoader(DefaultModelLoader):
             yield from super().get_all_weights(model_config, model)
             return
         self.counter_before_loading_weights = perf_counter()
-        directory = open_directory(self._folder(model_config))
+        folder, trusted = self._folder(model_config), model_config.trust_remote_code
+        directory, carried = open_directory(folder), carried_names(folder)
+        check_described(directory, trusted)
+        config, kind = described_model(folder, trusted)
+        with torch.device("meta"):
+            described: Any = kind(config)
+        remember(described, source_of(folder))
+        plain = list(directory.plain())
+        own = ((name, tensor) for name, tensor in plain if name not in carried)
+        yield from under_source_names(described, chain(own, self._weights(directory)))
+        yield from ((name, tensor) for name, tensor in plain if name in carried)
+
+    def _weights(self, directory: CompressedDirectory) -> Iterator[tuple[str, Tensor]]:
+        """Yield the compressed weights, decoded or to be decoded."""
         if self._resident != "compressed":
-            yield from directory.plain()
             yield from directory.weights(device=self._device)
             return
-        for name, tensor in directory.plain():
-            yield name, tensor.clone()  # the file may not stay as it is
         for name in directory.compressed():
             yield name, StoredTensor(directory.stored(name, device=self._device))
 

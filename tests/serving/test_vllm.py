@@ -20,7 +20,7 @@ from cerwu_gpu import decompress
 from tests.configs import compress_flat, configured
 from tests.hf.toys import CONFIGS, toy_tokens
 
-pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+pytest.importorskip("vllm.entrypoints", reason="vLLM is not installed: make test-vllm")
 
 GENERATE = Path(__file__).parent / "generate.py"
 COMPRESSED = {"model_loader_extra_config": {"resident": "compressed"}}
