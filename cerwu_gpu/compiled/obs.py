@@ -44,7 +44,7 @@ def quantize_block(problem: BlockProblem, *, exhaustive: bool) -> tuple[Tensor, 
     """
     problem.check()
     alphabet, batch, width = problem.alphabet, problem.batch, problem.x.shape[1]
-    columns = problem.x.reshape(batch, -1, width).mT.contiguous()
+    columns = problem.x.reshape(batch, len(problem.x) // batch, width).mT.contiguous()
     symbols, errors = torch.empty_like(columns, dtype=torch.int32), torch.empty_like(columns)
     shared = tuple(
         tensor.contiguous().numpy()
