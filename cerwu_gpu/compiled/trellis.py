@@ -51,7 +51,7 @@ def quantize_block_trellis(
     errors = torch.empty((batch, commit, rows // batch), dtype=torch.float32)
     end = torch.empty(rows, dtype=torch.int64)
     fields = (
-        problem.x.reshape(batch, -1, width).mT,
+        problem.x.reshape(batch, len(problem.x) // batch, width).mT,
         problem.factor.reshape(batch, width, width),
         problem.row_class,
         problem.column_class.reshape(batch, width),
