@@ -14,7 +14,7 @@ _SHORTAGES = {
     ),
     "files that may be open (ulimit -n)": ((errno.EMFILE, errno.ENFILE), "too many open files"),
 }
-"""What a process can run out of -> error numbers, and words in other libraries' messages."""
+"""Resource of a process -> error numbers and words in other libraries' messages of a shortage."""
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What the trellis kernels share: the cost of a step, groups of columns and their residuals."""
+"""Parts of the trellis kernels: the cost of a step, groups of columns and their residuals."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 

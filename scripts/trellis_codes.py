@@ -1,4 +1,4 @@
-"""Which shift registers make good trellises: the gap of each one on Gaussian samples.
+"""Ranking of shift registers as trellises: the gap of each one on Gaussian samples.
 
     python scripts/trellis_codes.py --bits 4 5       # about three minutes
 

@@ -53,7 +53,7 @@ _BLANKS = re.compile(rb'("(?:[^"\\]|\\.)*+")|[ \t\r\n]++')
 
 @dataclass(frozen=True)
 class Companions:
-    """What becomes of the files in a model directory besides its weights.
+    """Fate of the files in a model directory besides its weights.
 
     Attributes:
         carried: relative paths of those that are copied.

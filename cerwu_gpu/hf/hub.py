@@ -12,7 +12,7 @@ from cerwu_gpu.hf.card import CARD_FILE
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes to a repository.
+    """Files of an upload to a repository.
 
     Attributes:
         files: bytes of each file by its path in the repository.

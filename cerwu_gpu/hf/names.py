@@ -81,7 +81,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class SourceNames:
-    """What the directory of a model needs besides the model's own names.
+    """Names, tensors and reasons of a source that the model's own names leave out.
 
     Attributes:
         conversions: those that transformers used when it loaded the source; None: those that it
