@@ -68,7 +68,7 @@ ALSO: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a family: "works", "refused" or a fault, and the sentence."""
+    """Verdict on a family: "works", "refused" or a fault, and the sentence."""
 
     family: str
     result: str

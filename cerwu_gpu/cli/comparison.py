@@ -1,6 +1,5 @@
 """cerwu-gpu compare: draw compressed directories side by side."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,7 +7,7 @@ import typer
 
 from cerwu_gpu.container.output import check_apart
 from cerwu_gpu.errors import ConfigError, OutputError
-from cerwu_gpu.files import write_text
+from cerwu_gpu.files import local_path, read_json, resolved, write_text
 
 if TYPE_CHECKING:
     from cerwu_gpu.report_page.comparison import Compared
@@ -40,11 +39,11 @@ def compare(
     """
     from cerwu_gpu.report_page.comparison import comparison, is_comparison
 
-    output = output.expanduser().resolve()
+    output = resolved(output)
     check_apart({"the page": output}, {f"{path}": path for path in directories})
     if output.is_dir() or (output.exists() and not is_comparison(_beginning(output))):
         raise OutputError(f"{output} is no such page and would be replaced: choose another place.")
-    write_text(output, comparison([_compared(path.expanduser()) for path in directories]))
+    write_text(output, comparison([_compared(local_path(path)) for path in directories]))
     typer.echo(f"page: {output}")
 
 
@@ -75,8 +74,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: make it again.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no JSON object: make it again.")

@@ -7,6 +7,7 @@ from huggingface_hub import HfApi
 
 from cerwu_gpu.container.reader import verify
 from cerwu_gpu.errors import ModelError, reason
+from cerwu_gpu.files import local_path
 from cerwu_gpu.hf.card import CARD_FILE
 
 
@@ -48,7 +49,7 @@ def push(
         FormatError: the directory does not conform to docs/format.md.
         ModelError: the Hub refuses, or cannot be reached.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     verify(folder)
     files = {
         str(file.relative_to(folder)): file.stat().st_size

@@ -7,7 +7,7 @@ from typing import Any
 
 from cerwu_gpu.report_page.charts import HEIGHT, WIDTH, Axes
 from cerwu_gpu.report_page.layers import Kind, kinds
-from cerwu_gpu.report_page.page import environment
+from cerwu_gpu.report_page.page import environment, is_page
 from cerwu_gpu.report_page.scatter import BOTTOM, LEFT, RIGHT, TOP, scatter
 from cerwu_gpu.report_page.scatter import HEIGHT as PLOT_HEIGHT
 from cerwu_gpu.report_page.scatter import WIDTH as PLOT_WIDTH
@@ -81,4 +81,4 @@ def _text(one: Compared) -> list[str]:
 
 def is_comparison(beginning: str) -> bool:
     """Return whether the first characters of a file are those of such a page."""
-    return beginning.startswith("<!DOCTYPE html>") and f"{TITLE}</title>" in beginning
+    return is_page(beginning, TITLE)

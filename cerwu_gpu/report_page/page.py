@@ -89,9 +89,9 @@ def page(report: Mapping[str, Any]) -> str:
     )
 
 
-def is_page(beginning: str) -> bool:
-    """Return whether the first characters of a file are those of such a page."""
-    return beginning.startswith("<!DOCTYPE html>") and f"{TITLE}</title>" in beginning
+def is_page(beginning: str, title: str = TITLE) -> bool:
+    """Return whether the first characters of a file are those of a page whose title ends so."""
+    return beginning.startswith("<!DOCTYPE html>") and f"{title}</title>" in beginning
 
 
 def _model_name(report: Mapping[str, Any]) -> str:

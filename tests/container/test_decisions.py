@@ -1,4 +1,4 @@
-"""What docs/format.md decides where JSON and safetensors leave it open: both readers agree."""
+"""Decisions of docs/format.md where JSON and safetensors leave it open: both readers agree."""
 
 import hashlib
 import json

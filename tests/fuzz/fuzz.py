@@ -107,7 +107,7 @@ def through_load(path: Path) -> dict[str, bytes]:
 
 
 def through_transformers(path: Path) -> dict[str, bytes]:
-    """What from_pretrained gives.
+    """The result of from_pretrained.
 
     Raises:
         CerwuError: as reading does; Foreign: transformers refuses it by itself.

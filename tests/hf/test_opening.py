@@ -1,4 +1,4 @@
-"""What could not be loaded is refused before the work."""
+"""Models that could not be loaded are refused before the work."""
 
 from collections.abc import Callable
 from pathlib import Path

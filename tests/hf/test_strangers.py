@@ -238,7 +238,7 @@ def test_decompress_follows_no_links_either(
 def test_names_are_printed_without_control_sequences(
     golden: Callable[[str], Path], command: Any
 ) -> None:
-    """Of files beside the tensors, and of tensors that safetensors itself complains about."""
+    """Names of files beside the tensors, and of tensors that safetensors itself complains about."""
     folder = golden("scalar")
     (folder / f"{ESCAPE}.txt").write_text("x", encoding="utf-8")
     outcome = command("info", folder)

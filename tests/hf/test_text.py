@@ -20,7 +20,7 @@ def ids_of(tokenizer):
 
 
 def place_of(window, ids):
-    """Where a window of a text begins."""
+    """Beginnings of windows of a text."""
     return int((ids.unfold(0, len(window), 1) == window).all(dim=1).nonzero()[0])
 
 
