@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ HUB_FILES = (
     *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"),
     *("README.md", "LICENSE*", "LICENCE*", "NOTICE*"),
 )
+HUB_FOLDERS = ("additional_chat_templates", "[0-9]*_*")
+"""Folders of a repository that belong to its model: templates, modules of sentence-transformers."""
 
 
 @dataclass(frozen=True)
@@ -206,10 +209,11 @@ def _download(name: str) -> Path:
     """Return the local snapshot of a hub model; without a connection, the cached one."""
     try:
         siblings = HfApi().model_info(name, timeout=20).siblings or ()
-        weights = _first_kind(sibling.rfilename for sibling in siblings)
+        files = [PurePosixPath(sibling.rfilename) for sibling in siblings]
+        weights = _first_kind(files)
         if weights is None:
             raise ModelError(f"{name} on the hub has no weights (model*.safetensors).")
-        patterns: list[str] | None = [*HUB_FILES, weights]
+        wanted: list[str] | None = [str(file) for file in files if _wanted(file, weights)]
         offline = False
     except GatedRepoError as error:
         raise ModelError(f"{name} is gated: accept its terms on the hub and log in.") from error
@@ -221,23 +225,26 @@ def _download(name: str) -> Path:
     except ModelError:
         raise
     except Exception:
-        patterns, offline = None, True
+        wanted, offline = None, True
     try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=patterns, ignore_patterns="*/*", local_files_only=offline
-            )
-        )
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=offline))
     except Exception as error:
         raise ModelError(
             f"{name} is no local path and the hub cannot be reached: check the path or the network."
         ) from error
 
 
-def _first_kind(files: Iterable[str]) -> str | None:
+def _first_kind(files: Iterable[PurePosixPath]) -> str | None:
     """Return the first pattern of WEIGHT_FILES that a file in a repository's root matches."""
-    names = [Path(file) for file in files if "/" not in file]
+    names = [file for file in files if len(file.parts) == 1]
     return next((p for p in WEIGHT_FILES if any(name.match(p) for name in names)), None)
+
+
+def _wanted(file: PurePosixPath, weights: str) -> bool:
+    """Return whether a file of a repository belongs to its model, whose files match `weights`."""
+    if len(file.parts) > 1:
+        return any(fnmatchcase(file.parts[0], folder) for folder in HUB_FOLDERS)
+    return any(file.match(pattern) for pattern in (*HUB_FILES, weights))
 
 
 def _load_directory(

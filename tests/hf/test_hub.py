@@ -74,6 +74,22 @@ def test_a_pushed_directory_loads_by_its_name_and_then_offline(
         assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
+def test_a_source_comes_with_the_folders_of_its_model_and_no_others(
+    hub: Hub, tmp_path: Path
+) -> None:
+    folders = ("additional_chat_templates/rag.jinja", "1_Pooling/config.json")
+    others = ("onnx/model.onnx", "onnx/config.json", "runs/events.json", "training_args.bin")
+    files = ("config.json", "model.safetensors", "modules.json", "tokenizer.json")
+    hub.repositories["user/dense"] = {name: b"{}" for name in (*files, *folders, *others)}
+    home, program = tmp_path / "home", "from cerwu_gpu.hf.models import local_directory as local"
+    program += "; print(local('user/dense'))"
+    done = run(hub, home, "-c", program)
+    assert done.returncode == 0, done.stderr
+    snapshot = Path(done.stdout.splitlines()[-1])
+    fetched = (file for file in snapshot.rglob("*") if file.is_file())
+    assert {file.relative_to(snapshot).as_posix() for file in fetched} == {*files, *folders}
+
+
 def test_a_dry_run_lists_what_would_go_up(hub: Hub, small: Path, tmp_path: Path) -> None:
     shown = run(hub, tmp_path, "-m", "cerwu_gpu", "push", str(small), "user/small", "--dry-run")
     assert shown.returncode == 0, shown.stderr
