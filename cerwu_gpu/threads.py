@@ -13,6 +13,7 @@ from threading import Lock
 from typing import TypeVar
 
 import torch
+from torch import set_num_threads  # vLLM puts a warning in its place in torch, on CPUs
 
 T = TypeVar("T")
 
@@ -39,14 +40,14 @@ class _Threads:
             if self._inside == 0:
                 self._number = torch.get_num_threads()
             self._inside += 1
-            torch.set_num_threads(1)
+            set_num_threads(1)
             return self._number
 
     def leave(self) -> None:
         """Take as many again."""
         with self._lock:
             self._inside -= 1
-            torch.set_num_threads(self._number)
+            set_num_threads(self._number)
 
 
 _THREADS = _Threads()
@@ -101,7 +102,7 @@ def run(tasks: Iterable[Callable[[], T]], device: torch.device = CPU) -> list[T]
 
 def _begin_worker(workers: int) -> None:
     """Prepare the thread of a worker, which may have workers of its own if cores are left."""
-    torch.set_num_threads(1)
+    set_num_threads(1)
     _WORKERS.set(workers)
 
 

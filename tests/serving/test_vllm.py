@@ -5,15 +5,19 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import Distribution, version
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cerwu_gpu import decompress
@@ -43,8 +47,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def toy_for_vllm(family: str, **changes: Any) -> PreTrainedModel:
     """A random model of this family in sizes for vLLM."""
-    import torch
-
     config = CONFIGS[family]()
     for name, value in {**SIZES, **changes}.items():
         setattr(config, name, value)
@@ -106,45 +108,89 @@ def test_tensor_parallel_ranks_take_their_shards(toys: dict[str, Path]) -> None:
     assert resident == expected
 
 
-@pytest.fixture(scope="module")
-def server(toys: dict[str, Path]) -> Iterator[str]:
-    """The address of `vllm serve small`."""
-    port = "18431"
-    environment = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    options = ["--skip-tokenizer-init", "--max-model-len", "64", "--enforce-eager"]
-    command += [str(toys["qwen3"] / "small"), "--port", port, "--dtype", "float32", *options]
-    with subprocess.Popen(command, env=environment) as process:
+@pytest.fixture
+def named_vllm(tmp_path: Path) -> Path:
+    """A folder for PYTHONPATH that has the version of a package vllm.
+
+    vllm-cpu 0.32 imports as vllm, and its command asks for that package's version before all else.
+    """
+    if not any(Distribution.discover(name="vllm")):
+        described = tmp_path / "vllm.dist-info"
+        described.mkdir()
+        content = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n"
+        (described / "METADATA").write_text(content, encoding="utf-8")
+    return tmp_path
+
+
+@contextmanager
+def serving(command: list[str], log: Path, **environment: str) -> Iterator[str]:
+    """The address of a server of vLLM, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    options += ["--skip-tokenizer-init", "--max-model-len", "64", "--enforce-eager"]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    settings = {**os.environ, **settings, **environment}
+    address = f"http://127.0.0.1:{port}"
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [*command, *options], env=settings, stdout=output, stderr=output
+        ) as process,
+    ):
         try:
-            for _ in range(300):
-                assert process.poll() is None, "vllm serve ended"
-                try:
-                    urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                    break
-                except OSError:
-                    time.sleep(1)
-            yield f"http://127.0.0.1:{port}"
+            while not answers(f"{address}/health"):
+                assert process.poll() is None, log.read_text("utf-8")[-4000:]
+                time.sleep(0.5)
+            yield address
         finally:
             process.terminate()
             process.wait(60)
 
 
+def answers(address: str) -> bool:
+    """Whether a server answers there."""
+    try:
+        with urlopen(address, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+MODULES = {
+    "vllm serve": ["vllm.entrypoints.cli.main", "serve"],
+    "python -m": ["vllm.entrypoints.openai.api_server", "--model"],
+}
+"""The server's command, and the module that docs/serving.md names for vllm-cpu."""
+
+
 @pytest.mark.slow
-def test_a_server_answers(server: str, toys: dict[str, Path]) -> None:
-    model = str(toys["qwen3"] / "small")
-    asked = {"model": model, "prompt": [3, 1, 5, 2], "max_tokens": 4, "temperature": 0}
-    request = Request(
-        f"{server}/v1/completions",
-        json.dumps({**asked, "detokenize": False, "return_token_ids": True}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    answer = json.loads(urlopen(request, timeout=60).read())
-    assert answer["usage"]["completion_tokens"] >= 1
-    assert len(answer["choices"][0]["token_ids"]) == answer["usage"]["completion_tokens"]
+@pytest.mark.parametrize("name", MODULES)
+def test_a_server_answers(
+    name: str, toys: dict[str, Path], named_vllm: Path, tmp_path: Path
+) -> None:
+    small, prompt, length = toys["qwen3"] / "small", [3, 1, 5, 2], 6
+    path = os.pathsep.join([str(named_vllm), os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": path} if name == "vllm serve" else {}
+    command = [sys.executable, "-m", *MODULES[name], str(small)]
+    asked = {"model": str(small), "prompt": prompt, "max_tokens": length, "temperature": 0}
+    with serving(command, tmp_path / "log", **environment) as server:
+        request = Request(
+            f"{server}/v1/completions",
+            json.dumps({**asked, "ignore_eos": True, "return_token_ids": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urlopen(request, timeout=60) as response:
+            answer = json.loads(response.read())
+    dense = AutoModelForCausalLM.from_pretrained(toys["qwen3"] / "dense")
+    dense.generation_config.eos_token_id = None
+    options = {"max_new_tokens": length, "do_sample": False}
+    tokens = dense.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+    assert answer["choices"][0]["token_ids"] == tokens
+    assert answer["usage"]["completion_tokens"] == length
+    said = (tmp_path / "log").read_text("utf-8")
+    assert "set_num_threads" not in said
 
 
 def test_other_models_stay_with_vllm() -> None:
