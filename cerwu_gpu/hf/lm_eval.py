@@ -4,6 +4,7 @@ lm-eval finds no models of other packages by itself, so `python -m cerwu_gpu.hf.
 the type and then is `lm_eval`.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from lm_eval.models.huggingface import HFLM
 
 from cerwu_gpu.hf.loading import Resident, load_compressed, local_snapshot
 from cerwu_gpu.hf.models import load_tokenizer
+
+log = logging.getLogger("cerwu_gpu")
 
 
 @register_model("cerwu")
@@ -33,17 +36,23 @@ class CerwuLM(HFLM):
 
         Args:
             pretrained: compressed directory, or the Hub name of one.
-            device: of the model.
+            device: of the model; the CPU, with a warning, for a CUDA device that is not here.
             dtype: name of a torch dtype to cast to; default: as it was compressed.
             resident: "dense", or "compressed" for the least memory.
+            trust_remote_code: run the code of the directory, where it has some.
             options: further arguments of HFLM, such as batch_size.
         """
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            # lm-eval's own default is cuda:0, whatever the machine has.
+            log.warning("there is no CUDA device here: %s runs on the CPU.", pretrained)
+            device = "cpu"
         folder = local_snapshot(pretrained)
         model = load_compressed(
             folder,
             device=device,
             dtype=None if dtype in (None, "auto") else getattr(torch, str(dtype)),
             resident=resident,
+            trust_remote_code=trust_remote_code,
         )
         tokenizer = load_tokenizer(folder, trust_remote_code)
         super().__init__(pretrained=model, tokenizer=tokenizer, **options)

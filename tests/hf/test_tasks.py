@@ -1,15 +1,20 @@
 """Tasks of lm-eval, run by lm-eval itself on a data set that needs no network."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cerwu_gpu import load_compressed
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.hf.evaluation import task_results
+from cerwu_gpu.hf.models import load_tokenizer
 from tests.hf.toys import toy
 
 TASK = """\
@@ -76,6 +81,36 @@ def test_eval_prints_tasks_of_both_models_and_needs_no_text(
 def test_an_unknown_task_is_one_sentence(name: str, task: Path, toy_tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=rf"lm-eval cannot run {name} \(.*: check the names"):
         task_results(toy("llama"), toy_tokenizer, [name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resident", ["dense", "compressed"])
+def test_the_command_of_lm_eval_knows_compressed_directories(
+    resident: str, task: Path, compressed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "cerwu_gpu.hf.lm_eval", "--model", "cerwu", "--tasks", task]
+    options = ["--model_args", f"pretrained={compressed[0]},resident={resident}", "--limit", "1"]
+    options += ["--log_samples", "--output_path", tmp_path / "out"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out").rglob("samples_next_word_*.jsonl")
+    (sample,) = map(json.loads, file.read_text("utf-8").splitlines())
+    assert "there is no CUDA device here" in done.stderr or torch.cuda.is_available()
+    answers = [float(response[0]) for (response,) in sample["resps"]]
+    model, tokenizer = load_compressed(compressed[0]), load_tokenizer(compressed[0], False)
+    asked = [tuple(one.values()) for one in sample["arguments"].values()]
+    expected = [log_likelihood(model, tokenizer, *one) for one in asked]
+    assert answers == pytest.approx(expected, abs=1e-4)
+
+
+def log_likelihood(model: Any, tokenizer: Any, start: str, word: str) -> float:
+    """The logarithm of a word's probability after a start, in nats."""
+    tokens = torch.tensor(tokenizer(start + word).input_ids)
+    first = len(tokenizer(start).input_ids)
+    with torch.no_grad():
+        logs = model(tokens[None, :-1]).logits[0, first - 1 :].log_softmax(dim=-1)
+    return float(logs.gather(1, tokens[first:, None]).sum())
 
 
 def test_without_lm_eval_the_remedy_is_named_before_anything_is_loaded(
