@@ -159,11 +159,12 @@ def stored_in_blocks(
     prefixes = tuple(f"{block}." for block in blocks)
     names = [name for name in directory.compressed() if name.startswith(prefixes)]
     read = directory.all_stored(names, device=device, verify=verify)
-    return {stored.name: _owned(stored) for stored in read}
+    return {stored.name: owned(stored) for stored in read}
 
 
-def _owned(stored: StoredWeight) -> StoredWeight:
-    """Return a copy in memory: on the CPU, words that were read are a view of the file."""
+def owned(stored: StoredWeight) -> StoredWeight:
+    """Return a copy in memory: on the CPU, words that were read are a view of the file, which may
+    not stay as it is."""
     matrices = tuple(
         replace(x, coded=replace(x.coded, words=x.coded.words.clone())) for x in stored.matrices
     )

@@ -19,8 +19,9 @@ from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.hf.description import check_described, described_model
 from cerwu_gpu.hf.loading import Resident
 from cerwu_gpu.hf.names import carried_names, remember, source_of, under_source_names
+from cerwu_gpu.hf.resident import owned
 from cerwu_gpu.spec import QUANT_METHOD
-from cerwu_gpu.vllm.method import StoredTensor
+from cerwu_gpu.vllm.method import CerwuConfig, StoredTensor
 
 
 class CerwuLoader(DefaultModelLoader):
@@ -48,15 +49,34 @@ class CerwuLoader(DefaultModelLoader):
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
+        """Load a model, as vLLM's own loader does.
+
+        Raises:
+            FormatError, ModelError: as `load_compressed`, before the model is built.
+            ConfigError: the model cannot be kept compressed as it was asked for.
+        """
         self._device = torch.device(self.load_config.device or vllm_config.device_config.device)
         if model_config.quantization != QUANT_METHOD:
             if self._resident is not None:
                 raise ConfigError(f"{model_config.model} is not compressed: drop resident.")
-        elif self._resident == "compressed":
-            vllm_config.quant_config.compressed = True
-        else:
-            vllm_config.quant_config = None  # its layers are those of a dense model
-        model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+            model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+            return model
+        compressed = self._resident == "compressed"
+        if compressed and self._device.type != "cpu" and not model_config.enforce_eager:
+            # Decoding checks its streams on the CPU, which a recorded graph cannot do.
+            raise ConfigError("resident compressed runs no CUDA graphs: give --enforce-eager, too.")
+        check_described(open_directory(self._folder(model_config)), model_config.trust_remote_code)
+        if compressed and isinstance(vllm_config.additional_config, dict):
+            # vLLM finds compiled models again by its settings, but for those of loaders.
+            kept = {"cerwu_resident": self._resident}
+            vllm_config.additional_config = vllm_config.additional_config | kept
+        before = vllm_config.quant_config
+        # Dense layers are those of a model without quantization.
+        vllm_config.quant_config = CerwuConfig(compressed=True) if compressed else None
+        try:
+            model = super().load_model(vllm_config, model_config, prefix)
+        finally:
+            vllm_config.quant_config = before
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
@@ -89,7 +109,7 @@ class CerwuLoader(DefaultModelLoader):
             yield from directory.weights(device=self._device)
             return
         for name in directory.compressed():
-            yield name, StoredTensor(directory.stored(name, device=self._device))
+            yield name, StoredTensor(owned(directory.stored(name, device=self._device)))
 
     def _folder(self, model_config: ModelConfig) -> Path:
         """Return the local directory of a model, from the Hub where it is none."""

@@ -1,10 +1,12 @@
 """The quantization method "cerwu" of vLLM, and linear layers whose weights stay compressed."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
@@ -16,19 +18,23 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from cerwu_gpu.container.reader import StoredWeight
+from cerwu_gpu.errors import ConfigError, FormatError
 from cerwu_gpu.spec import QUANT_METHOD
+
+LOAD_FORMATS = ("auto", "hf", "safetensors")
+"""Load formats of vLLM under which compressed directories are read."""
 
 
 class CerwuConfig(QuantizationConfig):
     """The `quantization_config` of a compressed directory's config.json.
 
     Attributes:
-        compressed: keep the weights of linear layers compressed in memory; the loader sets it.
+        compressed: keep the weights of linear layers compressed in memory; the loader asks for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, compressed: bool = False) -> None:
         super().__init__()
-        self.compressed = False
+        self.compressed = compressed
 
     def get_name(self) -> Any:
         return QUANT_METHOD
@@ -49,8 +55,17 @@ class CerwuConfig(QuantizationConfig):
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Return the method of a linear layer; embeddings, heads and experts are always dense.
+
+        Raises:
+            ConfigError: another loader of vLLM is building the model.
+        """
+        load_format = get_current_vllm_config().load_config.load_format
+        if load_format not in (*LOAD_FORMATS, "dummy"):
+            known = ", ".join(LOAD_FORMATS)
+            raise ConfigError(f"load format {load_format} reads no compressed model: use {known}.")
         if not isinstance(layer, LinearBase):
-            return None  # embeddings, heads and experts are decoded while they are loaded
+            return None
         return CompressedLinearMethod(prefix) if self.compressed else UnquantizedLinearMethod()
 
 
@@ -79,8 +94,8 @@ class StoredTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        dense = [x.stored.decode() if isinstance(x, cls) else x for x in args]
-        return func(*dense, **(kwargs or {}))
+        dense = partial(tree_map_only, cls, lambda weight: weight.stored.decode())
+        return func(*dense(args), **dense(kwargs or {}))
 
 
 class CompressedLinearMethod(LinearMethodBase):
@@ -95,6 +110,7 @@ class CompressedLinearMethod(LinearMethodBase):
         self._place: Callable[..., None]
         self._shape: tuple[int, int]
         self._dtype: torch.dtype
+        self._parts: int
 
     def create_weights(
         self,
@@ -113,12 +129,30 @@ class CompressedLinearMethod(LinearMethodBase):
         set_weight_attrs(weight, {"weight_loader": self._keep})
         layer.register_parameter("weight", weight)
         # The operator below finds the layer by its name.
-        get_current_vllm_config().compilation_config.static_forward_context[self._prefix] = layer
+        layers = get_current_vllm_config().compilation_config.static_forward_context
+        if self._prefix in layers:
+            raise ConfigError(f"two layers have the name {self._prefix!r}: drop resident.")
+        layers[self._prefix] = layer
+        self._parts = len(output_partition_sizes)
 
-    def _keep(self, _: nn.Parameter, loaded: Tensor, shard_id: Any = None) -> None:
+    def _keep(self, weight: nn.Parameter, loaded: Tensor, shard_id: Any = None) -> None:
         """Take what vLLM loads into the weight, or a part of it."""
         part = getattr(loaded, "shard_id", None) if shard_id is None else shard_id
+        if not isinstance(loaded, StoredTensor):  # a view of the file
+            loaded = loaded.to(weight.device, self._dtype, copy=True)
         self._sources.append((loaded, part))
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Check that the weight is there, in all of its parts.
+
+        Raises:
+            FormatError: it is not.
+        """
+        parts: set[Any] = set()
+        for _, part in self._sources:
+            parts.update(part if isinstance(part, tuple) else (part,))
+        if None not in parts and len(parts) < self._parts:
+            raise FormatError(f"{self._prefix}: its weight is not in the directory; get it again.")
 
     def decode(self, device: torch.device) -> Tensor:
         """Return the layer's weight [rows, columns] as this process has it."""

@@ -6,8 +6,6 @@ from contextlib import contextmanager
 
 from cerwu_gpu.spec import QUANT_METHOD
 
-LOAD_FORMATS = ("auto", "hf", "safetensors")
-"""Load formats of vLLM under which compressed directories are read."""
 REGISTRY = "vllm.model_executor.model_loader"
 
 
@@ -17,7 +15,7 @@ def register() -> None:
     from vllm.model_executor.model_loader import register_model_loader
 
     from cerwu_gpu.vllm.loader import CerwuLoader
-    from cerwu_gpu.vllm.method import CerwuConfig
+    from cerwu_gpu.vllm.method import LOAD_FORMATS, CerwuConfig
 
     register_quantization_config(QUANT_METHOD)(CerwuConfig)
     with _quiet(REGISTRY):  # vLLM warns of every load format that gets another loader

@@ -99,6 +99,19 @@ def test_tokens_are_those_of_the_dense_model(name: str, toys: dict[str, Path]) -
 
 
 @pytest.mark.slow
+def test_compiled_models_of_both_forms_are_kept_apart(
+    toys: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default vLLM compiles a model, and finds it again by its settings."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    small = {"model": str(toys["llama"] / "small"), "enforce_eager": False}
+    jobs = [{"model": str(toys["llama"] / "dense")}, {**small, **COMPRESSED}, small]
+    expected, resident, loaded = generated(toys["llama"], jobs)
+    assert resident == expected
+    assert loaded == expected
+
+
+@pytest.mark.slow
 def test_tensor_parallel_ranks_take_their_shards(toys: dict[str, Path]) -> None:
     folder = toys["llama, untied"]
     small = {"model": str(folder / "small"), "tensor_parallel_size": 2}
