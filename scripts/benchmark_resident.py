@@ -60,7 +60,8 @@ def measure(way: str, path: str, tokens: int) -> dict[str, Any]:
         model: Any = AutoModelForCausalLM.from_pretrained(path)
     else:
         model = load_compressed(path, resident=way)
-    loaded, prompt = perf_counter(), torch.arange(PROMPT_TOKENS)[None]
+    loaded = perf_counter()
+    prompt = torch.arange(PROMPT_TOKENS)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad():
         logits = model(prompt).logits
     result = {

@@ -51,11 +51,9 @@ def prompts(folder: str) -> list[list[int]]:
 
 
 @contextmanager
-def watched(result: Row) -> Iterator[None]:
-    """Put memory and seconds of vLLM's loader into `result`."""
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-
-    load_model = BaseModelLoader.load_model
+def watched(loader: Any, result: Row) -> Iterator[None]:
+    """Put memory and seconds of a class of loaders into `result`."""
+    load_model = loader.load_model
 
     def measured(*arguments: Any, **options: Any) -> Any:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -68,20 +66,23 @@ def watched(result: Row) -> Iterator[None]:
         result["resident_peak"] = peak_bytes()
         return model
 
-    BaseModelLoader.load_model = measured
+    loader.load_model = measured
     try:
         yield
     finally:
-        BaseModelLoader.load_model = load_model
+        loader.load_model = load_model
 
 
 def measure(form: str, folder: str) -> Row:
     """Load a directory into vLLM in this process and continue the prompts."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams, __version__
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-    result: Row = {"form": form}
+    from cerwu_gpu.vllm.loader import CerwuLoader
+
+    result: Row = {"form": form, "vllm": __version__}
     asked = [{"prompt_token_ids": prompt} for prompt in prompts(folder)]
-    with watched(result):
+    with watched(BaseModelLoader if form == "dense" else CerwuLoader, result):
         begin = perf_counter()
         llm = LLM(folder, dtype="float32", max_model_len=256, **FORMS[form])
         result["ready_seconds"] = perf_counter() - begin
@@ -138,8 +139,6 @@ def main() -> int:
     if given.form is not None:
         given.json.write_text(json.dumps(measure(given.form, str(given.small))), encoding="utf-8")
         return 0
-    import vllm
-
     from cerwu_gpu import decompress
     from scripts.benchmark_cpu import environment
 
@@ -154,7 +153,6 @@ def main() -> int:
     texts = [row.pop("texts") for row in rows]
     result = {
         **where,
-        "vllm": vllm.__version__,
         "prompts": PROMPTS,
         "tokens_each": TOKENS,
         "dense_bytes": size,

@@ -73,6 +73,7 @@ def load_compressed(
         path: compressed directory, or the hub name of one.
         into: a module to be filled in place and returned instead, which a plain torch module needs,
             since its directory does not describe its class; it stays on its device, in its mode.
+            Tensors that were only kept (`carried` in config.json) fill it where it has them.
         device: where the model goes; default: the CPU. With `into`: where weights are decoded.
         dtype: cast all floating-point weights; default: as they were compressed.
         resident: "dense", or "compressed" for the least memory.
@@ -96,7 +97,10 @@ def load_compressed(
     if into is not None:
         if dtype is not None or resident != "dense":
             raise ConfigError("dtype and resident are not for a module to be filled: drop them.")
-        return fill(into, directory, device=target, verify=verify, progress=progress)
+        carried = carried_names(folder) if is_compressed(folder) else set()
+        return fill(
+            into, directory, device=target, carried=carried, verify=verify, progress=progress
+        )
     check_described(directory, trust_remote_code)
     if resident == "compressed":
         return _compressed_in_memory(folder, directory, target, dtype, verify, trust_remote_code)

@@ -1,7 +1,7 @@
 """Adapter of any torch module, which runs whole on batches of inputs."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -283,6 +283,7 @@ def fill(
     directory: CompressedDirectory,
     *,
     device: torch.device,
+    carried: Collection[str] = (),
     verify: bool = True,
     progress: bool = False,
 ) -> Module:
@@ -290,6 +291,8 @@ def fill(
 
     Args:
         device: of the decoding; the module stays on its own.
+        carried: names of stored tensors that a module of this kind does not load; those that this
+            one has are copied, too.
 
     Returns:
         The module.
@@ -299,7 +302,9 @@ def fill(
             damaged.
     """
     target: dict[str, Tensor] = dict(module.state_dict(keep_vars=True))
-    described, kind = directory.described(), type(module).__name__
+    kind = type(module).__name__
+    left = set(carried) - set(target)
+    described = {name: entry for name, entry in directory.described().items() if name not in left}
     check_names(directory.path, target, {n: shape for n, (_, shape) in described.items()}, kind)
     for name, (dtype, _) in described.items():
         if dtype != dtype_name(target[name].dtype):
@@ -307,7 +312,8 @@ def fill(
                 f"{directory.path} has {name} as {dtype}, {kind} as "
                 f"{dtype_name(target[name].dtype)}: give the module it is of."
             )
-    state = dict(directory.plain(verify=verify))
+    plain = directory.plain(verify=verify)
+    state = {name: tensor for name, tensor in plain if name not in left}
     state |= dict(directory.weights(device=device, verify=verify, progress=progress))
     for name, tensor in state.items():
         target[name].copy_(tensor)

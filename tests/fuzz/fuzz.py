@@ -5,12 +5,13 @@
     CERWU_GPU_BACKEND=triton TRITON_INTERPRET=1 python tests/fuzz/fuzz.py --mutations 300 --small
 
 Half of the mutations are accidents, half are attacks: changes after which every checksum is right
-again. They take turns at the doors: the reader, verify, info, load_compressed, from_pretrained and
-decompress. Each must end in a CerwuError that names a tensor or a file, or in the very same
-weights; an attack may also end in other weights. from_pretrained reads config.json and headers
-before it asks us: whatever it refuses then is counted as foreign. Workers with limited memory and
-time do the reading, so that a crash or a hang is one more count; so is memory beyond twice that of
-the honest directory and 50 MB. Exit status 1: something was neither.
+again. They take turns at the doors: the reader, verify, info, load_compressed, from_pretrained,
+decompress and, where it is installed, the loader of vLLM. Each must end in a CerwuError that names
+a tensor or a file, or in the very same weights; an attack may also end in other weights.
+from_pretrained reads config.json and headers before it asks us: whatever it refuses then is counted
+as foreign. Workers with limited memory and time do the reading, so that a crash or a hang is one
+more count; so is memory beyond twice that of the honest directory and 50 MB. Exit status 1:
+something was neither.
 """
 
 import argparse
@@ -24,9 +25,11 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from traceback import walk_tb
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,6 +140,19 @@ def through_decompress(path: Path) -> dict[str, bytes]:
         return {file.name: b"" for file in (Path(place) / "plain").iterdir()}
 
 
+def through_vllm(path: Path) -> dict[str, bytes]:
+    """The weights that vLLM would be given; no engine is started."""
+    from vllm.config.load import LoadConfig
+
+    from cerwu_gpu.vllm.loader import CerwuLoader
+
+    given: Any = SimpleNamespace(
+        model=str(path), quantization="cerwu", trust_remote_code=False, revision=None
+    )
+    weights = CerwuLoader(LoadConfig()).get_all_weights(given, torch.nn.Module())
+    return {name: description(tensor) for name, tensor in weights}
+
+
 class Foreign(Exception):
     """transformers refuses a directory before it asks us."""
 
@@ -148,6 +164,8 @@ DOORS: dict[str, Callable[[Path], dict[str, bytes]]] = {
     "from_pretrained": through_transformers,
     "decompress": through_decompress,
 }
+if find_spec("vllm") is not None:
+    DOORS["vllm"] = through_vllm
 """The ways into a directory besides the reader itself; those of transformers models come last."""
 
 
@@ -183,7 +201,7 @@ class Subject:
         seed = f"{self.kind} {number}"
         door = self.doors[number // 2 % len(self.doors)]
         # What transformers makes of an attack on config.json is not ours before it asks us.
-        described = door in ("load_compressed", "decompress") or (
+        described = door in ("load_compressed", "decompress", "vllm") or (
             door == "from_pretrained" and not attack
         )
         file, changed = mutate(self.path, seed, self.names, attack=attack, described=described)
@@ -322,6 +340,8 @@ def main() -> int:
         kind, first, last = options.worker
         work(kind, int(first), int(last), options.small, options.doors)
         return 0
+    if "vllm" not in DOORS:
+        print("vLLM is not installed: its loader is no door (make test-vllm).", file=sys.stderr)
     tally = Tally()
     doors = ["reader"] if options.small else options.doors
     for kind in options.kinds:

@@ -118,6 +118,9 @@ def test_what_transformers_does_not_load_is_kept_and_told(
     for door in (cerwu_gpu.load_compressed, AutoModelForCausalLM.from_pretrained):
         assert not any("mtp" in name for name in door(tmp_path / "small").state_dict())
     cerwu_gpu.load_compressed(tmp_path / "small", resident="compressed")
+    expected = cerwu_gpu.load_compressed(tmp_path / "small").state_dict()
+    filled = cerwu_gpu.load_compressed(tmp_path / "small", into=toy("llama")).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in filled.items())
     cerwu_gpu.decompress(tmp_path / "small", tmp_path / "plain")
     assert stored(tmp_path / "plain") == stored(model)
     index = json.loads((tmp_path / "plain" / "model.safetensors.index.json").read_text())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import pipeline
 
 import cerwu_gpu
 from cerwu_gpu import ConfigError, ModelError
@@ -71,6 +72,37 @@ def test_logits_and_tokens_are_those_of_the_dense_model(
     assert torch.equal(*written)
     assert not resident.training
     assert not resident(tokens).logits.requires_grad
+
+
+def test_batches_and_pipelines_give_the_text_of_the_dense_model(
+    llama: Path, toy_tokenizer: Any
+) -> None:
+    written: list[Any] = []
+    for resident in ("dense", "compressed"):
+        model: Any = cerwu_gpu.load_compressed(llama, resident=resident)  # type: ignore[call-overload]
+        tokens, mask = toy_tokens(4)[:, :9], torch.ones(4, 9, dtype=torch.int64)
+        mask[1, :3] = mask[3, :8] = 0  # shorter prompts, filled up on the left
+        options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        batch = model.generate(tokens, attention_mask=mask, **options)
+        words = pipeline("text-generation", model=model, tokenizer=toy_tokenizer)
+        texts = words(["the gulls follow", "the price"], **options)
+        written.append((batch.tolist(), texts))
+    assert len({tuple(row) for row in written[0][0]}) == 4
+    assert written[0] == written[1]
+
+
+@pytest.mark.gpu
+def test_blocks_decoded_ahead_are_those_of_the_dense_model(llama: Path) -> None:
+    """The second stream decodes the next block while this one runs; the first runs after it."""
+    dense = cerwu_gpu.load_compressed(llama, device="cuda")
+    resident = cerwu_gpu.load_compressed(llama, device="cuda", resident="compressed")
+    with torch.no_grad():
+        for count in (4, 1, 2):
+            tokens = toy_tokens(count).cuda()
+            assert torch.equal(resident(tokens).logits, dense(tokens).logits)
+    tokens = toy_tokens(2)[:, :8].cuda()
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(resident.generate(tokens, **options), dense.generate(tokens, **options))
 
 
 def test_a_real_model_gives_the_same_logits(tmp_path: Path, data: Path) -> None:

