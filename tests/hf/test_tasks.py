@@ -40,10 +40,15 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A task of four questions; lm-eval must be installed."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = tmp_path / "rows.jsonl"
-    question = {"start": "the gulls follow", "words": [" them", " zzz"]}
-    rows.write_text("".join(json.dumps({**question, "right": n % 2}) + "\n" for n in range(4)))
-    path = tmp_path / "next_word.yaml"
+    return question(tmp_path)
+
+
+def question(folder: Path) -> Path:
+    """The file of a task that asks the same question four times, written to a folder."""
+    rows = folder / "rows.jsonl"
+    asked = {"start": "the gulls follow", "words": [" them", " zzz"]}
+    rows.write_text("".join(json.dumps({**asked, "right": n % 2}) + "\n" for n in range(4)))
+    path = folder / "next_word.yaml"
     path.write_text(TASK.format(rows=rows))
     return path
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cerwu_gpu import decompress
 from tests.configs import compress_flat, configured
+from tests.hf.test_tasks import question
 from tests.hf.toys import CONFIGS, toy_tokens
 
 pytest.importorskip("vllm.entrypoints", reason="vLLM is not installed: make test-vllm")
@@ -209,6 +210,38 @@ def test_a_server_answers(
     assert answer["usage"]["completion_tokens"] == length
     said = (tmp_path / "log").read_text("utf-8")
     assert "set_num_threads" not in said
+
+
+@pytest.mark.slow
+def test_lm_eval_runs_a_compressed_model_in_vllm(
+    toy_tokenizer: Any, named_vllm: Path, tmp_path: Path
+) -> None:
+    """The answers are those of transformers with the dense directory."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    small, task = tmp_path / "small", question(tmp_path)
+    config, batches = configured(lmbda=1e-6), [toy_tokens()]
+    model = toy_for_vllm("llama", vocab_size=len(toy_tokenizer))
+    options: dict[str, Any] = {"batches": batches, "config": config, "progress": False}
+    compress_flat(model, small, **options)
+    toy_tokenizer.save_pretrained(small)
+    decompress(small, tmp_path / "dense")
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    path = os.pathsep.join([str(named_vllm), os.environ.get("PYTHONPATH", "")])
+    settings |= {"PYTHONPATH": path, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    answers = []
+    for kind, arguments in {
+        "vllm": f"pretrained={small},dtype=float32,enforce_eager=True,max_model_len=64",
+        "hf": f"pretrained={tmp_path / 'dense'},dtype=float32",
+    }.items():
+        command = [sys.executable, "-m", "lm_eval", "--model", kind, "--model_args", arguments]
+        command += ["--tasks", str(task), "--log_samples", "--output_path", str(tmp_path / kind)]
+        run = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+        (file,) = (tmp_path / kind).rglob("samples_*.jsonl")
+        samples = map(json.loads, file.read_text("utf-8").splitlines())
+        answers.append([float(one[0]) for sample in samples for (one,) in sample["resps"]])
+    assert answers[0] == pytest.approx(answers[1], abs=1e-3)
+    assert len(set(answers[0])) > 1
 
 
 def test_other_models_stay_with_vllm() -> None:
