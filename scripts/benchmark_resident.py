@@ -8,6 +8,7 @@ What limits resident="compressed" is decoding: in its process all blocks are dec
 turn with the generation. At least half of that pace is the bar.
 
     python scripts/benchmark_resident.py SMALL --original MODEL
+    OMP_NUM_THREADS=1 python scripts/benchmark_resident.py SMALL --cpu-time   # beside other work
 """
 
 import argparse
@@ -16,8 +17,9 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +48,9 @@ def peak_bytes() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure(way: str, path: str, tokens: int) -> dict[str, Any]:
+def measure(
+    way: str, path: str, tokens: int, clock: Callable[[], float] = perf_counter
+) -> dict[str, Any]:
     """Load `path` in this process and run it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -55,12 +59,12 @@ def measure(way: str, path: str, tokens: int) -> dict[str, Any]:
 
     # The module of the model's class, which would count as the model's memory otherwise.
     AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(path))]
-    imported, begin = peak_bytes(), perf_counter()
+    imported, begin = peak_bytes(), clock()
     if way in ("original", "from_pretrained"):
         model: Any = AutoModelForCausalLM.from_pretrained(path)
     else:
         model = load_compressed(path, resident=way)
-    loaded = perf_counter()
+    loaded = clock()
     prompt = torch.arange(PROMPT_TOKENS)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad():
         logits = model(prompt).logits
@@ -68,20 +72,20 @@ def measure(way: str, path: str, tokens: int) -> dict[str, Any]:
         "way": way,
         "dtype": str(model.dtype),
         "seconds_to_load": loaded - begin,
-        "seconds_of_a_forward": perf_counter() - loaded,
+        "seconds_of_a_forward": clock() - loaded,
         "logits_sha256": hashlib.sha256(logits.float().numpy().tobytes()).hexdigest(),
     }
-    paces = {str(batch): pace(model, prompt.repeat(batch, 1), tokens) for batch in BATCHES}
+    prompts = {str(batch): prompt.repeat(batch, 1) for batch in BATCHES}
+    paces = {batch: pace(model, repeated, tokens, clock) for batch, repeated in prompts.items()}
     result["peak_bytes"] = used = peak_bytes()
     result["imports_bytes"], result["model_bytes"] = imported, used - imported
     decoder = Decoder(path, model) if way == "compressed" else None
     seconds: list[float] = []
     for _ in range(1, TURNS):
-        for batch in BATCHES:
-            again = pace(model, prompt.repeat(batch, 1), tokens)
-            paces[str(batch)] = max(paces[str(batch)], again)
+        for batch, repeated in prompts.items():
+            paces[batch] = max(paces[batch], pace(model, repeated, tokens, clock))
         if decoder is not None:
-            seconds.append(decoder.seconds())
+            seconds.append(decoder.seconds(clock))
     result["tokens_per_second"] = paces["1"]
     result["tokens_per_second_by_batch"] = paces
     if decoder is not None:
@@ -91,14 +95,14 @@ def measure(way: str, path: str, tokens: int) -> dict[str, Any]:
     return result
 
 
-def pace(model: Any, prompt: Any, tokens: int) -> float:
+def pace(model: Any, prompt: Any, tokens: int, clock: Callable[[], float]) -> float:
     """Return tokens a second, of all sequences together, the pass over the prompt included."""
     import torch
 
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-    begin = perf_counter()
+    begin = clock()
     model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-    return len(prompt) * tokens / (perf_counter() - begin)
+    return len(prompt) * tokens / (clock() - begin)
 
 
 class Decoder:
@@ -125,21 +129,21 @@ class Decoder:
         }
         self.weights = sum(stored.entry.weights for block in self._blocks for stored in block)
 
-    def seconds(self) -> float:
+    def seconds(self, clock: Callable[[], float]) -> float:
         """Return the seconds in which all are decoded, block by block."""
         from cerwu_gpu.container.reader import decode_stored
 
-        begin = perf_counter()
+        begin = clock()
         for block in self._blocks:
             memory = self._memory[tuple(stored.entry.shape for stored in block)]
             for _ in decode_stored(block, memory):
                 pass
-        return perf_counter() - begin
+        return clock() - begin
 
 
-def in_fresh_process(way: str, path: str, tokens: int) -> dict[str, Any]:
+def in_fresh_process(way: str, path: str, tokens: int, *options: str) -> dict[str, Any]:
     """Run `measure` in a new process and return its result."""
-    command = [sys.executable, __file__, path, "--way", way, "--tokens", str(tokens)]
+    command = [sys.executable, __file__, path, "--way", way, "--tokens", str(tokens), *options]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
@@ -166,20 +170,30 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4, help="tokens to generate")
     parser.add_argument("--json", type=Path, default=RESULTS, help="file for the result")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count seconds of this process, not of the clock"
+    )
     arguments = parser.parse_args()
     if arguments.way is not None:
-        print(json.dumps(measure(arguments.way, arguments.path, arguments.tokens)))
+        clock = process_time if arguments.cpu_time else perf_counter
+        print(json.dumps(measure(arguments.way, arguments.path, arguments.tokens, clock)))
         return 0
     from cerwu_gpu.container.reader import inventory
     from scripts.benchmark_cpu import environment
 
     where = environment()
     paths = {way: arguments.path for way in WAYS} | {"original": arguments.original}
-    rows = [in_fresh_process(w, p, arguments.tokens) for w, p in paths.items() if p is not None]
+    options = ["--cpu-time"] if arguments.cpu_time else []
+    rows = [
+        in_fresh_process(way, path, arguments.tokens, *options)
+        for way, path in paths.items()
+        if path is not None
+    ]
     assert len({row["logits_sha256"] for row in rows if row["way"] != "original"}) == 1
     quantized = [tensor for tensor in inventory(arguments.path).tensors if tensor.quantizer]
     result = {
         **where,
+        "cpu_time": arguments.cpu_time,
         "prompt_tokens": PROMPT_TOKENS,
         "generated_tokens": arguments.tokens,
         "bits_per_weight": 8 * sum(x.bytes for x in quantized) / sum(x.weights for x in quantized),
