@@ -82,7 +82,8 @@ NOT_RUN = {
 }
 """How a line begins, or an option in it -> why it is not run. Hub names are written HUB."""
 
-OTHERS_OPTIONS = {"--no-deps", "--outfile", "--dtype", "--model-loader-extra-config"}
+VLLM_OPTIONS = {"--dtype", "--model-loader-extra-config", "--enforce-eager"}
+OTHERS_OPTIONS = {"--no-deps", "--outfile"} | VLLM_OPTIONS
 """Of pip, of llama.cpp and of vLLM."""
 
 
