@@ -143,8 +143,8 @@ def output_places(output: Path) -> dict[str, Path]:
 def work_directory(output: Path, *, restart: bool = False) -> Iterator[WorkDirectory]:
     """Lock the work directory of `output`; remove it at the end if that is a success.
 
-    It is kept when the run is interrupted, a rank dies or the disk refuses; an error that the same arguments
-    would only meet again removes it. `restart` drops what is there.
+    It is kept when the run is interrupted, a rank dies or the disk refuses; an error that the same
+    arguments would only meet again removes it. `restart` drops what is there.
 
     Raises:
         OutputError: it cannot be written, another process works in it, or something else has its
