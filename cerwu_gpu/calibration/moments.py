@@ -142,8 +142,8 @@ class InputMoments:
         """
         seen = self._ranks.together(self._seen_here)
         self._join(seen)
-        columns = self._inputs()
-        owners = greedy_owners(self._costs(), self._ranks.count)
+        columns = self.inputs()
+        owners = greedy_owners(self.costs(), self._ranks.count)
         sums, crosses = [one.sums for one in seen], [one.crosses for one in seen]
         result = {}
         for key, n in columns.items():
@@ -186,7 +186,7 @@ class InputMoments:
             for part in range(layout.parts):
                 self.keys.setdefault((layout.name, part), layout.key(part))
 
-    def _inputs(self) -> dict[str, int]:
+    def inputs(self) -> dict[str, int]:
         """Return the number of columns of each input, in the order of the matrices."""
         columns: dict[str, int] = {}
         for layout in self._layouts:
@@ -194,14 +194,14 @@ class InputMoments:
                 columns.setdefault(self.keys[layout.name, part], layout.matrix_shape[1])
         return columns
 
-    def _costs(self) -> dict[str, float]:
+    def costs(self) -> dict[str, float]:
         """Return the predicted cost of the matrices of each input."""
         rows: dict[str, int] = {}
         for layout in self._layouts:
             for part in range(layout.parts):
                 key = self.keys[layout.name, part]
                 rows[key] = rows.get(key, 0) + layout.matrix_shape[0]
-        return {key: search_cost(rows[key], n) for key, n in self._inputs().items()}
+        return {key: search_cost(rows[key], n) for key, n in self.inputs().items()}
 
     @staticmethod
     def _sometimes(matrix: str, key: str) -> CalibrationError:

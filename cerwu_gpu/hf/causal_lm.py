@@ -161,6 +161,7 @@ class CausalLM(Adapter):
             data = CalibrationTokens(tokens, tokens[:0])
         else:
             apart = not holding_out and (judged or config.distillation is not None)
+            self._batch_size = config.text.batch_size
             text = partial(self._text_tokens, config.text, apart)
             data = self.ranks.from_first(text)
         events = data.events
@@ -194,7 +195,7 @@ class CausalLM(Adapter):
 
     def _text_tokens(self, calibration: Calibration, judged: bool) -> CalibrationTokens:
         """Return tokens of the calibration texts, with held-out ones if `judged`."""
-        self._batch_size, length = calibration.batch_size, calibration.sequence_length
+        length = calibration.sequence_length
         columns = max(layout.matrix_shape[1] for layout in self.layouts.values())
         windows = Windows(
             samples=calibration.samples or usual_samples(columns, length),

@@ -8,13 +8,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import TEXT, trained_tokenizer  # isort: skip  # first: it sets TRITON_INTERPRET
+
 import torch
 
 import cerwu_gpu.api  # noqa: F401  # before the forks
 from cerwu_gpu import CerwuError
 from cerwu_gpu.ranks import joined
 from tests.configs import compress_flat, configured
-from tests.conftest import TEXT, trained_tokenizer
 
 
 def work(run: dict[str, Any], index: int) -> None:

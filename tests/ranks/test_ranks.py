@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from cerwu_gpu.hf.plan import outline, plan
 from cerwu_gpu.ranks import SHARDS, Ranks, greedy_owners, shard_of
+from tests.configs import configured
 from tests.conftest import TEXT
 from tests.hf.toys import toy
 
@@ -23,12 +25,19 @@ PATIENCE = 60
 """Seconds within which the death of a rank ends the run."""
 COUNTS = (0, 1, 2, 4)
 """Numbers of ranks; 0: no torchrun at all."""
-FEW = {"samples": 18, "sequence_length": 24, "batch_size": 1, "lmbda": 1e-5}
+FEW = {"samples": 18, "sequence_length": 24, "batch_size": 1, "lmbda": 1e-7}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"drift": "correct"}),
     "mixtral": ("mixtral", {"drift": "correct"}),
     "gpt2, sequential": ("gpt2", {"drift": "sequential", "quantizer": "trellis4"}),
 }
+
+WIDER = {
+    "llama": {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2},
+    "mixtral": {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2},
+    "gpt2": {"n_embd": 96, "n_layer": 2},
+}
+"""Changes of the toys: wide enough that matrices outweigh everything else that ranks send."""
 
 
 def free_port() -> int:
@@ -77,7 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = []
     for number, (family, settings) in enumerate(CASES.values()):
         model = folder / family
-        toy(family).save_pretrained(model)
+        toy(family, **WIDER.get(family, {})).save_pretrained(model)
         for count in COUNTS:
             output, both = folder / f"{number}-{count}", {**FEW, **settings}
             runs.append(
@@ -213,3 +222,19 @@ def test_owners_have_about_equal_costs() -> None:
         "d": 0,
     }
     assert greedy_owners({"a": 1.0}, 4) == {"a": 0}
+
+
+def test_a_plan_knows_the_traffic(folder: Path) -> None:
+    for case, (family, settings) in CASES.items():
+        number = list(CASES).index(case)
+        config = configured(**FEW, **settings)
+        for count in (2, 4):
+            counted = [
+                json.loads((folder / f"{number}-{count}.rank-{rank}.json").read_text())
+                for rank in range(count)
+            ]
+            known = outline(folder / family, config)
+            predicted = plan(known, config, ranks=count, bits=counted[0]["bits"])
+            for rank, one in enumerate(counted):
+                assert predicted.sent[rank] == pytest.approx(one["sent"], rel=0.02)
+                assert predicted.received[rank] == pytest.approx(one["received"], rel=0.02)
