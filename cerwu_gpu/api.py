@@ -1,6 +1,8 @@
 """The public functions: compress a model, and make a model a sweep's subject."""
 
 import hashlib
+import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +17,11 @@ from cerwu_gpu.calibration.running import placed
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.report_files import check_reports, report_paths, write_report
 from cerwu_gpu.compression.resume import settings_fingerprint
-from cerwu_gpu.compression.run import Run, plain_tensors
+from cerwu_gpu.compression.run import Run, plain_tensors, take_part
 from cerwu_gpu.compression.target import to_target
 from cerwu_gpu.config import Batches, Calibration, CompressionConfig, ImageCalibration
 from cerwu_gpu.container.output import check_apart, check_output
-from cerwu_gpu.container.work import output_places, work_directory
+from cerwu_gpu.container.work import WorkDirectory, output_places, work_directory
 from cerwu_gpu.container.writer import check_storable
 from cerwu_gpu.device import find_device
 from cerwu_gpu.errors import ConfigError, ModelError, OutputError
@@ -39,6 +41,7 @@ from cerwu_gpu.hf.text import SELF
 from cerwu_gpu.models.module import ModuleAdapter
 from cerwu_gpu.models.selection import require_values
 from cerwu_gpu.progress import Clock
+from cerwu_gpu.ranks import Ranks
 from cerwu_gpu.report import Report
 from cerwu_gpu.sweep.model import Measure, ModelSubject, shared_hessians
 
@@ -55,6 +58,7 @@ def compress(
     report: str | Path | None = None,
     progress: bool = True,
     trust_remote_code: bool = False,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Compress a model into a directory that `load_compressed` reads.
 
@@ -76,6 +80,8 @@ def compress(
             OUTPUT.report.json and OUTPUT.report.html.
         progress: show bars on stderr.
         trust_remote_code: allow code from the model's repository to run.
+        ranks: the processes that share the work (`ranks.joined`), each of which makes this call and
+            gets the report; rank 0 alone writes. Default: this process does all.
 
     Returns:
         Sizes and losses of everything stored, and the events of the run.
@@ -84,9 +90,13 @@ def compress(
         CerwuError: a subclass that names the error; nothing is left at `output` then.
         OutputError: the disk refuses a write, or an unfinished run for `output` had other settings;
             finished work is kept beside it (docs/resume.md).
+        RankError: another rank has ended; finished work is kept.
         KeyboardInterrupt: with a message that names the directory of the finished work.
     """
     config, target, clock = config or CompressionConfig(), find_device(device), Clock()
+    ranks = ranks or Ranks()
+    check_ranks(config, ranks)
+    progress = progress and ranks.first
     given = Path(output)
     output = resolved(given)
     paths = report_paths(output, None if report is None else Path(report))
@@ -101,17 +111,28 @@ def compress(
         "the Hessian cache": config.hessian_cache,
         "the report": None if report is None else paths[0],
     }
-    check_apart(places, read)
-    check_reports(paths)
-    check_output(output, overwrite=overwrite)
+
+    def check_places() -> None:
+        check_apart(places, read)
+        check_reports(paths)
+        check_output(output, overwrite=overwrite)
+
+    ranks.from_first(check_places)
     if config.drift == "auto" and texts is not None and not config.corrects_drift:
         config = replace(config, drift="ignore")  # so that the report repeats the run as it was
     if isinstance(model, nn.Module):
         check_calibration(model, config)
-    with work_directory(output, restart=restart) as work:
-        work.expect(settings_fingerprint(config, target))
+    with ExitStack() as stack:
+        opened: list[WorkDirectory] = []  # on rank 0
+
+        def open_work() -> None:
+            opened.append(stack.enter_context(work_directory(output, restart=restart)))
+            opened[0].expect(settings_fingerprint(config, target))
+
+        ranks.from_first(open_work)
         with clock.stage("load"):
-            loaded = _loaded(model, config, trust_remote_code)
+            loaded = ranks.agree(partial(_loaded, model, config, trust_remote_code))
+            check_takes_ranks(loaded, ranks)
             calibrated = config
             if loaded.kind is not None and isinstance(calibration, ImageCalibration):
                 calibrated = replace(
@@ -121,8 +142,9 @@ def compress(
             check_apart(places, {"the model": loaded.files})
             carried = None if loaded.loaded is None else loaded.loaded.names.carried
             original_bytes = bytes_of_original(model, loaded.module, carried)
+        folder = opened[0].path if opened else Path(tempfile.gettempdir())
         adapter = _adapter(
-            loaded, calibrated, work.path, target, clock, card, progress, trust_remote_code
+            loaded, calibrated, folder, target, clock, card, progress, trust_remote_code, ranks
         )
         # So that the report repeats the run as it was.
         usual = adapter.usual_sources if isinstance(adapter, CausalLM) else ()
@@ -136,7 +158,14 @@ def compress(
             adapter.card = partial(model_card.write_judged, predictions=adapter.predictions)
         others = {**plain_tensors(adapter.module, adapter.layouts), **adapter.carried}
         check_storable(adapter.layouts, {name: x.dtype for name, x in others.items()})
-        work.begin({**settings_fingerprint(config, target), **adapter.identity()})
+
+        def begin() -> None:
+            opened[0].begin({**settings_fingerprint(config, target), **adapter.identity()})
+
+        ranks.from_first(begin)
+        if not ranks.first:
+            take_part(adapter, calibrated, clock)
+            return ranks.from_first(partial(_of_rank_0, None))
         check = partial(check_written, trust_remote_code=trust_remote_code)
         with Run(
             adapter,
@@ -144,7 +173,7 @@ def compress(
             clock=clock,
             overwrite=overwrite,
             verify=config.verify,
-            work=work.path,
+            work=folder,
             check=None if loaded.loaded is None else partial(check, adapter=adapter),
             progress=progress,
         ) as run:
@@ -167,7 +196,47 @@ def compress(
         )
     except OutputError as error:  # the result is complete and counts
         result = replace(result, events=(*result.events, f"there is no report: {error}"))
-    return result
+    return ranks.from_first(partial(_of_rank_0, result))
+
+
+def _of_rank_0(report: Report | None) -> Report:
+    """Return the report, which rank 0 has."""
+    assert report is not None
+    return report
+
+
+def check_ranks(config: CompressionConfig, ranks: Ranks) -> None:
+    """Refuse what several ranks cannot share yet.
+
+    Raises:
+        ConfigError: the first such setting.
+    """
+    if ranks.alone:
+        return
+    for given, what in (
+        (config.target, "a search for a target"),
+        (config.distillation, "distillation"),
+        (config.hessian_cache, "a Hessian cache"),
+        (isinstance(config.calibration, ImageCalibration), "calibration by images"),
+    ):
+        if given:
+            raise ConfigError(
+                f"{what} does not run on several ranks: give lmbda and a text, or start one "
+                "process without torchrun."
+            )
+
+
+def check_takes_ranks(source: "_Source", ranks: Ranks) -> None:
+    """Refuse models that several ranks cannot share.
+
+    Raises:
+        ModelError: it is no language model.
+    """
+    if not ranks.alone and not source.takes_text:
+        raise ModelError(
+            f"{type(source.module).__name__} is no language model: start one process without "
+            "torchrun."
+        )
 
 
 @dataclass(frozen=True)
@@ -293,6 +362,7 @@ def _adapter(
     card: bool,
     progress: bool,
     trust_remote_code: bool,
+    ranks: Ranks,
 ) -> Adapter:
     """Return the adapter of a model, with its calibration data."""
     # Whole modules are calibrated anew in each sequential pass.
@@ -301,7 +371,8 @@ def _adapter(
     if source.kind is not None and source.takes_text:
         kind: Any = source.kind.adapter
         with clock.stage("load"):
-            language: CausalLM = kind(source.loaded, config, device=device, progress=progress)
+            build = partial(kind, source.loaded, config, device=device, ranks=ranks)
+            language: CausalLM = ranks.agree(partial(build, progress=progress))
             check_before(language, trust_remote_code)
         with clock.stage("calibrate"):
             language.calibrate(config, hessian_cache=cache, work=work, judged=card)

@@ -49,6 +49,10 @@ class OutputError(CerwuError):
     """The output cannot be written where it was asked for."""
 
 
+class RankError(CerwuError):
+    """Another process of a run on several ranks has ended, or cannot be reached."""
+
+
 class FactorizationError(CerwuError):
     """A Hessian has no Cholesky factor, even with more damping."""
 

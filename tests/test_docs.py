@@ -70,6 +70,7 @@ NOT_RUN = {
     "python -m cerwu_gpu.hf.lm_eval": "lm-eval is no dependency; see hf/test_tasks",
     "--tasks": "the same",
     "pip install": "needs the network; the extras that it names are looked up",
+    "torchrun": "starts processes; see ranks/test_ranks",
     "make": "the targets are looked up; .ci/run carries most of them out",
     "python convert_hf_to_gguf.py": "belongs to llama.cpp",
     "python scripts/fidelity.py": "its data are no part of the project; see scripts/test_fidelity",

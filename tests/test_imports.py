@@ -32,6 +32,7 @@ ORDER = (
         "layout",
         "progress",
         "quantities",
+        "ranks",
         "report",
         "report_page",
         "spec",

@@ -15,10 +15,12 @@ from cerwu_gpu.calibration.capture import Call, Capture, capture
 from cerwu_gpu.calibration.moments import InputMoments
 from cerwu_gpu.calibration.products import module_products
 from cerwu_gpu.calibration.running import placed
+from cerwu_gpu.calibration.shards import TokenBatch, token_batches
 from cerwu_gpu.compression.blocks import Block, BlockWeights, InputStatistics, KnownBlock, Matrix
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.layout import Label, WeightLayout
 from cerwu_gpu.progress import counted
+from cerwu_gpu.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class CalibratedBlock:
         self._module = module
         self._weights = weights
         self._stream = stream
-        self._moments = InputMoments(weights.layouts)
+        self._moments = InputMoments(weights.layouts, stream.ranks)
         self._statistics: dict[str, InputStatistics] | None = None
         self._propagated = False
 
@@ -128,15 +130,18 @@ class CalibratedBlock:
         """
         if self._statistics is None:
             with module_products(self._weights, self._moments.add, before=True):
-                self._stream.observe(self._module, self._moments)
+                self._stream.ranks.agree(self._observe)
             self._statistics = self._moments.statistics(self._stream.device)
             self._propagated = True
         return self._statistics
 
+    def _observe(self) -> None:
+        self._stream.observe(self._module, self._moments)
+
     def propagate(self) -> None:
         """Stream the inputs through the block once, without accumulating statistics."""
         if not self._propagated:
-            self._stream.observe(self._module, self._moments)
+            self._observe()
             self._propagated = True
 
     def known(
@@ -172,6 +177,7 @@ class CalibratedBlocks:
         device: torch.device | str | None = None,
         batch_size: int = 8,
         drift: Drift | None = None,
+        ranks: Ranks | None = None,
         progress: bool = False,
     ) -> None:
         """Take the data; nothing is run yet.
@@ -182,6 +188,7 @@ class CalibratedBlocks:
             device: of the work; None: the module's.
             batch_size: samples that run through a block together.
             drift: which inputs a block sees; default: the original ones.
+            ranks: share the samples; default: this process has all.
             progress: show a bar over the blocks on stderr.
 
         Raises:
@@ -190,7 +197,9 @@ class CalibratedBlocks:
         if tokens.numel() == 0:
             raise CalibrationError("there are no calibration tokens: give a longer text.")
         self._backbone = backbone
-        self._batches = torch.split(tokens, batch_size)
+        self._ranks = ranks or Ranks()
+        self._tokens = tokens.numel()
+        self._batches = token_batches(tokens, batch_size, self._ranks)
         self._device = backbone.home if device is None else torch.device(device)
         self._drift = drift or Drift()
         self._progress = progress
@@ -201,8 +210,16 @@ class CalibratedBlocks:
     def __iter__(self) -> Iterator[Block]:
         backbone = self._backbone
         with placed(backbone.blocks[0][1], backbone.home):  # capture runs the first block
-            captured = backbone.capture(self._batches, self._device)
-        stream = Stream(backbone, self._batches, captured.hidden, self._device, self._drift)
+            captured = backbone.capture([batch.tokens for batch in self._batches], self._device)
+        stream = Stream(
+            backbone,
+            self._batches,
+            self._tokens,
+            captured.hidden,
+            self._device,
+            self._drift,
+            self._ranks,
+        )
         needed = self._needed()
         with counted(
             len(self), what="blocks", unit="block", shown=self._progress, interval=0
@@ -236,7 +253,9 @@ class Stream:
 
     Attributes:
         device: of the activations.
-        batches: their tokens.
+        batches: this rank's batches.
+        tokens: number of all ranks' tokens.
+        ranks: share the samples.
         hidden: per batch, the original activations [batch, sequence, width], or with
             Drift.sequential those behind the replaced blocks.
         drifted: those behind the replaced blocks, where both are carried.
@@ -246,13 +265,17 @@ class Stream:
     def __init__(
         self,
         backbone: Backbone,
-        batches: Sequence[Tensor],
+        batches: Sequence[TokenBatch],
+        tokens: int,
         hidden: list[Tensor],
         device: torch.device,
         drift: Drift,
+        ranks: Ranks,
     ) -> None:
         self.device = device
         self.batches = batches
+        self.tokens = tokens
+        self.ranks = ranks
         self.hidden = hidden
         self.drifted: list[Tensor] | None = list(hidden) if drift.corrected else None
         self.calls: dict[int, Call] = {}
@@ -264,10 +287,9 @@ class Stream:
 
         Its outputs become the next block's inputs, unless the replaced block computes those.
         """
-        first = 0
-        for index, hidden in enumerate(self.hidden):
-            samples = range(first, first + hidden.shape[0])
-            first = samples.stop
+        for index, (batch, hidden) in enumerate(zip(self.batches, self.hidden, strict=True)):
+            moments.begin(batch.shard)
+            samples = batch.samples
             if self.drifted is not None:
                 with moments.record(samples):
                     output = self._run(block, hidden)

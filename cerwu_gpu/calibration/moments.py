@@ -6,6 +6,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from torch import Tensor
 from cerwu_gpu import backend
 from cerwu_gpu.calibration.products import Product, input_rows, positions
 from cerwu_gpu.calibration.running import Batch, Runner, samples
-from cerwu_gpu.compression.blocks import InputStatistics
+from cerwu_gpu.calibration.shards import ShardSums
+from cerwu_gpu.compression.blocks import InputStatistics, search_cost
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.layout import Label, WeightLayout
+from cerwu_gpu.ranks import Ranks, greedy_owners
 
 ROWS = 1 << 17
 """Approximate number of inputs of a weight that are used. Where all samples have more, each gives
@@ -36,18 +39,24 @@ class InputMoments:
         keys: matrix -> name of its input, for the matrices seen so far.
     """
 
-    def __init__(self, layouts: Sequence[WeightLayout]) -> None:
+    def __init__(self, layouts: Sequence[WeightLayout], ranks: Ranks | None = None) -> None:
         self.keys: dict[Label, str] = {}
         self._layouts = tuple(layouts)
         self._by_name = {layout.name: layout for layout in layouts}
-        self._sums: dict[str, Tensor] = {}
+        self._ranks = ranks or Ranks()
+        self._sums: ShardSums[str] = ShardSums(self._ranks)
         self._tokens: dict[str, int] = {}
         self._seen: dict[tuple[int, int], tuple[Tensor, str]] = {}
         self._samples = range(0)
         self._recording = self._ends_early = False
         self._recorded: dict[str, Tensor] = {}
         self._due: dict[str, int] = {}  # number of uses of each input that are still to come
-        self._crosses: dict[str, Tensor] = {}
+        self._crosses: ShardSums[str] = ShardSums(self._ranks)
+
+    def begin(self, shard: int) -> None:
+        """Take what follows for a shard of the calibration batches; they come in order."""
+        self._sums.begin(shard)
+        self._crosses.begin(shard)
 
     @contextmanager
     def record(self, samples: range) -> Iterator[None]:
@@ -94,9 +103,7 @@ class InputMoments:
         # `_version` detects a change in place; a reference to x keeps its id from being reused.
         key = self._seen.setdefault((id(x), x._version), (x, matrix))[1]
         if self.keys.setdefault(label, key) != key:
-            raise CalibrationError(
-                f"{matrix} shares its input with {self.keys[label]} in some runs only: exclude it."
-            )
+            raise self._sometimes(matrix, self.keys[label])
         if key == matrix and not (self._recording and layout.parts > 1):
             self._accumulate(key, x)
             if self._ends_early:
@@ -110,11 +117,9 @@ class InputMoments:
             self._recorded[key] = rows
             self._due[key] = self._due.get(key, 0) + 1
             return
-        if key not in self._sums:
-            n = rows.shape[1]
-            self._sums[key] = torch.zeros(n, n, dtype=torch.float64, device=rows.device)
-        backend.accumulate_hessian(self._sums[key], rows)
-        if not bool(torch.isfinite(self._sums[key].diagonal()).all()):
+        total = self._sums.buffer(key, lambda: _zeros(rows.shape[1], rows.device))
+        backend.accumulate_hessian(total, rows)
+        if not bool(torch.isfinite(total.diagonal()).all()):
             raise CalibrationError(not_finite(f"the input of {key}", x, self._samples))
         self._tokens[key] = self._tokens.get(key, 0) + rows.shape[0]
         original = self._recorded.pop(key, None)
@@ -123,17 +128,55 @@ class InputMoments:
             if not bool(torch.isfinite(cross).all()):
                 what = f"the original model's input of {key}"
                 raise CalibrationError(not_finite(what, original.to(x.dtype), self._samples))
-            self._crosses[key] = self._crosses[key] + cross if key in self._crosses else cross
+            self._crosses.add(key, cross)
 
     def statistics(self, device: torch.device) -> dict[str, InputStatistics]:
         """Return key -> statistics of each input, H [n, n] float32; the sums are freed.
 
-        A matrix that was never applied has an input of its own: tokens 0, H zero.
+        A matrix that was never applied has an input of its own: tokens 0, H zero. Each input has an
+        owner among the ranks; on the others its H is on the meta device.
 
         Raises:
-            CalibrationError: not one matrix of an experts' parameter was seen in use.
+            CalibrationError: not one matrix of an experts' parameter was seen in use, or two
+                matrices share their input only sometimes.
         """
+        seen = self._ranks.together(self._seen_here)
+        self._join(seen)
+        columns = self.inputs()
+        owners = greedy_owners(self.costs(), self._ranks.count)
+        sums, crosses = [one.sums for one in seen], [one.crosses for one in seen]
         result = {}
+        for key, n in columns.items():
+            tokens = self._tokens.get(key, 0)
+            empty = partial(_zeros, n, device)
+            total = self._sums.moved(key, sums, owners[key], empty)
+            cross = self._crosses.moved(key, crosses, owners[key], empty)
+            if owners[key] != self._ranks.index:
+                away = torch.empty(n, n, device="meta")
+                result[key] = InputStatistics(away, tokens, None, tokens or None)
+            elif total is None:
+                result[key] = InputStatistics(torch.zeros(n, n, device=device), 0)
+            else:
+                result[key] = _finished(total, cross, tokens)
+        return result
+
+    def _seen_here(self) -> "_Seen":
+        return _Seen(dict(self.keys), dict(self._tokens), self._sums.held(), self._crosses.held())
+
+    def _join(self, seen: Sequence["_Seen"]) -> None:
+        """Take the keys and the numbers of tokens of all ranks.
+
+        Raises:
+            CalibrationError: see `statistics`.
+        """
+        self.keys.clear()
+        self._tokens.clear()
+        for one in seen:
+            for (name, part), key in one.keys.items():
+                if self.keys.setdefault((name, part), key) != key:
+                    raise self._sometimes(self._by_name[name].key(part), self.keys[name, part])
+            for key, tokens in one.tokens.items():
+                self._tokens[key] = self._tokens.get(key, 0) + tokens
         for layout in self._layouts:
             used = [part for part in range(layout.parts) if (layout.name, part) in self.keys]
             if layout.parts > 1 and not used:
@@ -141,21 +184,54 @@ class InputMoments:
                     f"{layout.name}: how its experts are used cannot be followed: exclude it."
                 )
             for part in range(layout.parts):
-                key = self.keys.setdefault((layout.name, part), layout.key(part))
-                if key not in result:
-                    result[key] = self._finished(key, layout.matrix_shape[1], device)
-        return result
+                self.keys.setdefault((layout.name, part), layout.key(part))
 
-    def _finished(self, key: str, columns: int, device: torch.device) -> InputStatistics:
-        tokens = self._tokens.get(key, 0)
-        if tokens == 0:
-            return InputStatistics(torch.zeros(columns, columns, device=device), 0)
-        moment = self._sums.pop(key)
-        hessian = (moment + moment.T) / tokens  # (2/p) X X^T, exactly symmetric
-        cross = self._crosses.pop(key, None)
-        if cross is not None:
-            cross = (2 / tokens * cross).float()
-        return InputStatistics(hessian.float(), tokens, cross, tokens)
+    def inputs(self) -> dict[str, int]:
+        """Return the number of columns of each input, in the order of the matrices."""
+        columns: dict[str, int] = {}
+        for layout in self._layouts:
+            for part in range(layout.parts):
+                columns.setdefault(self.keys[layout.name, part], layout.matrix_shape[1])
+        return columns
+
+    def costs(self) -> dict[str, float]:
+        """Return the predicted cost of the matrices of each input."""
+        rows: dict[str, int] = {}
+        for layout in self._layouts:
+            for part in range(layout.parts):
+                key = self.keys[layout.name, part]
+                rows[key] = rows.get(key, 0) + layout.matrix_shape[0]
+        return {key: search_cost(rows[key], n) for key, n in self.inputs().items()}
+
+    @staticmethod
+    def _sometimes(matrix: str, key: str) -> CalibrationError:
+        return CalibrationError(
+            f"{matrix} shares its input with {key} in some runs only: exclude it."
+        )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one rank has seen: keys, tokens, and the shards of which it has sums and cross
+    moments."""
+
+    keys: dict[Label, str]
+    tokens: dict[str, int]
+    sums: dict[str, list[int]]
+    crosses: dict[str, list[int]]
+
+
+def _zeros(n: int, device: torch.device) -> Tensor:
+    """Return a sum [n, n] float64 of nothing."""
+    return torch.zeros(n, n, dtype=torch.float64, device=device)
+
+
+def _finished(moment: Tensor, cross: Tensor | None, tokens: int) -> InputStatistics:
+    """Return the statistics of an input, given its sums over `tokens`."""
+    hessian = (moment + moment.T) / tokens  # (2/p) X X^T, exactly symmetric
+    if cross is not None:
+        cross = (2 / tokens * cross).float()
+    return InputStatistics(hessian.float(), tokens, cross, tokens)
 
 
 def not_finite(what: str, x: Tensor, samples: range) -> str:

@@ -46,10 +46,12 @@ from cerwu_gpu.calibration.products import (
     positions,
 )
 from cerwu_gpu.calibration.running import Batch, Runner, evaluating, placed, samples
+from cerwu_gpu.calibration.shards import ShardSums, TokenBatch, token_batches
 from cerwu_gpu.calibration.stack import stack
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.layout import Label, WeightLayout
 from cerwu_gpu.progress import tracked
+from cerwu_gpu.ranks import Ranks
 
 Loss = Callable[[Any, Any], Tensor]
 """Loss of (the module's output, the batch): one per sample [samples], in nats."""
@@ -67,9 +69,12 @@ GRADIENT_ELEMENTS = 1 << 24
 class SquaredGradients:
     """Weighted means of squared gradients per output, as sums [m] float64 and total weights."""
 
-    def __init__(self) -> None:
-        self._sums: dict[Label, Tensor] = {}
-        self._weights: dict[Label, Tensor | int] = {}
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._sums: ShardSums[tuple[str, Label]] = ShardSums(ranks or Ranks())
+
+    def begin(self, shard: int) -> None:
+        """Take what follows for a shard of the calibration batches; they come in order."""
+        self._sums.begin(shard)
 
     def watch_outputs(self, product: Product) -> None:
         """Arrange to add the squared gradient at a product's output [..., m], summed over rows.
@@ -111,22 +116,25 @@ class SquaredGradients:
                 f"the gradient at the output of {name}{f'[{part}]' if part else ''} is not finite: "
                 "check the weights, or save the model as float32 and compress that."
             )
-        self._sums[label] = self._sums[label] + squares if label in self._sums else squares
-        self._weights[label] = self._weights.get(label, 0) + weight
+        self._sums.add(("squares", label), squares)
+        self._sums.add(("weight", label), torch.as_tensor(weight, dtype=torch.float64))
 
-    def mean(self, label: Label, rows: int) -> Tensor:
-        """Return the mean squares [rows] float32 on the CPU; zeros without any."""
-        weight = self._weights.get(label, 0)
-        if not float(weight) > 0:
-            return torch.zeros(rows)
-        return (self._sums[label] / weight).cpu().float()
-
-    def means(self, layouts: Iterable[WeightLayout]) -> dict[Label, Tensor]:
-        """Return the mean squares of all matrices."""
-        return {
-            (layout.name, part): self.mean((layout.name, part), layout.matrix_shape[0])
+    def means(self, layouts: Iterable[WeightLayout], device: torch.device) -> dict[Label, Tensor]:
+        """Return the mean squares [m] float32 on the CPU of all matrices, zeros without any; the
+        sums, on `device`, are freed."""
+        rows = {
+            (layout.name, part): layout.matrix_shape[0]
             for layout in layouts
             for part in range(layout.parts)
+        }
+        shapes = {("squares", label): torch.Size((m,)) for label, m in rows.items()}
+        shapes |= {("weight", label): torch.Size(()) for label in rows}
+        totals = self._sums.shared(shapes, device)
+        return {
+            label: (totals["squares", label] / totals["weight", label]).cpu().float()
+            if float(totals["weight", label]) > 0
+            else torch.zeros(m)
+            for label, m in rows.items()
         }
 
 
@@ -152,13 +160,14 @@ class Tail(Protocol):
 def blockwise_sensitivities(
     backbone: Backbone,
     tokens: Tensor,
-    tail: Callable[[Capture], Tail],
+    tail: Callable[[Capture, int], Tail],
     outer: AbstractContextManager[None],
     *,
     to_inputs: bool,
     device: torch.device | str | None = None,
     batch_size: int = 8,
     spool: Path | None = None,
+    ranks: Ranks | None = None,
     progress: bool = False,
 ) -> dict[Label, Tensor]:
     """Return alpha_i = mean over tokens of (dL/dy_i)^2 for every output y_i of every chosen matrix
@@ -171,13 +180,14 @@ def blockwise_sensitivities(
     Args:
         backbone: with its original weights.
         tokens: int64 [samples, sequence], the calibration inputs.
-        tail: returns the model without its blocks, given the capture of a batch.
+        tail: returns the model without its blocks, given the capture of a batch and its shard.
         outer: a context in which the model without its blocks is on the device.
         to_inputs: carry the gradient to the first block's input for `tail`.
         device: of the work; None: the model's.
         batch_size: samples that run through a block together.
         spool: directory for a file that keeps a batch's hidden states in front of all blocks until
             its backward pass; None: they stay in memory.
+        ranks: share the samples; default: this process has all.
         progress: show a bar over the batches on stderr.
 
     Returns:
@@ -191,12 +201,17 @@ def blockwise_sensitivities(
             "sensitivities need sequences of at least 2 tokens: give a longer text."
         )
     work = backbone.home if device is None else torch.device(device)
-    backward = _Backward(backbone, tail, work, to_inputs, spool)
-    batches = torch.split(tokens, batch_size)
-    with torch.inference_mode(False), outer:
+    ranks = ranks or Ranks()
+    backward = _Backward(backbone, tail, work, to_inputs, spool, ranks)
+    batches = token_batches(tokens, batch_size, ranks)
+
+    def add() -> None:
         for batch in tracked(batches, what="sensitivities", unit="batch", shown=progress):
             backward.add(batch)
-    return backward.squares.means(backbone.layouts)
+
+    with torch.inference_mode(False), outer:
+        ranks.agree(add)
+    return backward.squares.means(backbone.layouts, work)
 
 
 class _Backward:
@@ -205,28 +220,30 @@ class _Backward:
     def __init__(
         self,
         backbone: Backbone,
-        tail: Callable[[Capture], Tail],
+        tail: Callable[[Capture, int], Tail],
         device: torch.device,
         to_inputs: bool,
         spool: Path | None,
+        ranks: Ranks,
     ) -> None:
         self._backbone = backbone
         self._spool = spool
         self._tail = tail
         self._device = device
-        self.squares = SquaredGradients()
+        self.squares = SquaredGradients(ranks)
         chosen = backbone.chosen()
         # No gradient is needed in front of the first chosen weight.
         self._first = 0 if to_inputs or True not in chosen else chosen.index(True)
         self._to_inputs = to_inputs
-        self._samples = 0
 
-    def add(self, tokens: Tensor) -> None:
-        """Add the gradients of one batch, int64 [batch, sequence]."""
+    def add(self, batch: TokenBatch) -> None:
+        """Add the gradients of one batch."""
+        tokens = batch.tokens
+        self.squares.begin(batch.shard)
         backbone, blocks = self._backbone, self._backbone.blocks
         with placed(blocks[0][1], self._device):  # capture runs the first block
             captured = backbone.capture([tokens], self._device)
-        tail = self._tail(captured)
+        tail = self._tail(captured, batch.shard)
         calls = [calls[len(tokens)] for calls in captured.calls]
         hidden = captured.hidden[0]
         with backbone.single_products(), stack(self._spool) as inputs:
@@ -235,9 +252,8 @@ class _Backward:
                 with placed(block, self._device), torch.no_grad():
                     output = call.run(block, hidden)
                     if not bool(torch.isfinite(output).all()):
-                        self._blame(name, block, call, hidden, output)
+                        self._blame(name, block, call, hidden, output, batch.samples)
                 hidden = output
-            self._samples += len(tokens)
             gradient = tail.gradient(tokens, hidden)
             for index in reversed(range(self._first, len(blocks))):
                 (name, block), call = blocks[index], calls[index]
@@ -253,14 +269,19 @@ class _Backward:
             tail.note_inputs(gradient)
 
     def _blame(
-        self, name: str, block: nn.Module, call: Call, hidden: Tensor, output: Tensor
+        self,
+        name: str,
+        block: nn.Module,
+        call: Call,
+        hidden: Tensor,
+        output: Tensor,
+        numbers: range,
     ) -> NoReturn:
         """Raise an error that names the first input that is not finite, or else the output.
 
         Raises:
             CalibrationError: always.
         """
-        numbers = range(self._samples, self._samples + len(hidden))
         weights = self._backbone.weights(name, self._device)
         moments = InputMoments(weights.layouts)
         with module_products(weights, moments.add, before=True), moments.forward(numbers):
@@ -318,7 +339,7 @@ def module_sensitivities(
                 total = _total(output, batch, loss, generator)
                 torch.autograd.grad(total, list(weights.values()), allow_unused=True)
             count += samples(batch)
-    return squares.means(layouts)
+    return squares.means(layouts, target)
 
 
 def _total(output: Any, batch: Batch, loss: Loss | None, generator: torch.Generator) -> Tensor:

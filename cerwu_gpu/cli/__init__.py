@@ -20,10 +20,11 @@ from cerwu_gpu.cli.compression import compress
 from cerwu_gpu.cli.directories import decompress, info, verify
 from cerwu_gpu.cli.evaluation import evaluate
 from cerwu_gpu.cli.hub import push
+from cerwu_gpu.cli.output import WRONG_INPUT
+from cerwu_gpu.cli.plan import plan
 from cerwu_gpu.cli.sweep import sweep
 from cerwu_gpu.errors import CerwuError, printable, reason, shortage
 
-WRONG_INPUT = 2
 INTERRUPTED = 130
 
 
@@ -83,6 +84,7 @@ app.command("decompress")(decompress)
 app.command("sweep")(sweep)
 app.command("compare")(compare)
 app.command("push")(push)
+app.command("plan")(plan)
 
 
 @app.callback()

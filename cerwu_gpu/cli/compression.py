@@ -1,19 +1,43 @@
 """cerwu-gpu compress: compress a model and print its report."""
 
+import os
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from os.path import expanduser, isfile  # unlike Path.is_file it takes text too long for a name
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cerwu_gpu.cli import options
-from cerwu_gpu.cli.output import listing, print_events, print_json, report_rows, set_verbosity
+from cerwu_gpu.cli.output import (
+    WRONG_INPUT,
+    listing,
+    print_events,
+    print_json,
+    report_rows,
+    set_verbosity,
+)
 from cerwu_gpu.config import all_settings, from_settings
 from cerwu_gpu.container.output import check_apart
 from cerwu_gpu.container.work import output_places
+from cerwu_gpu.errors import CerwuError
 from cerwu_gpu.files import resolved
+
+if TYPE_CHECKING:
+    from cerwu_gpu.ranks import Ranks
+
+
+@contextmanager
+def told_once(ranks: "Ranks") -> Iterator[None]:
+    """Leave it to rank 0 to tell of an error that all ranks have."""
+    try:
+        yield
+    except CerwuError as error:
+        if ranks.first or error is not ranks.shared_error:
+            raise
+        raise typer.Exit(WRONG_INPUT) from error
 
 
 @options.closed
@@ -65,23 +89,28 @@ def compress(
     places = output_places(resolved(output))
     read = {"the grid": grid if grid is not None and isfile(expanduser(grid)) else None}
     check_apart(places, {**read, "the images": settings["images"]})
-    set_verbosity(quiet=quiet)
+    set_verbosity(quiet=quiet or os.environ.get("RANK", "0") != "0")
     from cerwu_gpu.api import compress as run  # after the settings: torch takes seconds
     from cerwu_gpu.compression.report_files import report_paths
+    from cerwu_gpu.ranks import joined
 
-    with redirect_stdout(sys.stderr):  # stdout is for the result, not for a library's messages
+    # stdout is for the result, not for a library's messages
+    with redirect_stdout(sys.stderr), joined(device) as (ranks, place), told_once(ranks):
         result = run(
             model,
             output,
             config=config,
-            device=device,
+            device=place,
             overwrite=overwrite,
             restart=restart,
             card=card,
             report=report,
             progress=not quiet,
             trust_remote_code=trust_remote_code,
+            ranks=ranks,
         )
+    if not ranks.first:
+        return
     if json:
         print_json(result.to_dict())
         return

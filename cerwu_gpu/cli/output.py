@@ -12,6 +12,9 @@ from cerwu_gpu import quantities
 from cerwu_gpu.errors import printable
 from cerwu_gpu.report import Report, finite
 
+WRONG_INPUT = 2
+"""Exit code of wrong input."""
+
 
 def set_verbosity(*, quiet: bool) -> None:
     """Show messages and bars on stderr, or only errors; call before transformers is imported."""

@@ -14,6 +14,7 @@ from cerwu_gpu.container.journal import Journal
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.layout import WeightLayout
 from cerwu_gpu.quantize.sensitivity import Sensitivities
+from cerwu_gpu.ranks import Ranks
 
 HELD_OUT_TEXT = "the held-out text"
 """Entry of `Adapter.identity` for text that calibrates nothing."""
@@ -34,6 +35,7 @@ class Adapter(ABC):
         drifts: whether a corrected drift changes the quantized targets: a sample of the rows then
             does not show the whole effect of lmbda.
         full_passes: number of passes that the search for a target may take.
+        ranks: share the work.
         card: writes a model card into a complete directory, given `loss` of the original and of the
             compressed model; None: there is none.
     """
@@ -45,9 +47,11 @@ class Adapter(ABC):
     carried: Mapping[str, Tensor] = {}
     drifts = False
     full_passes = 3
+    ranks: Ranks
     card: Callable[[Path, float | None, float | None], None] | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
         self._originals: dict[str, Tensor] = {}
 
     @abstractmethod

@@ -36,7 +36,8 @@ class InputStatistics:
     """Second moment of one distinct input.
 
     Attributes:
-        hessian: [n, n] float32, H = (2/p) X X^T over the p tokens seen; zeros when p is 0.
+        hessian: [n, n] float32, H = (2/p) X X^T over the p tokens seen; zeros when p is 0. On the
+            meta device where another rank owns the input, and quantizes what sees it.
         tokens: p.
         cross: [n, n] float32, (2/p) X X_hat^T of the original model's inputs X and the compressed
             model's X_hat; `hessian` is then that of X_hat. None: X is both.
@@ -48,6 +49,17 @@ class InputStatistics:
     tokens: int
     cross: Tensor | None = None
     rows_seen: int | None = None
+
+    @property
+    def here(self) -> bool:
+        """Whether this rank owns the input."""
+        return not self.hessian.is_meta
+
+
+def search_cost(rows: int, columns: int) -> float:
+    """Return the approximate cost of the search of matrices that share an input, in arbitrary
+    units: factors, and `rows` of all of them."""
+    return columns**2 * (4 * columns + rows)
 
 
 class Block(Protocol):

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cerwu_gpu.compression.blocks import Block, InputStatistics, Matrix
+from cerwu_gpu.compression.blocks import Block, InputStatistics, Matrix, search_cost
+from cerwu_gpu.compression.shared import Coding, SharedBlocks
 from cerwu_gpu.config import GRADIENT_BASED, CompressionConfig, Sensitivity
 from cerwu_gpu.container.journal import CodedWeight, Journal
 from cerwu_gpu.container.matrix import EncodedMatrix, encode_matrix
@@ -24,6 +25,7 @@ from cerwu_gpu.quantize.layer import NARROW_COLUMNS, QuantizedStack, Stack, quan
 from cerwu_gpu.quantize.objective import drift_target
 from cerwu_gpu.quantize.sensitivity import Sensitivities, row_sensitivity
 from cerwu_gpu.quantize.symbols import QuantizedMatrix
+from cerwu_gpu.ranks import Ranks
 from cerwu_gpu.report import LayerReport
 from cerwu_gpu.threads import run, worker_count
 
@@ -39,23 +41,26 @@ def compress_blocks(
     blocks: Iterable[Block],
     layouts: Mapping[str, WeightLayout],
     dtypes: Mapping[str, torch.dtype],
-    writer: DirectoryWriter,
+    writer: DirectoryWriter | None,
     config: CompressionConfig,
     clock: Clock,
     sensitivities: Sensitivities | None = None,
     journal: Journal | None = None,
+    ranks: Ranks | None = None,
 ) -> list[LayerReport]:
     """Quantize, code and store every matrix of every block; the model gets the quantized weights.
 
     Args:
         blocks: in order; the next one is taken when the previous one is finished.
         layouts, dtypes: of every compressed parameter, by name.
-        writer: stores the coded tensors.
+        writer: stores the coded tensors; None on ranks that do not write.
         config: how to quantize.
         clock: collects the seconds of the stages calibrate, quantize and code.
         sensitivities: squared gradients for sensitivity layer, row and balanced, and additions to
             Hessians.
-        journal: stores finished blocks; those that it holds already are read from it.
+        journal: stores finished blocks; those that it holds already are read from it. None: they
+            are not stored, or by rank 0.
+        ranks: share the work; default: this process does all.
 
     Raises:
         CerwuError: with `config.strict`, at the first event.
@@ -66,18 +71,22 @@ def compress_blocks(
     def store(coded: Future[list[CodedWeight]] | None) -> None:
         with clock.stage("code"):
             for weight in coded.result() if coded is not None else ():
+                assert writer is not None, "rank 0 alone has coded weights"
                 weight.add_to(writer)
                 reports.extend(weight.reports)
 
     # Coding overlaps the next block's calibration and search; on a GPU it costs no time.
     with ThreadPoolExecutor(1, "coding") as coder:
-        work = _Pass(layouts, dtypes, config, clock, sensitivities or Sensitivities(), coder)
+        shared = SharedBlocks(ranks or Ranks(), layouts, dtypes)
+        work = _Pass(
+            layouts, dtypes, config, clock, sensitivities or Sensitivities(), coder, shared
+        )
         pending: Future[list[CodedWeight]] | None = None
         for index, block in enumerate(_timed(blocks, clock)):
-            if journal is not None and journal.holds(index):
-                current = coder.submit(journal.read, index)
+            if shared.held(journal, index):
+                current = coder.submit(_read, journal, index)
                 with clock.stage("calibrate"):
-                    _restore(block, layouts, journal.weights(index))
+                    _restore(block, layouts, shared.weights(journal, index))
             else:
                 coding = work.search(block)
                 current = coder.submit(work.coded, index, coding, journal, pending)
@@ -85,6 +94,11 @@ def compress_blocks(
             pending = current
         store(pending)
     return reports
+
+
+def _read(journal: Journal | None, index: int) -> list[CodedWeight]:
+    """Return the journaled weights of a block; none on ranks without a journal."""
+    return [] if journal is None else journal.read(index)
 
 
 def _timed(blocks: Iterable[Block], clock: Clock) -> Iterator[Block]:
@@ -108,35 +122,6 @@ def _restore(
 
 
 @dataclass(frozen=True)
-class _Coding:
-    """A matrix on its way through the coder."""
-
-    name: str
-    part: int
-    encoded: Future[EncodedMatrix]
-    loss: float
-    limit: float | None
-    events: tuple[str, ...]
-
-    def report(self) -> LayerReport:
-        """Return the report of the coded matrix."""
-        encoded = self.encoded.result()
-        rows, columns = encoded.part.rows, encoded.part.columns
-        words, side = 4 * len(encoded.words), len(encoded.side)
-        return LayerReport(
-            name=self.name,
-            part=self.part,
-            shape=(rows, columns),
-            bits_per_weight=8 * (words + side) / (rows * columns),
-            relative_loss=self.loss,
-            words_bytes=words,
-            side_bytes=side,
-            limit_bits=self.limit,
-            events=self.events,
-        )
-
-
-@dataclass(frozen=True)
 class _Quantized:
     """A matrix after the search.
 
@@ -146,7 +131,7 @@ class _Quantized:
         seconds: time of the search's worker that the coding took.
     """
 
-    coding: _Coding
+    coding: Coding
     weight: Tensor
     find_limit: Callable[[], float | None]
     seconds: float
@@ -162,18 +147,38 @@ class _Pass:
     clock: Clock
     sensitivities: Sensitivities
     coder: ThreadPoolExecutor
+    shared: SharedBlocks
 
-    def search(self, block: Block) -> list[_Coding]:
-        """Quantize and code a block; on a GPU the coding goes on in the coder afterwards."""
+    def search(self, block: Block) -> list[Coding]:
+        """Quantize and code a block; on a GPU the coding goes on in the coder afterwards.
+
+        Each rank does what it owns; all of them get the quantized weights, and rank 0 what is
+        coded.
+        """
         with self.clock.stage("calibrate"):
             statistics = with_additions(block.statistics(), self.sensitivities)
         matrices = block.matrices()
         device = matrices[0].weight.device if matrices else torch.device("cpu")
-        wide = any(len(x.hessian) > NARROW_COLUMNS for x in statistics.values())
-        # The longest first, so that no worker is left with it alone.
-        order = sorted(
-            batches(stacks(matrices), _weights), key=lambda batch: -sum(map(_cost, batch))
+        coding = self.shared.searched(
+            partial(self._searched, block, matrices, statistics, device), block, device
         )
+        by_input = [matrix for stack in stacks(matrices) for matrix in stack]
+        places = {(matrix.name, matrix.part): place for place, matrix in enumerate(by_input)}
+        return sorted(coding, key=lambda x: places[x.name, x.part])
+
+    def _searched(
+        self,
+        block: Block,
+        matrices: Sequence[Matrix],
+        statistics: Mapping[str, InputStatistics],
+        device: torch.device,
+    ) -> list[tuple[Coding, Tensor]]:
+        """Quantize what this rank owns of a block, and write it back; return it with the weights
+        [m, n] that others need."""
+        wide = any(len(x.hessian) > NARROW_COLUMNS for x in statistics.values())
+        owned = [stack for stack in stacks(matrices) if statistics[stack[0].input].here]
+        # The longest first, so that no worker is left with it alone.
+        order = sorted(batches(owned, _weights), key=lambda batch: -sum(map(_cost, batch)))
         coding, seconds = [], 0.0
         # Batches that are searched one by one are also written back one by one, to save memory.
         together = device.type == "cpu" and not wide
@@ -184,13 +189,13 @@ class _Pass:
                 limits = run([matrix.find_limit for matrix in quantized], device)
             for matrix, limit in zip(quantized, limits, strict=True):
                 block.replace(matrix.coding.name, matrix.coding.part, matrix.weight)
-                coding.append(replace(matrix.coding, limit=limit))
+                coding.append(
+                    (replace(matrix.coding, limit=limit), self.shared.kept(matrix.weight))
+                )
                 seconds += matrix.seconds / worker_count()
             del results, quantized
         self.clock.move(seconds, "quantize", "code")
-        by_input = [matrix for stack in stacks(matrices) for matrix in stack]
-        places = {(matrix.name, matrix.part): place for place, matrix in enumerate(by_input)}
-        return sorted(coding, key=lambda x: places[x.name, x.part])
+        return coding
 
     def _search_batch(
         self, batch: list[list[Matrix]], statistics: Mapping[str, InputStatistics]
@@ -236,7 +241,7 @@ class _Pass:
         else:
             encoded = self.coder.submit(encode_matrix, result, loss)
         seconds = time.perf_counter() - begin
-        coding = _Coding(matrix.name, matrix.part, encoded, loss, None, events)
+        coding = Coding(matrix.name, matrix.part, encoded, loss, None, events)
         return _Quantized(coding, weight, find_limit, seconds)
 
     def _quantize(
@@ -298,7 +303,7 @@ class _Pass:
     def coded(
         self,
         index: int,
-        coding: Sequence[_Coding],
+        coding: Sequence[Coding],
         journal: Journal | None,
         previous: Future[list[CodedWeight]] | None,
     ) -> list[CodedWeight]:
@@ -331,9 +336,8 @@ class _Pass:
 
 
 def _cost(stack: Sequence[Matrix]) -> float:
-    """Return the approximate cost of a stack's search, in arbitrary units: factors and rows."""
-    columns = stack[0].weight.shape[1]
-    return columns**2 * (4 * columns + sum(len(matrix.weight) for matrix in stack))
+    """Return the approximate cost of a stack's search."""
+    return search_cost(sum(len(matrix.weight) for matrix in stack), stack[0].weight.shape[1])
 
 
 def _weights(stack: Sequence[Matrix]) -> list[Tensor]:

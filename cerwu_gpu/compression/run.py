@@ -160,7 +160,7 @@ class Run:
         with clock.stage("calibrate"):
             blocks = adapter.blocks(config)
         layers = compress_blocks(
-            blocks, layouts, dtypes, writer, config, clock, sensitivities, journal
+            blocks, layouts, dtypes, writer, config, clock, sensitivities, journal, adapter.ranks
         )
         adapter.quantized(journal)
         with clock.stage("quantize"):
@@ -216,6 +216,21 @@ class Run:
     def _loss(self) -> float | None:
         with self.clock.stage("evaluate"):
             return self.adapter.loss()
+
+
+def take_part(adapter: Adapter, config: CompressionConfig, clock: Clock) -> None:
+    """Do the part of a rank that writes nothing in the pass of `Run.attempt` on rank 0.
+
+    Raises:
+        CerwuError: a subclass that names the error.
+    """
+    layouts = adapter.layouts
+    sensitivities = adapter.sensitivities(config) if config.needs_gradients else None
+    dtypes = {name: adapter.module.get_parameter(name).dtype for name in layouts}
+    blocks = adapter.blocks(config)
+    compress_blocks(
+        blocks, layouts, dtypes, None, config, clock, sensitivities, ranks=adapter.ranks
+    )
 
 
 def plain_tensors(module: nn.Module, layouts: Mapping[str, WeightLayout]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from secrets import token_hex
 from filelock import lock_descriptor
 
 from cerwu_gpu.container.output import PARTIAL
-from cerwu_gpu.errors import CerwuError, OutputError
+from cerwu_gpu.errors import CerwuError, OutputError, RankError
 from cerwu_gpu.files import TEMPORARY, flush_to_disk, read_json, refused, write_text
 
 MARKER_FILE, LOCK_FILE, FINGERPRINT_FILE = "cerwu_gpu-work", "lock", "fingerprint.json"
@@ -143,8 +143,8 @@ def output_places(output: Path) -> dict[str, Path]:
 def work_directory(output: Path, *, restart: bool = False) -> Iterator[WorkDirectory]:
     """Lock the work directory of `output`; remove it at the end if that is a success.
 
-    It is kept when the run is interrupted or the disk refuses; an error that the same arguments
-    would only meet again removes it. `restart` drops what is there.
+    It is kept when the run is interrupted, a rank dies or the disk refuses; an error that the same
+    arguments would only meet again removes it. `restart` drops what is there.
 
     Raises:
         OutputError: it cannot be written, another process works in it, or something else has its
@@ -159,7 +159,7 @@ def work_directory(output: Path, *, restart: bool = False) -> Iterator[WorkDirec
         try:
             yield work
         except BaseException as error:
-            if isinstance(error, CerwuError) and not isinstance(error, OutputError):
+            if isinstance(error, CerwuError) and not isinstance(error, OutputError | RankError):
                 work.remove()
                 raise
             work.tidy()

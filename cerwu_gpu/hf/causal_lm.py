@@ -56,6 +56,7 @@ from cerwu_gpu.models.selection import (
     select_in_blocks,
 )
 from cerwu_gpu.quantize.sensitivity import Sensitivities
+from cerwu_gpu.ranks import Ranks
 
 SENSITIVITY_TOKENS = 4096
 """Number of tokens used to estimate sensitivities. They span orders of magnitude across outputs, so
@@ -88,6 +89,7 @@ class CausalLM(Adapter):
         config: CompressionConfig,
         *,
         device: torch.device,
+        ranks: Ranks | None = None,
         progress: bool = False,
     ) -> None:
         """Choose the weights.
@@ -97,7 +99,7 @@ class CausalLM(Adapter):
             ModelError: the model has no blocks, weights of a type that is not compressed, or with
                 `config.strict` a source that holds more than the result would.
         """
-        super().__init__()
+        super().__init__(ranks)
         self.loaded = loaded
         self.module = loaded.model.train(False)
         source = weight_source(self.module)
@@ -151,7 +153,7 @@ class CausalLM(Adapter):
         if self._disk is None:
             require_finite(self.module, self.layouts)
         else:  # reading the model may take long: once is enough
-            self._state = state_digest(finite(self._disk.state(), self.layouts))
+            self._state = self.ranks.from_first(self._digest)
         # For a perplexity increase, some of the calibration samples are held out anyway.
         holding_out = isinstance(config.target, MaxPerplexityIncrease)
         if isinstance(config.calibration, Batches):
@@ -159,7 +161,9 @@ class CausalLM(Adapter):
             data = CalibrationTokens(tokens, tokens[:0])
         else:
             apart = not holding_out and (judged or config.distillation is not None)
-            data = self._text_tokens(config.text, apart)
+            self._batch_size = config.text.batch_size
+            text = partial(self._text_tokens, config.text, apart)
+            data = self.ranks.from_first(text)
         events = data.events
         if judged and not holding_out and not len(data.held_out):
             missing = "no calibration text is left to judge by: the card has no perplexity."
@@ -182,12 +186,16 @@ class CausalLM(Adapter):
             )
             self.cache = HessianCache(hessian_cache, key)
         self._work = work
-        run_cache = HessianCache(work, "calibration") if work else None
+        run_cache = HessianCache(work, "calibration") if work and self.ranks.first else None
         self._sensitivity_cache = self.cache or run_cache
+
+    def _digest(self) -> str:
+        assert self._disk is not None
+        return state_digest(finite(self._disk.state(), self.layouts))
 
     def _text_tokens(self, calibration: Calibration, judged: bool) -> CalibrationTokens:
         """Return tokens of the calibration texts, with held-out ones if `judged`."""
-        self._batch_size, length = calibration.batch_size, calibration.sequence_length
+        length = calibration.sequence_length
         columns = max(layout.matrix_shape[1] for layout in self.layouts.values())
         windows = Windows(
             samples=calibration.samples or usual_samples(columns, length),
@@ -268,7 +276,9 @@ class CausalLM(Adapter):
             count = -(-SENSITIVITY_TOKENS // tokens.shape[1])
             return self.backward(tokens[:count], self._batch_size)
 
-        return _filled(cached_sensitivities(self._sensitivity_cache, compute))
+        cache = self._sensitivity_cache
+        known = self.ranks.from_first(lambda: cache and cache.read_sensitivities())
+        return _filled(known or cached_sensitivities(cache, compute))
 
     def backward(self, tokens: Tensor, batch_size: int) -> Sensitivities:
         """Return the sensitivities of all chosen weights on tokens, int64 [samples, sequence].
@@ -280,21 +290,24 @@ class CausalLM(Adapter):
         if tokens.numel():
             check_tokens(self.module, tokens, tokens.shape[1])
         backbone, outer = self.backbone()
-        head = None if outer.head is None else HeadGradients(outer.head)
+        head = None if outer.head is None else HeadGradients(outer.head, self.ranks)
         with _refusing(self.module):
             alphas = blockwise_sensitivities(
                 backbone,
                 tokens,
-                lambda captured: _Tail(self, self.ends(captured), head, self._device),
+                lambda captured, shard: _Tail(self, self.ends(captured), head, shard),
                 ends_placed(self.module, self._blocks, self._device),
                 to_inputs=head is not None,
                 device=self._device,
                 batch_size=batch_size,
                 spool=None if self._disk is None else self._work,
+                ranks=self.ranks,
                 progress=self._progress,
             )
         additions: dict[str, Tensor] = {}
         if head is not None:
+            rows, columns = self.module.get_parameter(head.head.head).shape
+            head.finish(rows, columns, self._device)
             for name in head.head.names:
                 if name in self.layouts:
                     outer_part = head.sensitivities(self.layouts[name], self.inputs(tokens))
@@ -322,6 +335,7 @@ class CausalLM(Adapter):
             device=self._device,
             batch_size=self._batch_size,
             drift=Drift(config.sequential, config.corrects_drift and not sampling),
+            ranks=self.ranks,
             progress=self._progress,
         )
 
@@ -427,12 +441,13 @@ class _Tail:
     """A model without its blocks in the backward pass of one batch (sensitivity.Tail)."""
 
     def __init__(
-        self, adapter: CausalLM, ends: Ends, head: HeadGradients | None, device: torch.device
+        self, adapter: CausalLM, ends: Ends, head: HeadGradients | None, shard: int
     ) -> None:
         self._adapter = adapter
         self._ends = ends
         self._head = head
-        self._device = device
+        if head is not None:
+            head.begin(shard)
         self._entries: list[tuple[Tensor, Tensor]] = []
 
     def gradient(self, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -447,7 +462,7 @@ class _Tail:
                 self._head.note(passage, self._predicting(piece), scale * scale)
             logits, targets = self._adapter.predicted(piece, passage.logits)
             loss = scale * functional.cross_entropy(
-                logits.float(), targets.to(self._device), reduction="sum"
+                logits.float(), targets.to(logits.device), reduction="sum"
             )
             gradients.append(torch.autograd.grad(loss, passage.last)[0])
             self._entries.append((passage.rows, passage.first))

@@ -34,11 +34,13 @@ from cerwu_gpu.calibration.capture import Capture
 from cerwu_gpu.calibration.moments import InputMoments
 from cerwu_gpu.calibration.products import Product
 from cerwu_gpu.calibration.running import placed
+from cerwu_gpu.calibration.shards import ShardSums
 from cerwu_gpu.compression.blocks import Block, BlockWeights, InputStatistics, KnownBlock
 from cerwu_gpu.errors import CalibrationError, ModelError
 from cerwu_gpu.hf.ends import Ends, Passage, ends_placed, output_embeddings
 from cerwu_gpu.layout import Label, WeightLayout
 from cerwu_gpu.quantize.sensitivity import Sensitivities
+from cerwu_gpu.ranks import Ranks
 from cerwu_gpu.threads import one_thread
 
 NEGLIGIBLE = 1e-6
@@ -163,22 +165,22 @@ class HeadBlocks(OuterBlocks):
         if layout.name != self.head.head:
             rows, columns = layout.shape
             hessian = torch.eye(columns, device=stream.device) * (2 / rows)
-            count = sum(tokens.numel() for tokens in stream.batches)
+            if not stream.ranks.first:
+                hessian = hessian.to("meta")
             key = layout.key(0)
-            return {(layout.name, 0): key}, {key: InputStatistics(hessian, count)}
-        moments = InputMoments([layout])
-        first = 0
-        for index, (tokens, hidden) in enumerate(zip(stream.batches, stream.hidden, strict=True)):
-            samples = range(first, first + len(tokens))
-            first = samples.stop
-            outputs = hidden
+            return {(layout.name, 0): key}, {key: InputStatistics(hessian, stream.tokens)}
+        moments = InputMoments([layout], stream.ranks)
+        for index, (batch, hidden) in enumerate(zip(stream.batches, stream.hidden, strict=True)):
+            moments.begin(batch.shard)
+            tokens, samples, outputs = batch.tokens, batch.samples, hidden
             if stream.drifted is not None:
                 with moments.record(samples):
                     moments.add(Product(layout.name, ends.head_input(tokens, outputs), None))
                 outputs = stream.drifted[index]
             with moments.forward(samples):
                 moments.add(Product(layout.name, ends.head_input(tokens, outputs), None))
-        return moments.keys, moments.statistics(stream.device)
+        statistics = moments.statistics(stream.device)
+        return moments.keys, statistics
 
 
 def lookup_frequencies(tokens: Tensor, vocabulary: int) -> Tensor:
@@ -237,12 +239,20 @@ class HeadGradients:
     """Expected squared gradients at the logits, and second moments of the head's inputs and of the
     gradients at the looked-up rows, over batches of tokens."""
 
-    def __init__(self, head: HeadWeights) -> None:
+    def __init__(self, head: HeadWeights, ranks: Ranks | None = None) -> None:
         self.head = head
-        self._tokens = 0
-        self._squares: Tensor | float = 0.0
-        self._inputs: Tensor | float = 0.0
-        self._gradients: Tensor | float = 0.0
+        self._sums: ShardSums[str] = ShardSums(ranks or Ranks())
+        self._totals: dict[str, Tensor] = {}
+
+    def begin(self, shard: int) -> None:
+        """Take what follows for a shard of the calibration batches; they come in order."""
+        self._sums.begin(shard)
+
+    def finish(self, vocabulary: int, columns: int, device: torch.device) -> None:
+        """Add up what all ranks have noted."""
+        moment = torch.Size((columns, columns))
+        shapes = {"inputs": moment, "gradients": moment, "squares": torch.Size((vocabulary,))}
+        self._totals = self._sums.shared({**shapes, "tokens": torch.Size(())}, device)
 
     def note(self, passage: Passage, predicting: Callable[[Tensor], Tensor], weight: float) -> None:
         """Add a passage, before its graph is freed.
@@ -256,24 +266,26 @@ class HeadGradients:
         """
         if passage.scores is None or passage.head_input is None:
             raise CalibrationError("the model does not apply its head once: leave the head out.")
-        self._tokens += passage.rows.shape[0] * passage.rows.shape[1]
-        self._inputs = self._inputs + _second_moment(passage.head_input)
+        tokens = passage.rows.shape[0] * passage.rows.shape[1]
+        self._sums.add("tokens", torch.tensor(tokens, dtype=torch.float64))
+        self._sums.add("inputs", _second_moment(passage.head_input))
         squares = _expected_squares(passage.scores, passage.logits, predicting)
-        self._squares = self._squares + weight * squares
+        self._sums.add("squares", weight * squares)
 
     def note_rows(self, gradient: Tensor) -> None:
         """Add the gradient at the looked-up rows [batch, sequence, d]."""
-        self._gradients = self._gradients + _second_moment(gradient)
+        self._sums.add("gradients", _second_moment(gradient))
 
     def sensitivities(self, layout: WeightLayout, tokens: Tensor) -> Sensitivities:
-        """Return the sensitivities of the head or the input embedding.
+        """Return the sensitivities of the head or the input embedding, after `finish`.
 
         Raises:
             CalibrationError: a gradient is not finite.
         """
+        totals = {name: total.cpu() for name, total in self._totals.items()}
         logits, hessian, moment = (
-            torch.as_tensor(total).cpu() / self._tokens
-            for total in (self._squares, 2 * self._inputs, self._gradients)
+            total / totals["tokens"]
+            for total in (totals["squares"], 2 * totals["inputs"], totals["gradients"])
         )
         if not all(bool(torch.isfinite(mean).all()) for mean in (logits, hessian, moment)):
             raise CalibrationError(

@@ -1,0 +1,61 @@
+"""cerwu-gpu plan: predict memory, traffic, work and size of a compression from config.json."""
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from cerwu_gpu.cli import options
+from cerwu_gpu.cli.output import listing, print_json, size
+from cerwu_gpu.config import Bits, all_settings, from_settings
+from cerwu_gpu.errors import ConfigError
+from cerwu_gpu.quantities import parse_size
+
+USUAL_BITS = 3.0
+"""Bits per weight where none are given."""
+NOT_MEASURED = "not measured"
+
+
+@options.closed
+@options.with_settings(all_settings(), before="gpus")
+def plan(
+    model: options.Model,
+    gpus: Annotated[int, typer.Option(help="Processes, one for a GPU, of each machine.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of a GPU, to compare with: 80GB."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON only.")] = False,
+    **settings: Any,
+) -> None:
+    """Predict what compressing MODEL takes, from its config.json alone; nothing is read or run."""
+    for name, value in (("gpus", gpus), ("nodes", nodes)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}: give at least 1.")
+    room = None if gpu_memory is None else parse_size(gpu_memory)
+    config = from_settings(**options.given_settings(settings))
+    bits = config.target.bits if isinstance(config.target, Bits) else USUAL_BITS
+    from cerwu_gpu.hf.plan import outline
+    from cerwu_gpu.hf.plan import plan as predicted
+
+    known = outline(model, config)
+    result = predicted(known, config, ranks=gpus * nodes, bits=bits)
+    if json:
+        seconds = dict.fromkeys(result.operations)
+        print_json({**asdict(result), "peak": result.peak, "bits": bits, "seconds": seconds})
+        return
+    fits = "" if room is None else f", {'fits' if result.peak <= room else 'does not fit'}"
+    rows = [
+        ("quantized weights", f"{known.weights:,}"),
+        ("processes", f"{result.ranks:,}"),
+        (f"file at {bits:g} bits", size(result.file_bytes)),
+        ("memory of a process", f"{size(result.peak)}{fits}"),
+        *((f"  {part}", size(count)) for part, count in result.memory.items()),
+        ("read by a process, at most", size(max(result.read))),
+        ("sent by a process, at most", size(max(result.sent))),
+        ("received by a process, at most", size(max(result.received))),
+        *((f"operations: {stage}", f"{x:.2e}") for stage, x in result.operations.items()),
+        ("seconds", f"{NOT_MEASURED}: no committed benchmark has unit costs of a GPU"),
+    ]
+    typer.echo(listing(rows))
