@@ -19,6 +19,7 @@ from cerwu_gpu.files import resolved
 @options.closed
 @options.with_settings(all_settings(), before="device")
 def compress(
+    context: typer.Context,
     model: options.Model,
     output: options.Output,
     device: options.Device = None,
@@ -59,7 +60,9 @@ def compress(
 ) -> None:
     """Compress MODEL into a directory for load_compressed, info, eval and decompress."""
     config = from_settings(
-        **options.given_settings(settings), hessian_cache=hessian_cache, verify=not no_verify
+        **options.given_settings(options.typed(context, settings)),
+        hessian_cache=hessian_cache,
+        verify=not no_verify,
     )
     grid = settings["grid"]
     places = output_places(resolved(output))
