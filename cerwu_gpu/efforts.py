@@ -11,7 +11,7 @@ EFFORTS: Mapping[Effort, Mapping[str, Any]] = MappingProxyType(
         "fast": {
             "calibration": "none",
             "sensitivity": "relative",
-            "lmbda": 1e-5,
+            "lmbda": 3e-6,
             "limit_columns": 0,
         },
         "normal": {},

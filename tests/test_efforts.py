@@ -162,5 +162,5 @@ def test_a_run_without_data_is_repeated_by_its_report(command, toy_directory, tm
     code, _, _ = command("compress", toy_directory, "-o", tmp_path / "a", "--effort", "fast", "-q")
     assert code == 0
     report = json.loads((tmp_path / "a.report.json").read_text(encoding="utf-8"))
-    settings_of_fast = ("--calibration none", "--sensitivity relative", "--lmbda 1e-05")
+    settings_of_fast = ("--calibration none", "--sensitivity relative", "--lmbda 3e-06")
     assert all(part in report["command"] for part in settings_of_fast)

@@ -1,6 +1,5 @@
 """scripts/gradients.py measures what the package measures; treatments of drift that scripts try."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
