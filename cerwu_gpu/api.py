@@ -325,7 +325,7 @@ def check_calibration(module: nn.Module, config: CompressionConfig) -> None:
             "the model's directory."
         )
     batches = isinstance(config.calibration, Batches)
-    if not source.takes_text and not batches:
+    if not source.takes_text and not batches and not config.data_free:
         raise ModelError(
             f"{type(module).__name__} is no language model: give batches of its inputs to "
             "calibrate."
@@ -366,7 +366,8 @@ def _adapter(
 ) -> Adapter:
     """Return the adapter of a model, with its calibration data."""
     # Whole modules are calibrated anew in each sequential pass.
-    searching = config.target is not None and not (config.sequential and not source.takes_text)
+    searching = config.target is not None and not config.data_free
+    searching = searching and not (config.sequential and not source.takes_text)
     cache = config.hessian_cache or (work / "hessians" if searching else None)
     if source.kind is not None and source.takes_text:
         kind: Any = source.kind.adapter

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from cerwu_gpu.efforts import Effort, with_effort
 from cerwu_gpu.errors import ConfigError
 
 Method = Literal["waterfilled", "cerwu", "cerwu-gamma0", "optq", "rtn"]
@@ -27,6 +28,8 @@ Drift = Literal["auto", "correct", "ignore", "sequential"]
 
 GRADIENT_BASED: tuple[Sensitivity, ...] = ("layer", "row", "balanced")
 """Sensitivities that come from gradients."""
+NO_DATA = "none"
+"""Name, in place of a text's, of a calibration without data."""
 LEVELS_LIMIT = 4096
 SHARE = re.compile(r"0?\.\d+|1(\.0*)?")
 """Pattern of a share behind the name of a calibration text."""
@@ -304,16 +307,22 @@ class Calibration:
         None,
         "Calibration data: wikitext2, a Hub dataset id, a text file, or self (text sampled from "
         "the model); repeatable, with shares of the samples: --calibration my.txt:0.7 "
-        "--calibration self:0.3; default: wikitext2:0.5 and self:0.5, for encoders wikitext2.",
+        "--calibration self:0.3; none: no data (H = I); default: wikitext2:0.5 and self:0.5, for "
+        "encoders wikitext2.",
         name="calibration",
     )
     """Name of a hub dataset (wikitext2 for short), a text file, or self (sampled from the model);
-    or a `Text`; or several of them, each "name:share" or a `Text` with its share. None: the
-    adapter's usual ones (hf/causal_lm.py)."""
+    or a `Text`; or several of them, each "name:share" or a `Text` with its share. "none": no data,
+    of any kind of model. None: the adapter's usual ones (hf/causal_lm.py)."""
     samples: int | None = setting(
         None, "Number of calibration sequences; default: by the columns of the widest matrix."
     )
     """Number of sequences; None: by the columns of the widest matrix (hf/sources.py)."""
+    tokens_per_column: int = setting(
+        8,
+        "Calibration tokens for each column of the widest matrix, or for 8,192 columns where it "
+        "has fewer, unless --samples is given.",
+    )
     sequence_length: int = setting(512, "Tokens per calibration sequence.")
     batch_size: int = setting(8, "Calibration sequences per forward pass.")
     seed: int = setting(0, "Random seed.")
@@ -322,7 +331,9 @@ class Calibration:
 
     def __post_init__(self) -> None:
         count = max(1, len(self.sources))
-        _check_counts(self, "batch_size")
+        _check_counts(self, "batch_size", "tokens_per_column")
+        if len(self.sources) > 1 and any(text == NO_DATA for text, _ in self.sources):
+            raise ConfigError("calibration none is beside a text: drop none, or the text.")
         if self.samples is not None and self.samples < count:
             texts = "" if count == 1 else f", one for each of {count} texts"
             raise ConfigError(f"samples is {self.samples}: give at least {count}{texts}.")
@@ -336,6 +347,11 @@ class Calibration:
         if self.source is None:
             return ()
         return _sources(self.source if isinstance(self.source, tuple) else (self.source,))
+
+    @property
+    def data_free(self) -> bool:
+        """Whether no data is used at all."""
+        return [text for text, _ in self.sources] == [NO_DATA]
 
     @property
     def names(self) -> tuple[str, ...] | None:
@@ -472,6 +488,32 @@ class CompressionConfig:
                 f"lmbda is {self.objective.lmbda}: steps follow from it, so give at least "
                 f"{LEAST_LMBDA} or levels."
             )
+        if self.data_free:
+            self._check_data_free()
+
+    def _check_data_free(self) -> None:
+        """Refuse what needs data.
+
+        Raises:
+            ConfigError: the settings ask for it.
+        """
+        needed = None
+        if self.needs_gradients:
+            kind = self.objective.sensitivity
+            raise ConfigError(
+                f"sensitivity {kind} comes from gradients, and calibration is none: take relative "
+                "or none, or calibrate."
+            )
+        if self.drift in ("correct", "sequential"):
+            needed = f"drift {self.drift}"
+        elif self.distillation is not None:
+            needed = "distill"
+        elif isinstance(self.target, MaxPerplexityIncrease):
+            needed = "max_perplexity_increase"
+        elif self.hessian_cache is not None:
+            needed = "hessian_cache"
+        if needed is not None:
+            raise ConfigError(f"{needed} needs data, and calibration is none: drop one of them.")
 
     @property
     def lmbda(self) -> float:
@@ -528,8 +570,13 @@ class CompressionConfig:
     def corrects_drift(self) -> bool:
         """Whether drift is corrected; auto is decided by the grid and the Hessian cache."""
         if self.drift == "auto":
-            return not (self.bounded or self.hessian_cache is not None)
+            return not (self.bounded or self.hessian_cache is not None or self.data_free)
         return self.drift == "correct"
+
+    @property
+    def data_free(self) -> bool:
+        """Whether no data calibrates: every Hessian is the identity."""
+        return isinstance(self.calibration, Calibration) and self.calibration.data_free
 
     @property
     def seed(self) -> int:
@@ -590,7 +637,14 @@ def all_settings() -> dict[str, Setting]:
         "paper's), cerwu-gamma0, optq (lmbda 0) or rtn (no Hessian); default: waterfilled, or "
         "cerwu with --levels or --grid.",
     )
-    entries = {"method": method}
+    effort = Setting(
+        "effort",
+        Effort | None,
+        None,
+        "Preset of settings, over which the options given win: fast (no calibration data), normal, "
+        "or best (more calibration text, trellis32, distillation); default: normal.",
+    )
+    entries = {"effort": effort, "method": method}
     for part in _PARTS:
         for entry in _setting_fields(part):
             name, unset = _name(entry), entry.default is MISSING or entry.metadata["asked"]
@@ -602,7 +656,8 @@ def all_settings() -> dict[str, Setting]:
 
 def settings(config: CompressionConfig) -> dict[str, Any]:
     """Return the flat settings of a configuration, those that do not apply with their defaults;
-    calibration is None for anything but a text or dataset with a name."""
+    calibration is None for anything but a text or dataset with a name, and effort always, as the
+    settings of an effort are there by themselves."""
     values = {name: entry.default for name, entry in all_settings().items()}
     calibration = config.calibration
     values["method"] = config.method
@@ -640,6 +695,10 @@ def from_settings(**given: Any) -> CompressionConfig:
     for name in given:
         if name not in known and name not in extra:
             raise ConfigError(f"{name} is no setting: choose one of {', '.join(known)}.")
+    effort = given.pop("effort", None)
+    if effort is not None:
+        _check_choice("effort", effort, Effort)
+    given = with_effort(effort, given)
     grid = _grid(given)
     goals = {name: given[name] for name in map(_goal_name, _TARGETS) if given.get(name) is not None}
     if len(goals) > 1:

@@ -27,6 +27,7 @@ ORDER = (
         "coded",
         "config",
         "device",
+        "efforts",
         "errors",
         "files",
         "layout",

@@ -43,6 +43,7 @@ def told_once(ranks: "Ranks") -> Iterator[None]:
 @options.closed
 @options.with_settings(all_settings(), before="device")
 def compress(
+    context: typer.Context,
     model: options.Model,
     output: options.Output,
     device: options.Device = None,
@@ -83,7 +84,9 @@ def compress(
 ) -> None:
     """Compress MODEL into a directory for load_compressed, info, eval and decompress."""
     config = from_settings(
-        **options.given_settings(settings), hessian_cache=hessian_cache, verify=not no_verify
+        **options.given_settings(options.typed(context, settings)),
+        hessian_cache=hessian_cache,
+        verify=not no_verify,
     )
     grid = settings["grid"]
     places = output_places(resolved(output))

@@ -165,6 +165,16 @@ def refuse_beside_images(values: dict[str, tuple[Any, Any]]) -> None:
             raise ConfigError(f"{name} is for language models: drop it, or drop images.")
 
 
+def typed(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that the command line gives, without those at their defaults: an effort
+    may set these."""
+    return {
+        name: value
+        for name, value in values.items()
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+
+
 def given_settings(values: dict[str, Any]) -> dict[str, Any]:
     """Parse typed settings; None stands for an omitted one.
 

@@ -20,6 +20,7 @@ from cerwu_gpu.calibration.cache import (
     tensors_digest,
 )
 from cerwu_gpu.calibration.capture import Capture
+from cerwu_gpu.calibration.data_free import DataFreeBlocks
 from cerwu_gpu.calibration.running import is_held_out, placed, weight_source
 from cerwu_gpu.calibration.sensitivity import blockwise_sensitivities
 from cerwu_gpu.calibration.students import BlockwiseStudent
@@ -39,7 +40,7 @@ from cerwu_gpu.files import checksum
 from cerwu_gpu.hf.companions import described, not_carried, write_companions
 from cerwu_gpu.hf.ends import Ends, ends_placed
 from cerwu_gpu.hf.evaluation import mean_loss
-from cerwu_gpu.hf.head import HeadBlocks, HeadGradients, head_layouts
+from cerwu_gpu.hf.head import HeadBlocks, HeadGradients, head_layouts, head_modules
 from cerwu_gpu.hf.models import LoadedModel, check_tokens, is_conv1d, mask_token
 from cerwu_gpu.hf.sources import Windows, calibration_tokens, usual_samples
 from cerwu_gpu.hf.streaming import WeightsOnDisk
@@ -159,6 +160,8 @@ class CausalLM(Adapter):
         if isinstance(config.calibration, Batches):
             tokens = batched_tokens(config.calibration.inputs)
             data = CalibrationTokens(tokens, tokens[:0])
+        elif config.data_free:
+            data = self.data
         else:
             apart = not holding_out and (judged or config.distillation is not None)
             self._batch_size = config.text.batch_size
@@ -198,7 +201,7 @@ class CausalLM(Adapter):
         length = calibration.sequence_length
         columns = max(layout.matrix_shape[1] for layout in self.layouts.values())
         windows = Windows(
-            samples=calibration.samples or usual_samples(columns, length),
+            samples=calibration.samples or usual_samples(columns, calibration),
             sequence_length=length,
             seed=calibration.seed,
             batch_size=calibration.batch_size,
@@ -316,6 +319,9 @@ class CausalLM(Adapter):
         return Sensitivities(alphas, additions)
 
     def blocks(self, config: CompressionConfig, *, sampling: bool = False) -> Blocks:
+        if config.data_free:
+            ends = head_modules(self.module, list(self.layouts.values()))
+            return DataFreeBlocks(self.module, self.layouts, [*self._blocks, *ends], self._device)
         if self.cache is None or (config.corrects_drift and not sampling):
             return self._calibrated(config)
         backbone, outer = self.backbone()

@@ -20,10 +20,8 @@ from cerwu_gpu.hf.text import (
     token_windows,
 )
 
-TOKENS = 65_536
-"""Least number of calibration tokens where none is given."""
-TOKENS_PER_COLUMN = 8
-"""Number of calibration tokens for each column of the widest matrix where none is given."""
+LEAST_COLUMNS = 8192
+"""Columns of a matrix up to which the number of calibration tokens does not follow from them."""
 
 
 def calibration_files(config: CompressionConfig) -> dict[str, Path | None]:
@@ -48,9 +46,10 @@ def with_sources(config: CompressionConfig, usual: Sequence[Source]) -> Compress
     return replace(config, calibration=replace(calibration, source=only))
 
 
-def usual_samples(columns: int, sequence_length: int) -> int:
+def usual_samples(columns: int, calibration: Calibration) -> int:
     """Return the number of calibration samples for a widest matrix of so many columns."""
-    return -(-max(TOKENS, TOKENS_PER_COLUMN * columns) // sequence_length)
+    tokens = calibration.tokens_per_column * max(LEAST_COLUMNS, columns)
+    return -(-tokens // calibration.sequence_length)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from cerwu_gpu.calibration.cache import (
     hessian_key,
     tensors_digest,
 )
+from cerwu_gpu.calibration.data_free import DataFreeBlocks
 from cerwu_gpu.calibration.running import (
     Batch,
     Runner,
@@ -82,14 +83,15 @@ class ModuleAdapter(Adapter):
             CerwuError: a subclass that names the error.
         """
         super().__init__()
-        if not isinstance(config.calibration, Batches):
+        given = config.calibration
+        if not isinstance(given, Batches) and not config.data_free:
             raise ConfigError(f"{type(module).__name__} is calibrated by batches: give Batches.")
-        loss = config.calibration.loss
+        loss = given.loss if isinstance(given, Batches) else None
         require_values(module)
         self.module = module
         self.select(config)
         require_finite(module, self.layouts)
-        self.batches = materialized(config.calibration.inputs)
+        self.batches = materialized(given.inputs) if isinstance(given, Batches) else []
         self._held_out: list[Batch] = []
         if isinstance(config.target, MaxPerplexityIncrease):
             self.batches, self._held_out = _split(self.batches, loss)
@@ -147,6 +149,10 @@ class ModuleAdapter(Adapter):
         return self._sensitivities
 
     def blocks(self, config: CompressionConfig, *, sampling: bool = False) -> Blocks:
+        if config.data_free:
+            owners = dict.fromkeys(name.rpartition(".")[0] for name in self.layouts)
+            parts = [(owner, self.module.get_submodule(owner)) for owner in owners]
+            return DataFreeBlocks(self.module, self.layouts, parts, self._device)
         if self._norms is None:
             self._norms = following_norms(
                 self.module, self.batches, config, device=self._device, progress=self._progress

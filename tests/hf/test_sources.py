@@ -16,7 +16,6 @@ from cerwu_gpu.config import (
 )
 from cerwu_gpu.errors import CalibrationError
 from cerwu_gpu.hf.sources import (
-    TOKENS,
     Windows,
     alternating,
     apportioned,
@@ -176,8 +175,10 @@ def test_names_with_shares_make_the_round_trip_through_flat_settings():
 
 
 def test_a_wide_matrix_asks_for_more_text():
-    assert usual_samples(64, 512) == usual_samples(1536, 512) == TOKENS // 512
-    assert usual_samples(100_000, 512) == -(-800_000 // 512)
+    usual = Calibration()
+    assert usual_samples(64, usual) == usual_samples(1536, usual) == 65_536 // 512
+    assert usual_samples(100_000, usual) == -(-800_000 // 512)
+    assert usual_samples(100_000, Calibration(tokens_per_column=16)) == -(-1_600_000 // 512)
 
 
 def test_usual_texts_are_named_where_none_is_given():
