@@ -31,7 +31,12 @@ from cerwu_gpu.hf.evaluation import perplexity
 from cerwu_gpu.hf.images import compare_on_images, load_images
 from cerwu_gpu.hf.kinds import KINDS, Kind, kind_of, load_kind
 from cerwu_gpu.hf.loading import load_compressed
-from cerwu_gpu.hf.models import LoadedModel, bytes_of_original, require_tokenizer
+from cerwu_gpu.hf.models import (
+    LoadedModel,
+    bytes_of_original,
+    require_predictions,
+    require_tokenizer,
+)
 from cerwu_gpu.hf.names import source_names
 from cerwu_gpu.hf.opening import check_before, check_written
 from cerwu_gpu.hf.sources import calibration_files, with_sources
@@ -348,6 +353,7 @@ def text_subject(
     kind, loaded = load_kind(model, trust_remote_code=trust_remote_code)
     if not issubclass(kind.adapter, CausalLM):
         raise ModelError(f"{model} is {kind.name}, which is judged on images: give images.")
+    require_predictions(loaded.model)
     tokenizer = require_tokenizer(loaded.tokenizer)
     adapter = kind.adapter(loaded, base, device=target, progress=progress)
     adapter.calibrate(base, hessian_cache=hessian_cache)

@@ -37,7 +37,7 @@ from cerwu_gpu.container.journal import Journal
 from cerwu_gpu.errors import CalibrationError, CerwuError, ModelError, reason
 from cerwu_gpu.files import checksum
 from cerwu_gpu.hf.companions import described, not_carried, write_companions
-from cerwu_gpu.hf.ends import Ends, ends_placed
+from cerwu_gpu.hf.ends import Ends, ends_placed, logits_or_states
 from cerwu_gpu.hf.evaluation import mean_loss
 from cerwu_gpu.hf.head import HeadBlocks, HeadGradients, head_layouts
 from cerwu_gpu.hf.models import LoadedModel, check_tokens, is_conv1d, mask_token
@@ -120,7 +120,13 @@ class CausalLM(Adapter):
         require_coded(self.module, self.layouts)
 
     def select(self, config: CompressionConfig) -> None:
-        selection = select(self.module, config.include, config.exclude, head=not config.keep_head)
+        selection = select(
+            self.module,
+            config.include,
+            config.exclude,
+            head=not config.keep_head,
+            predicts=self.predicts_tokens,
+        )
         self.layouts = {layout.name: layout for layout in selection.chosen}
         left, events = not_carried(self.loaded, strict=config.strict)
         self.left = {**selection.left, **left}
@@ -227,7 +233,10 @@ class CausalLM(Adapter):
                 "drift, or drop the Hessian cache and any target."
             )
 
-    # Inputs and predictions: masked language models differ here.
+    # Inputs and predictions: masked language models and models without a head differ here.
+
+    predicts_tokens = True
+    """Whether the model has logits of tokens, and so a perplexity."""
 
     def inputs(self, tokens: Tensor) -> Tensor:
         """Return the model's input ids for tokens, int64 [batch, sequence]."""
@@ -240,6 +249,17 @@ class CausalLM(Adapter):
     def loss_scale(self, tokens: Tensor) -> float:
         """Return the factor of the loss that makes squared gradients those of all tokens."""
         return 1.0
+
+    def total_loss(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """Return L [nats] of sequences, whose squared gradients are the sensitivities."""
+        predicting, targets = self.predicted(tokens, logits)
+        return self.loss_scale(tokens) * functional.cross_entropy(
+            predicting.float(), targets.to(predicting.device), reduction="sum"
+        )
+
+    def at_once(self, length: int) -> int:
+        """Return the number of sequences of `length` tokens whose logits fit into memory."""
+        return max(1, LOGITS // (length * self.vocabulary))
 
     def _run(self, tokens: Tensor) -> object:
         ids = self.inputs(tokens).to(self.module.device)
@@ -285,7 +305,7 @@ class CausalLM(Adapter):
             alphas = blockwise_sensitivities(
                 backbone,
                 tokens,
-                lambda captured: _Tail(self, self.ends(captured), head, self._device),
+                lambda captured: _Tail(self, self.ends(captured), head),
                 ends_placed(self.module, self._blocks, self._device),
                 to_inputs=head is not None,
                 device=self._device,
@@ -337,7 +357,7 @@ class CausalLM(Adapter):
         on_device = placed(self.module, self._device)
         with on_device if self._disk is None else self._disk.running():
             ids = self.inputs(self.data.tokens[:1]).to(self.module.device)
-            logits = self.module(input_ids=ids, **self.run_options).logits
+            logits = logits_or_states(self.module(input_ids=ids, **self.run_options))
         event = "the compressed model overflows float16 on its calibration text: use bfloat16"
         if not bool(torch.isfinite(logits).all()) and event not in self.events:
             if config.strict:
@@ -426,29 +446,23 @@ class CausalLM(Adapter):
 class _Tail:
     """A model without its blocks in the backward pass of one batch (sensitivity.Tail)."""
 
-    def __init__(
-        self, adapter: CausalLM, ends: Ends, head: HeadGradients | None, device: torch.device
-    ) -> None:
+    def __init__(self, adapter: CausalLM, ends: Ends, head: HeadGradients | None) -> None:
         self._adapter = adapter
         self._ends = ends
         self._head = head
-        self._device = device
         self._entries: list[tuple[Tensor, Tensor]] = []
 
     def gradient(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Return the loss's gradient at the blocks' output, a few sequences at a time."""
-        count = max(1, LOGITS // (tokens.shape[1] * self._adapter.vocabulary))
+        count = self._adapter.at_once(tokens.shape[1])
         gradients = []
         pieces = zip(torch.split(tokens, count), torch.split(hidden, count), strict=True)
         for piece, outputs in pieces:
             passage = self._ends.passage(piece, outputs)
-            scale = self._adapter.loss_scale(piece)
             if self._head is not None:
-                self._head.note(passage, self._predicting(piece), scale * scale)
-            logits, targets = self._adapter.predicted(piece, passage.logits)
-            loss = scale * functional.cross_entropy(
-                logits.float(), targets.to(self._device), reduction="sum"
-            )
+                weight = self._adapter.loss_scale(piece) ** 2
+                self._head.note(passage, self._predicting(piece), weight)
+            loss = self._adapter.total_loss(piece, passage.logits)
             gradients.append(torch.autograd.grad(loss, passage.last)[0])
             self._entries.append((passage.rows, passage.first))
         return torch.cat(gradients)
@@ -470,8 +484,10 @@ def select(
     exclude: tuple[str, ...] | list[str] = (),
     *,
     head: bool = False,
+    predicts: bool = True,
 ) -> Selection:
-    """Choose weights of a language model's blocks, and with `head` its head and input embedding.
+    """Choose weights of a language model's blocks, and with `head` its head and input embedding;
+    a model that `predicts` tokens must have a head then.
 
     Raises:
         ConfigError: a pattern matches nothing, or no weight is left.
@@ -480,7 +496,7 @@ def select(
     return select_in_blocks(
         model,
         find_blocks(model, is_conv1d),
-        head_layouts(model) if head else (),
+        head_layouts(model, predicts=predicts) if head else (),
         include,
         exclude,
         is_transposed=is_conv1d,

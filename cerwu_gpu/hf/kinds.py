@@ -6,25 +6,23 @@ A new kind is an adapter, an entry in KINDS, and tests.
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+    AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
 from cerwu_gpu.errors import ModelError
 from cerwu_gpu.files import read_json
@@ -34,6 +32,7 @@ from cerwu_gpu.hf.classifier import ImageClassifier
 from cerwu_gpu.hf.encoder import MaskedLM
 from cerwu_gpu.hf.models import LoadedModel, is_gguf, load_model, local_directory
 from cerwu_gpu.hf.streaming import blocks_on_disk
+from cerwu_gpu.hf.text_heads import Embedder, TextClassifier
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,11 @@ class Kind:
     Attributes:
         name: with its article.
         mapping: transformers' mapping from configurations to classes.
-        names: the same mapping by names, without importing the classes.
+        names: model type -> names of the classes in `mapping` that are of this kind.
         auto: the Auto class that loads it.
         adapter: its adapter; one that takes text is a CausalLM.
         tag: the Hub's name of its task.
+        named: whether only an architecture that is named, not a model type, stands for it.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Kind:
     auto: Any
     adapter: type[CausalLM] | type[ImageClassifier]
     tag: str
+    named: bool = False
 
     @property
     def takes_text(self) -> bool:
@@ -73,7 +74,13 @@ class Kind:
         classes = self.mapping.get(type(config), None)
         if classes is None:
             return ()
-        return classes if isinstance(classes, tuple) else (classes,)
+        classes = classes if isinstance(classes, tuple) else (classes,)
+        return tuple(one for one in classes if one.__name__ in self.all_names)
+
+    @cached_property
+    def all_names(self) -> frozenset[str]:
+        """Names of its classes."""
+        return frozenset(name for model_type in self.names for name in self.class_names(model_type))
 
     def class_names(self, model_type: str) -> tuple[str, ...]:
         """Return the names of the classes for a model type."""
@@ -81,30 +88,87 @@ class Kind:
         return names if isinstance(names, tuple) else (names,)
 
 
+TEXT_MODELS = {
+    *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    *modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    *modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+}
+"""Model types of text; AutoModel's mapping has those of images and sound as well."""
+
+
+EMBEDDERS = {
+    model_type: named
+    for model_type, named in modeling_auto.MODEL_MAPPING_NAMES.items()
+    if model_type in TEXT_MODELS
+}
+ENCODERS = {
+    model_type: name
+    for model_type, name in modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.items()
+    if name != EMBEDDERS.get(model_type)
+}
+"""Names of the classes of text models without a head: those that AutoModel loads, and encoders of
+encoder-decoders, which it takes for the whole."""
+
 KINDS = (
     Kind(
         "a causal language model",
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         AutoModelForCausalLM,
         CausalLM,
         "text-generation",
     ),
     Kind(
         "a masked language model",
-        MODEL_FOR_MASKED_LM_MAPPING,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         AutoModelForMaskedLM,
         MaskedLM,
         "fill-mask",
     ),
     Kind(
         "an image classifier",
-        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         AutoModelForImageClassification,
         ImageClassifier,
         "image-classification",
+    ),
+    Kind(
+        "a text classifier",
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        AutoModelForSequenceClassification,
+        TextClassifier,
+        "text-classification",
+        named=True,
+    ),
+    Kind(
+        "a token classifier",
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        AutoModelForTokenClassification,
+        TextClassifier,
+        "token-classification",
+        named=True,
+    ),
+    Kind(
+        "an embedding model",
+        modeling_auto.MODEL_MAPPING,
+        EMBEDDERS,
+        AutoModel,
+        Embedder,
+        "feature-extraction",
+        named=True,
+    ),
+    Kind(
+        "a text encoder",
+        modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING,
+        ENCODERS,
+        AutoModelForTextEncoding,
+        Embedder,
+        "feature-extraction",
+        named=True,
     ),
 )
 
@@ -126,11 +190,12 @@ def model_class(config: PretrainedConfig, architectures: object) -> type[PreTrai
     Raises:
         ModelError: it is of no kind, or the architectures leave it open.
     """
-    classes = [(kind, one) for kind in KINDS for one in kind.classes_of(config)]
     named = architectures if isinstance(architectures, list) else []
-    by_name = [one for _, one in classes if one.__name__ in named]
-    if by_name:
-        return by_name[0]
+    for kind in KINDS:
+        for one in kind.classes_of(config):
+            if one.__name__ in named:
+                return one
+    classes = [(kind, one) for kind in KINDS if not kind.named for one in kind.classes_of(config)]
     if len({kind.name for kind, _ in classes}) != 1:
         kinds = " nor of ".join(kind.name for kind in KINDS)
         raise ModelError(f"{type(config).__name__} is neither of {kinds}.")
@@ -189,6 +254,7 @@ def _kind_of_directory(folder: Path) -> Kind | None:
     for kind in kinds:
         if set(kind.class_names(model_type)) & set(architectures):
             return kind
+    kinds = [kind for kind in kinds if not kind.named]
     if len(kinds) > 1 and not content.get("is_decoder", False):
         kinds = kinds[1:]  # an encoder, which can be a decoder as well
     return kinds[0] if kinds else None
@@ -201,12 +267,7 @@ def _check_architectures(folder: Path, architectures: object) -> None:
     Raises:
         ModelError: it does.
     """
-    known = {
-        name
-        for kind in KINDS
-        for names in kind.names.values()
-        for name in (names if isinstance(names, tuple) else (names,))
-    }
+    known = frozenset[str]().union(*(kind.all_names for kind in KINDS))
     named = (
         [x for x in architectures if isinstance(x, str)] if isinstance(architectures, list) else []
     )

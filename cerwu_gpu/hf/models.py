@@ -22,6 +22,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -46,6 +50,18 @@ HUB_FILES = (
     *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"),
     *("README.md", "LICENSE*", "LICENCE*", "NOTICE*"),
 )
+WITHOUT_TOKENS = {
+    name
+    for mapping in (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
+    for names in mapping.values()
+    for name in (names if isinstance(names, tuple) else (names,))
+}.difference(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+"""Names of the classes whose output is no logits of tokens."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +161,18 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTo
     if tokenizer is None:
         raise ModelError("the model has no tokenizer: text cannot be used without one.")
     return tokenizer
+
+
+def require_predictions(model: nn.Module) -> None:
+    """Refuse models whose output is no logits of tokens: classifiers and embedding models.
+
+    Raises:
+        ModelError: the model is one.
+    """
+    if type(model).__name__ in WITHOUT_TOKENS:
+        raise ModelError(
+            f"{type(model).__name__} predicts no tokens: it has no perplexity to be measured by."
+        )
 
 
 def mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
