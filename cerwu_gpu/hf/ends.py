@@ -26,8 +26,8 @@ class Passage:
         head_input, scores: the head's input [batch, sequence, d], computed from `last`, and its
             output [batch, sequence, vocabulary]; None where it has no module of its own or was not
             applied once.
-        logits: [batch, sequence, vocabulary], computed from `scores`; of a model without a head its last
-            hidden states.
+        logits: [batch, sequence, vocabulary], computed from `scores`; of a model without a
+            head its last hidden states.
     """
 
     rows: Tensor
