@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -54,6 +54,7 @@ from cerwu_gpu.models.selection import (
     require_separate,
     require_values,
     select_in_blocks,
+    tower_blocks,
 )
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 
@@ -64,6 +65,8 @@ JUDGING_TOKENS = 8192
 """Number of held-out tokens whose perplexity goes into a model card."""
 JUDGING_SAMPLES = 8
 """Number of held-out samples that a distillation is judged by."""
+TRANSPOSED_EXPERTS = ("Llama4TextExperts",)
+"""Classes of experts whose parameters are known to be [experts, inputs, outputs]."""
 LOGITS = 2**25
 """Approximate number of logits in memory at a time; at least those of one sequence."""
 
@@ -116,6 +119,11 @@ class CausalLM(Adapter):
             require_values(self.module)
         require_separate(self.module)
         self._blocks = find_blocks(self.module, is_conv1d)
+        self._towers: list[tuple[str, nn.Module]] = []
+        for child in self.module.modules():
+            if type(child).__name__ in TRANSPOSED_EXPERTS:
+                experts: Any = child
+                experts.is_transposed = True  # transformers says it of other experts itself
         self.select(config)
         require_coded(self.module, self.layouts)
 
@@ -132,6 +140,26 @@ class CausalLM(Adapter):
         self.left = {**selection.left, **left}
         chosen = selection.events(strict=config.strict)
         self.events = (*self.loaded.events, *chosen, *events, *self.data.events)
+        self._towers = self._chosen_towers(strict=config.strict)
+
+    def _chosen_towers(self, *, strict: bool) -> list[tuple[str, nn.Module]]:
+        """Return the blocks for images and sound that have chosen weights, and note them.
+
+        Raises:
+            ModelError: there is one, and `strict`.
+        """
+        blocks = tower_blocks(self.module, is_conv1d)
+        names = [n for n in self.layouts if any(n.startswith(f"{block}.") for block, _ in blocks)]
+        if not names:
+            return []
+        event = (
+            f"no text reaches {names[0]} and {len(names) - 1} others for images or sound: "
+            "quantized against H = I, and counted like the mean of all others"
+        )
+        if strict:
+            raise ModelError(f"{event} (strict): exclude them.")
+        self.events = (*self.events, event)
+        return [pair for pair in blocks if any(n.startswith(f"{pair[0]}.") for n in names)]
 
     def calibrate(
         self,
@@ -278,7 +306,7 @@ class CausalLM(Adapter):
     def backbone(self) -> tuple[Backbone, HeadBlocks]:
         """Return the model for block-by-block calibration, and its matrices outside the blocks."""
         layouts = tuple(self.layouts.values())
-        outer = HeadBlocks(self.module, self._blocks, layouts, self.ends)
+        outer = HeadBlocks(self.module, self._blocks, layouts, self.ends, self._towers)
         single = partial(eager_experts, self.module)
         return Backbone(self.module, self._blocks, layouts, self._run, outer, single), outer
 
@@ -288,7 +316,9 @@ class CausalLM(Adapter):
             count = -(-SENSITIVITY_TOKENS // tokens.shape[1])
             return self.backward(tokens[:count], self._batch_size)
 
-        return _filled(cached_sensitivities(self._sensitivity_cache, compute))
+        known = _filled(cached_sensitivities(self._sensitivity_cache, compute))
+        inside = tuple(f"{name}." for name, _ in self._towers)
+        return known.with_usual([x for x in known.squared_gradients if x[0].startswith(inside)])
 
     def backward(self, tokens: Tensor, batch_size: int) -> Sensitivities:
         """Return the sensitivities of all chosen weights on tokens, int64 [samples, sequence].
@@ -495,7 +525,7 @@ def select(
     """
     return select_in_blocks(
         model,
-        find_blocks(model, is_conv1d),
+        [*find_blocks(model, is_conv1d), *tower_blocks(model, is_conv1d)],
         head_layouts(model, predicts=predicts) if head else (),
         include,
         exclude,

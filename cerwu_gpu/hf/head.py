@@ -143,8 +143,17 @@ class HeadBlocks(OuterBlocks):
         blocks: Sequence[tuple[str, nn.Module]],
         layouts: Sequence[WeightLayout],
         ends: Callable[[Capture], Ends],
+        towers: Sequence[tuple[str, nn.Module]] = (),
     ) -> None:
+        """Take the model and its blocks.
+
+        Args:
+            layouts: of the weights to compress.
+            ends: returns the model without its blocks.
+            towers: blocks with such weights that no text reaches.
+        """
         self._ends = ends
+        self._towers = towers
         self._model = model
         self._blocks = blocks
         self._layouts = {layout.name: layout for layout in layouts}
@@ -155,7 +164,7 @@ class HeadBlocks(OuterBlocks):
         self.needs_outputs = head is not None and head.rpartition(".")[0] in owners
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._modules) + len(self._towers)
 
     def of(self, stream: Stream, captured: Capture) -> Iterator[Block]:
         ends = self._ends(captured)
@@ -166,6 +175,20 @@ class HeadBlocks(OuterBlocks):
             with placed(module, stream.device):
                 weights = BlockWeights(self._model, [layout], stream.device)
                 yield KnownBlock(name, weights, inputs, statistics)
+        for name, module in self._towers:
+            with placed(module, stream.device):
+                yield self._unreached(name, stream.device)
+
+    def _unreached(self, name: str, device: torch.device) -> KnownBlock:
+        """Return a block that no text reaches, with H = I for each of its inputs."""
+        layouts = [x for x in self._layouts.values() if x.name.startswith(f"{name}.")]
+        inputs = {(x.name, part): x.key(part) for x in layouts for part in range(x.parts)}
+        statistics = {
+            x.key(part): InputStatistics(torch.eye(x.matrix_shape[1], device=device), 1)
+            for x in layouts
+            for part in range(x.parts)
+        }
+        return KnownBlock(name, BlockWeights(self._model, layouts, device), inputs, statistics)
 
     def _statistics(
         self, layout: WeightLayout, ends: Ends, stream: Stream

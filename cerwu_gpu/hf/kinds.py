@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
@@ -46,6 +47,7 @@ class Kind:
         auto: the Auto class that loads it.
         adapter: its adapter; one that takes text is a CausalLM.
         tag: the Hub's name of its task.
+        processor: the Auto class of what makes its inputs.
         named: whether only an architecture that is named, not a model type, stands for it.
     """
 
@@ -55,6 +57,7 @@ class Kind:
     auto: Any
     adapter: type[CausalLM] | type[ImageClassifier]
     tag: str
+    processor: str = "AutoTokenizer"
     named: bool = False
 
     @property
@@ -65,9 +68,8 @@ class Kind:
     @property
     def loader(self) -> Loader:
         """Instructions for its card."""
-        processor = "AutoTokenizer" if self.takes_text else "AutoImageProcessor"
         title = self.name.partition(" ")[2]
-        return Loader(title, self.tag, self.auto.__name__, processor, self.takes_text)
+        return Loader(title, self.tag, self.auto.__name__, self.processor, self.takes_text)
 
     def classes_of(self, config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:
         """Return the classes for a configuration; none where this kind has none."""
@@ -127,12 +129,23 @@ KINDS = (
         "fill-mask",
     ),
     Kind(
+        "a vision-language model",
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        AutoModelForImageTextToText,
+        CausalLM,
+        "image-text-to-text",
+        "AutoProcessor",
+        named=True,
+    ),
+    Kind(
         "an image classifier",
         modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
         modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         AutoModelForImageClassification,
         ImageClassifier,
         "image-classification",
+        "AutoImageProcessor",
     ),
     Kind(
         "a text classifier",
