@@ -26,7 +26,7 @@ from cerwu_gpu.errors import ConfigError, ModelError, OutputError
 from cerwu_gpu.files import local_path, resolved
 from cerwu_gpu.hf.card import card_of
 from cerwu_gpu.hf.causal_lm import CausalLM
-from cerwu_gpu.hf.classifier import ImageClassifier
+from cerwu_gpu.hf.classifier import ImageClassifier, WholeModel
 from cerwu_gpu.hf.evaluation import perplexity
 from cerwu_gpu.hf.images import compare_on_images, load_images
 from cerwu_gpu.hf.kinds import KINDS, Kind, kind_of, load_kind
@@ -130,8 +130,7 @@ def compress(
             loaded, calibrated, work.path, target, clock, card, progress, trust_remote_code
         )
         # So that the report repeats the run as it was.
-        usual = adapter.usual_sources if isinstance(adapter, CausalLM) else ()
-        described = with_sources(config, usual)
+        described = with_sources(config, adapter.usual_sources)
         if isinstance(described.calibration, Calibration):
             texts = described.calibration.names
         if card:
@@ -195,8 +194,13 @@ class _Source:
 
     @property
     def takes_text(self) -> bool:
-        """Whether the model is calibrated by text or tokens."""
+        """Whether the model is calibrated by text, if not by batches."""
         return self.kind is not None and self.kind.takes_text
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the model is calibrated block by block."""
+        return self.kind is not None and self.kind.in_blocks
 
 
 def _loaded(
@@ -266,7 +270,7 @@ def check_calibration(module: nn.Module, config: CompressionConfig) -> None:
             f"{type(module).__name__} is no language model: give batches of its inputs to "
             "calibrate."
         )
-    if source.takes_text and isinstance(config.calibration, Batches) and config.calibration.loss:
+    if source.in_blocks and isinstance(config.calibration, Batches) and config.calibration.loss:
         raise ConfigError("a language model has a loss of its own: drop the loss.")
 
 
@@ -301,9 +305,9 @@ def _adapter(
 ) -> Adapter:
     """Return the adapter of a model, with its calibration data."""
     # Whole modules are calibrated anew in each sequential pass.
-    searching = config.target is not None and not (config.sequential and not source.takes_text)
+    searching = config.target is not None and not (config.sequential and not source.in_blocks)
     cache = config.hessian_cache or (work / "hessians" if searching else None)
-    if source.kind is not None and source.takes_text:
+    if source.kind is not None and source.in_blocks:
         kind: Any = source.kind.adapter
         with clock.stage("load"):
             language: CausalLM = kind(source.loaded, config, device=device, progress=progress)
@@ -313,11 +317,12 @@ def _adapter(
         return language
     with clock.stage("calibrate"):
         options: Any = {"device": device, "hessian_cache": cache, "work": work}
-        if source.loaded is None:
+        if source.kind is None or source.loaded is None:
             return ModuleAdapter(source.module, config, progress=progress, **options)
-        classifier = ImageClassifier(source.loaded, config, progress=progress, **options)
-        check_before(classifier, trust_remote_code)
-    return classifier
+        whole: Any = source.kind.adapter
+        adapter: WholeModel = whole(source.loaded, config, progress=progress, **options)
+        check_before(adapter, trust_remote_code)
+    return adapter
 
 
 def text_subject(
@@ -352,7 +357,8 @@ def text_subject(
     target = find_device(device)
     kind, loaded = load_kind(model, trust_remote_code=trust_remote_code)
     if not issubclass(kind.adapter, CausalLM):
-        raise ModelError(f"{model} is {kind.name}, which is judged on images: give images.")
+        judged = f"has no perplexity: {'not supported' if kind.takes_text else 'give images'}"
+        raise ModelError(f"{model} is {kind.name}, which {judged}.")
     require_predictions(loaded.model)
     tokenizer = require_tokenizer(loaded.tokenizer)
     adapter = kind.adapter(loaded, base, device=target, progress=progress)

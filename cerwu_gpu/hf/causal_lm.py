@@ -80,6 +80,7 @@ class CausalLM(Adapter):
     """
 
     drifts = True
+    takes_text = True
     module: PreTrainedModel
     usual_sources: tuple[Source, ...] = (Source("wikitext2", 0.5), Source(SELF, 0.5))
     """Texts that calibrate where none is given: of those tried, with these the model came nearest

@@ -17,7 +17,9 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTextEncoding,
     AutoModelForTokenClassification,
     PretrainedConfig,
@@ -29,9 +31,10 @@ from cerwu_gpu.errors import ModelError
 from cerwu_gpu.files import read_json
 from cerwu_gpu.hf.card import Loader
 from cerwu_gpu.hf.causal_lm import CausalLM
-from cerwu_gpu.hf.classifier import ImageClassifier
+from cerwu_gpu.hf.classifier import ImageClassifier, WholeModel
 from cerwu_gpu.hf.encoder import MaskedLM
-from cerwu_gpu.hf.models import LoadedModel, is_gguf, load_model, local_directory
+from cerwu_gpu.hf.models import MASKED, LoadedModel, is_gguf, load_model, local_directory
+from cerwu_gpu.hf.seq2seq import SequenceToSequence
 from cerwu_gpu.hf.streaming import blocks_on_disk
 from cerwu_gpu.hf.text_heads import Embedder, TextClassifier
 
@@ -45,7 +48,7 @@ class Kind:
         mapping: transformers' mapping from configurations to classes.
         names: model type -> names of the classes in `mapping` that are of this kind.
         auto: the Auto class that loads it.
-        adapter: its adapter; one that takes text is a CausalLM.
+        adapter: its adapter; one that is calibrated block by block is a CausalLM.
         tag: the Hub's name of its task.
         processor: the Auto class of what makes its inputs.
         named: whether only an architecture that is named, not a model type, stands for it.
@@ -55,14 +58,19 @@ class Kind:
     mapping: Any
     names: Mapping[str, Any]
     auto: Any
-    adapter: type[CausalLM] | type[ImageClassifier]
+    adapter: type[CausalLM] | type[WholeModel]
     tag: str
     processor: str = "AutoTokenizer"
     named: bool = False
 
     @property
     def takes_text(self) -> bool:
-        """Whether it is calibrated by text, not by batches of inputs."""
+        """Whether it is calibrated by text, if not by batches of inputs."""
+        return self.adapter.takes_text
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether it is calibrated block by block."""
         return issubclass(self.adapter, CausalLM)
 
     @property
@@ -123,7 +131,7 @@ KINDS = (
     Kind(
         "a masked language model",
         modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
-        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        {k: x for k, x in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.items() if x in MASKED},
         AutoModelForMaskedLM,
         MaskedLM,
         "fill-mask",
@@ -163,6 +171,25 @@ KINDS = (
         AutoModelForTokenClassification,
         TextClassifier,
         "token-classification",
+        named=True,
+    ),
+    Kind(
+        "an encoder-decoder",
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        AutoModelForSeq2SeqLM,
+        SequenceToSequence,
+        "text2text-generation",
+        named=True,
+    ),
+    Kind(
+        "a speech recognizer",
+        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        AutoModelForSpeechSeq2Seq,
+        SequenceToSequence,
+        "automatic-speech-recognition",
+        "AutoProcessor",
         named=True,
     ),
     Kind(
@@ -247,7 +274,7 @@ def load_kind(
         kind = _kind_of_directory(source) or kind
     options: dict[str, Any] = {"auto": kind.auto, "what": kind.name}
     streaming: AbstractContextManager[list[str]] = nullcontext([])
-    if stream and kind.takes_text:
+    if stream and kind.in_blocks:
         streaming = blocks_on_disk()
     with streaming as reasons:
         loaded = load_model(source, trust_remote_code=trust_remote_code, **options)

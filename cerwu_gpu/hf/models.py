@@ -22,7 +22,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
@@ -50,18 +52,31 @@ HUB_FILES = (
     *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"),
     *("README.md", "LICENSE*", "LICENCE*", "NOTICE*"),
 )
-WITHOUT_TOKENS = {
-    name
-    for mapping in (
+
+
+def _names(*mappings: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the classes in mappings of transformers."""
+    found = (names for mapping in mappings for names in mapping.values())
+    return frozenset(
+        x for names in found for x in (names if isinstance(names, tuple) else (names,))
+    )
+
+
+ENCODER_DECODERS = _names(
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+)
+MASKED = _names(MODEL_FOR_MASKED_LM_MAPPING_NAMES) - ENCODER_DECODERS
+"""Names of the classes of masked language models; transformers counts BART among them."""
+WITHOUT_TOKENS = (
+    ENCODER_DECODERS
+    | _names(
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
         MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
         MODEL_MAPPING_NAMES,
     )
-    for names in mapping.values()
-    for name in (names if isinstance(names, tuple) else (names,))
-}.difference(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-"""Names of the classes whose output is no logits of tokens."""
+) - (MASKED | _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+"""Names of the classes that have no perplexity."""
 
 
 @dataclass(frozen=True)
@@ -164,14 +179,15 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTo
 
 
 def require_predictions(model: nn.Module) -> None:
-    """Refuse models whose output is no logits of tokens: classifiers and embedding models.
+    """Refuse models that predict no next or masked tokens: classifiers, embedding models,
+    encoder-decoders.
 
     Raises:
         ModelError: the model is one.
     """
     if type(model).__name__ in WITHOUT_TOKENS:
         raise ModelError(
-            f"{type(model).__name__} predicts no tokens: it has no perplexity to be measured by."
+            f"{type(model).__name__} predicts no next or masked token: it has no perplexity."
         )
 
 
@@ -182,8 +198,8 @@ def mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> i
         ModelError: the model is one, and there is no tokenizer with such a token.
     """
     names = {one.__name__ for one in type(model).__mro__}
-    masked = names & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-    if not masked or masked & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+    masked = names & MASKED
+    if not masked or masked & _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         return None
     mask: int | None = None if tokenizer is None else tokenizer.mask_token_id
     if mask is None:
