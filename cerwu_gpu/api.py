@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cerwu_gpu.calibration.cache import tensors_digest
-from cerwu_gpu.calibration.running import placed
+from cerwu_gpu.calibration.running import placed, weight_source
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.report_files import check_reports, report_paths, write_report
 from cerwu_gpu.compression.resume import settings_fingerprint
@@ -41,6 +41,7 @@ from cerwu_gpu.hf.names import source_names
 from cerwu_gpu.hf.opening import check_before, check_written
 from cerwu_gpu.hf.sources import calibration_files, with_sources
 from cerwu_gpu.hf.text import SELF
+from cerwu_gpu.hf.whole_text import WholeLM
 from cerwu_gpu.models.module import ModuleAdapter
 from cerwu_gpu.models.selection import require_values
 from cerwu_gpu.progress import Clock
@@ -214,13 +215,33 @@ def _loaded(
             return source
         require_values(model)
         loaded = LoadedModel(source.module, given, None, source_names(source.module, None))
-        return replace(source, loaded=loaded)
+        return _runnable(replace(source, loaded=loaded), config)
     kind, loaded = load_kind(
         model, trust_remote_code=trust_remote_code, stream=not _runs_whole(config)
     )
-    if given is not None:
-        loaded = replace(loaded, tokenizer=given, replaced=True)
-    return _Source(loaded.model, kind, loaded)
+    source = _runnable(_Source(loaded.model, kind, loaded), config)
+    if source.kind is not kind and weight_source(loaded.model) is not None:
+        events = source.loaded.events if source.loaded is not None else ()
+        _, loaded = load_kind(model, trust_remote_code=trust_remote_code)
+        source = _Source(loaded.model, source.kind, replace(loaded, events=events))
+    if given is not None and source.loaded is not None:
+        tokenized = replace(source.loaded, tokenizer=given, replaced=True)
+        source = replace(source, loaded=tokenized)
+    return source
+
+
+def _runnable(source: _Source, config: CompressionConfig) -> _Source:
+    """Return a causal language model as one that runs whole where its blocks cannot run one by one,
+    if it has no experts, which show their inputs only there; the reason is an event."""
+    if source.kind is None or source.loaded is None or source.kind.adapter is not CausalLM:
+        return source
+    adapter = CausalLM(source.loaded, config, device=source.module.device)
+    obstacle = adapter.obstacle()
+    if obstacle is None or any(len(layout.shape) > 2 for layout in adapter.layouts.values()):
+        return source
+    event = f"it runs whole, not block by block: {obstacle.rstrip('.')}"
+    loaded = replace(source.loaded, events=(*source.loaded.events, event))
+    return _Source(source.module, replace(source.kind, adapter=WholeLM), loaded)
 
 
 def _runs_whole(config: CompressionConfig) -> bool:

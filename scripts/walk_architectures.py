@@ -55,13 +55,51 @@ SMALL: dict[str, Any] = {
 """Sizes by the names that configurations give them."""
 ALSO: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16},
+    "ctrl": {"dff": 56},
+    "deepseek_v3": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 8,
+    },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4},
+    "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY},
+    "inkling2_text": {"unpadded_vocab_size": VOCABULARY},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 16},
+    "minicpm3": {"num_key_value_heads": 4},
+    "nemotron_h": {
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+    },
     "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "attention"]},
+    "reformer": {
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [16, 8],
+        "axial_pos_embds_dim": [16, 16],
+        "attention_head_size": 8,
+        "feed_forward_size": 56,
+        "local_attn_chunk_length": 16,
+        "lsh_attn_chunk_length": 16,
+        "num_buckets": 4,
+        "hash_seed": 1,
+    },
     "xlm": {"emb_dim": 32},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"], "attention_head_dim": 16},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+        "n_mamba_heads": 4,
+        "mamba_d_state": 16,
+        "adapter_rank": 8,
+    },
 }
 """Further settings of some families."""
 

@@ -262,6 +262,26 @@ class CausalLM(Adapter):
                 "drift, or drop the Hessian cache and any target."
             )
 
+    def obstacle(self) -> str | None:
+        """Return why the blocks cannot run one by one, as far as a few tokens tell; None: they can.
+
+        The first block alone is run.
+        """
+        length = min(8, self.vocabulary)
+        tokens = torch.arange(length).expand(2, length).clone()
+        tokens[1] = tokens[1].flip(0)
+        try:
+            backbone, _ = self.backbone()
+            with placed(self._blocks[0][1], self.module.device):
+                captured = backbone.capture(list(tokens[:, None]), self.module.device)
+            passage = self.ends(captured).passage(tokens[:1], captured.hidden[0])
+            torch.autograd.grad(passage.logits.sum(), passage.last)
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the model's code makes of it
+            return reason(error)
+        return None
+
     # Inputs and predictions: masked language models and models without a head differ here.
 
     predicts_tokens = True

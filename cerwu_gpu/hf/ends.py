@@ -178,8 +178,8 @@ class _Lookup(TorchFunctionMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func is functional.embedding and args[1] is self._weight:
-            output = output.detach().requires_grad_()
-            self.rows = output
+            self.rows = output.detach().requires_grad_()
+            output = self.rows.clone()  # CTRL scales it in place
         return output
 
 

@@ -34,9 +34,9 @@ from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.classifier import ImageClassifier, WholeModel
 from cerwu_gpu.hf.encoder import MaskedLM
 from cerwu_gpu.hf.models import MASKED, LoadedModel, is_gguf, load_model, local_directory
-from cerwu_gpu.hf.seq2seq import SequenceToSequence
 from cerwu_gpu.hf.streaming import blocks_on_disk
 from cerwu_gpu.hf.text_heads import Embedder, TextClassifier
+from cerwu_gpu.hf.whole_text import SequenceToSequence
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from cerwu_gpu.errors import CerwuError, ModelError
 from cerwu_gpu.hf.classifier import WholeModel
 from cerwu_gpu.hf.kinds import kind_of
 from cerwu_gpu.hf.models import LoadedModel
-from cerwu_gpu.hf.seq2seq import SequenceToSequence, token_losses
+from cerwu_gpu.hf.whole_text import SequenceToSequence, token_losses
 from tests.configs import check_resumed
 from tests.conftest import TEXT
 

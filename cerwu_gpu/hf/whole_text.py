@@ -1,8 +1,8 @@
-"""Encoder-decoders, which run whole: on the halves of windows of text, or on batches of inputs.
+"""Text models that run whole: encoder-decoders, and causal ones whose blocks cannot run one by one.
 
-The encoder reads the first half of a window, the decoder predicts the second. Models that hear
-(Whisper) take batches of audio features and the decoder's tokens. Either way the loss is that of
-the decoder's tokens, scaled so that lmbda is nats per token of it.
+An encoder reads the first half of a window of text, its decoder predicts the second. Models that
+hear (Whisper) take batches of audio features and the decoder's tokens. The loss is that of the
+predicted tokens, scaled so that lmbda is nats per token.
 """
 
 from collections.abc import Mapping
@@ -29,8 +29,8 @@ IGNORED = -100
 """Label of a position that predicts nothing, as in transformers."""
 
 
-class SequenceToSequence(WholeModel):
-    """An encoder-decoder with its calibration text, or batches of its inputs."""
+class WholeText(WholeModel):
+    """A model that predicts tokens, with its calibration text or batches of its inputs."""
 
     takes_text = True
     usual_sources = (Source("wikitext2", 1.0),)
@@ -39,16 +39,12 @@ class SequenceToSequence(WholeModel):
         """Take the arguments of ModuleAdapter, and a text in place of batches.
 
         Raises:
-            CalibrationError: the text cannot be used, or batches hold no tokens of the decoder.
-            ModelError: the model is no encoder-decoder.
+            CalibrationError: the text cannot be used, or batches hold no tokens to predict.
+            ModelError: the model has no embedding for the text's tokens.
             ConfigError: a distillation is asked for.
         """
-        module: Any = loaded.model
+        module = loaded.model
         self.module, self.loaded = module, loaded
-        if not module.config.is_encoder_decoder:
-            raise ModelError(
-                f"{type(module).__name__} has no encoder beside its decoder: it is not supported."
-            )
         if config.distillation is not None:
             raise ConfigError(f"{type(module).__name__} cannot be distilled: drop distillation.")
         events: tuple[str, ...] = ()
@@ -58,16 +54,13 @@ class SequenceToSequence(WholeModel):
             events = tokens.events
             if events and config.strict:
                 raise CalibrationError(f"{events[0]} (strict)")
-            batches = [self._halves(rows) for rows in torch.split(tokens.tokens, given.batch_size)]
+            batches = [self.inputs(rows) for rows in torch.split(tokens.tokens, given.batch_size)]
             data = Batches(inputs=batches, loss=token_losses, seed=given.seed)
         else:
             assert isinstance(given, Batches)
-            inputs = list(given.inputs)
-            if given.loss is None and not all(_predicts(batch) for batch in inputs):
-                raise CalibrationError(
-                    f"batches of {type(module).__name__} are dicts of its inputs with "
-                    "decoder_input_ids or labels: give such, or a loss."
-                )
+            inputs = [self.batch(batch) for batch in given.inputs]
+            if given.loss is None and not all(map(self.predicts, inputs)):
+                raise CalibrationError(f"batches of {type(module).__name__} are {self.takes}.")
             data = replace(given, inputs=inputs, loss=given.loss or token_losses)
         super().__init__(loaded, replace(config, calibration=data), **options)
         self.events = (*self.events, *events)
@@ -92,21 +85,28 @@ class SequenceToSequence(WholeModel):
         tokens = calibration_tokens(
             given.sources or self.usual_sources, self.module, self.loaded.tokenizer, windows
         )
-        check_tokens(self.module, tokens.tokens, -(-length // 2) + 1)
+        for ids in self.inputs(tokens.tokens).values():
+            if isinstance(ids, Tensor):
+                check_tokens(self.module, ids, ids.shape[1])
         return tokens
 
-    def _halves(self, tokens: Tensor) -> dict[str, Any]:
+    takes = "dicts of its inputs with decoder_input_ids or labels: give such, or a loss"
+    """Batches that it takes, and what to do."""
+
+    def batch(self, given: Batch) -> Batch:
+        """Return the inputs that a given batch stands for."""
+        return given
+
+    def inputs(self, tokens: Tensor) -> dict[str, Any]:
         """Return the inputs for windows, int64 [samples, sequence]."""
-        settings: Any = self.module.config
-        fields = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-        named = (getattr(settings, field, None) for field in fields)
-        start = next((token for token in named if token is not None), 0)
-        half = -(-tokens.shape[1] // 2)
-        return {
-            "input_ids": tokens[:, :half],
-            "decoder_input_ids": functional.pad(tokens[:, half:], (1, 0), value=start),
-            "use_cache": False,
-        }
+        raise NotImplementedError
+
+    predicted: tuple[str, ...] = ("decoder_input_ids", "labels")
+    """Inputs one of which holds the tokens to predict."""
+
+    def predicts(self, batch: Batch) -> bool:
+        """Return whether a batch holds tokens to predict."""
+        return isinstance(batch, Mapping) and any(name in batch for name in self.predicted)
 
     def sensitivities(self, config: CompressionConfig) -> Sensitivities:
         """Return those of the loss; rows of a head that is an embedding as well count alike, since
@@ -135,24 +135,63 @@ class SequenceToSequence(WholeModel):
         return total / count
 
 
+class SequenceToSequence(WholeText):
+    """An encoder-decoder."""
+
+    def __init__(self, loaded: LoadedModel, config: CompressionConfig, **options: Any) -> None:
+        """Take the arguments of WholeText.
+
+        Raises:
+            ModelError: the model is no encoder-decoder.
+        """
+        if not loaded.model.config.is_encoder_decoder:
+            raise ModelError(
+                f"{type(loaded.model).__name__} has no encoder beside its decoder: it is not "
+                "supported."
+            )
+        super().__init__(loaded, config, **options)
+
+    def inputs(self, tokens: Tensor) -> dict[str, Any]:
+        settings: Any = self.module.config
+        fields = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+        named = (getattr(settings, field, None) for field in fields)
+        start = next((token for token in named if token is not None), 0)
+        half = -(-tokens.shape[1] // 2)
+        return {
+            "input_ids": tokens[:, :half],
+            "decoder_input_ids": functional.pad(tokens[:, half:], (1, 0), value=start),
+            "use_cache": False,
+        }
+
+
+class WholeLM(WholeText):
+    """A causal language model whose blocks cannot run one by one."""
+
+    predicted = ("input_ids",)
+    takes = "tokens, integers [samples, sequence]: give such, or a text"
+
+    def batch(self, given: Batch) -> Batch:
+        return self.inputs(given) if isinstance(given, Tensor) and given.dim() == 2 else given
+
+    def inputs(self, tokens: Tensor) -> dict[str, Any]:
+        return {"input_ids": tokens, "use_cache": False}
+
+
 def token_losses(output: Any, batch: Any) -> Tensor:
-    """Return per sample the negative log likelihood of the decoder's tokens over the square root of
+    """Return per sample the negative log likelihood of the predicted tokens over the square root of
     their number: its squared gradients are those per token."""
     nats, predicted = _nats(output, batch)
     return nats / predicted.clamp_min(1).sqrt()
 
 
 def _nats(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
-    """Return the negative log likelihood of the decoder's tokens [samples] and their number."""
+    """Return the negative log likelihood of the predicted tokens [samples] and their number."""
     logits, labels = logits_or_states(output), batch.get("labels")
     if labels is None:
-        logits, labels = logits[:, :-1], batch["decoder_input_ids"][:, 1:]
+        ids = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"]
+        logits, labels = logits[:, :-1], ids[:, 1:]
     labels = labels.to(logits.device)
     nats = functional.cross_entropy(
         logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
     )
     return nats.sum(dim=1), (labels != IGNORED).sum(dim=1)
-
-
-def _predicts(batch: Batch) -> bool:
-    return isinstance(batch, Mapping) and bool({"decoder_input_ids", "labels"} & set(batch))
