@@ -56,7 +56,6 @@ SMALL: dict[str, Any] = {
 ALSO: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16},
     "ctrl": {"dff": 56},
-    "deepseek_v3": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -71,7 +70,6 @@ ALSO: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 16},
-    "minicpm3": {"num_key_value_heads": 4},
     "nemotron_h": {
         "mamba_num_heads": 8,
         "mamba_head_dim": 8,
@@ -133,6 +131,8 @@ def _tiny(kind: Any, also: dict[str, Any]) -> Any:
     given = {name: value for name, value in SMALL.items() if name in fields}
     if "qk_rope_head_dim" in given:
         given.pop("head_dim", None)  # that of the rotary part
+    if {"kv_lora_rank", "num_key_value_heads"} <= given.keys():
+        given["num_key_value_heads"] = given["num_attention_heads"]  # latent ones are no groups
     for name, part in (getattr(kind, "sub_configs", None) or {}).items():
         if name in fields and part is not transformers.AutoConfig:
             given[name] = _tiny(part, {}).to_dict()

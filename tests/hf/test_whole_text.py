@@ -1,4 +1,4 @@
-"""Encoder-decoders, through every door."""
+"""Encoder-decoders, and language models whose blocks cannot run one by one, through every door."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
     BartConfig,
+    Gemma3nTextConfig,
     PreTrainedModel,
     T5Config,
     WhisperConfig,
@@ -22,7 +24,7 @@ from cerwu_gpu.errors import CerwuError, ModelError
 from cerwu_gpu.hf.classifier import WholeModel
 from cerwu_gpu.hf.kinds import kind_of
 from cerwu_gpu.hf.models import LoadedModel
-from cerwu_gpu.hf.whole_text import SequenceToSequence, token_losses
+from cerwu_gpu.hf.whole_text import SequenceToSequence, WholeLM, token_losses
 from tests.configs import check_resumed
 from tests.conftest import TEXT
 
@@ -217,3 +219,68 @@ def test_it_is_measured_by_no_perplexity(toy_tokenizer: Any) -> None:
     assert kind is not None and kind.adapter is SequenceToSequence
     with pytest.raises(ModelError, match="has no perplexity"):
         cerwu_gpu.perplexity(model, toy_tokenizer, TEXT, context_length=16)
+
+
+def gemma3n(words: int) -> PreTrainedModel:
+    """Each of its blocks is given an embedding of the text."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    settings = Gemma3nTextConfig(
+        **sizes,
+        vocab_size=words,
+        vocab_size_per_layer_input=words,
+        hidden_size_per_layer_input=8,
+        num_attention_heads=4,
+        head_dim=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        laurel_rank=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def test_a_model_whose_blocks_depend_on_the_text_runs_whole(
+    toy_tokenizer: Any, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = gemma3n(len(toy_tokenizer))
+    model.save_pretrained(source)
+    toy_tokenizer.save_pretrained(source)
+    report = cerwu_gpu.compress(source, out, config=config("gemma3n", None), progress=False)
+    (event,) = [event for event in report.events if "runs whole" in event]
+    assert "arguments that depend on the text" in event
+    loaded, tokens = cerwu_gpu.load_compressed(out), torch.arange(5, 35)[None]
+    with torch.no_grad():
+        logits = loaded(tokens, use_cache=False).logits
+        original = model(tokens, use_cache=False).logits
+    cerwu_gpu.decompress(out, tmp_path / "dense")
+    for path in (out, tmp_path / "dense"):
+        other = AutoModelForCausalLM.from_pretrained(path)
+        with torch.no_grad():
+            assert torch.equal(other(tokens, use_cache=False).logits, logits)
+    assert 0 < float((logits - original).norm() / original.norm()) < 0.3
+    in_memory = gemma3n(len(toy_tokenizer))
+    batches = Batches(inputs=[torch.arange(60).view(2, 30)] * 2, tokenizer=toy_tokenizer)
+    given = CompressionConfig(calibration=batches, objective=Objective(lmbda=1e-6))
+    report = cerwu_gpu.compress(in_memory, tmp_path / "memory", config=given, progress=False)
+    assert any("runs whole" in event for event in report.events)
+    assert cerwu_gpu.perplexity(in_memory, toy_tokenizer, TEXT * 4, context_length=32) > 1
+
+
+def test_its_inputs_are_whole_windows(toy_tokenizer: Any) -> None:
+    loaded = LoadedModel(gemma3n(len(toy_tokenizer)), toy_tokenizer, None)
+    adapter = WholeLM(loaded, config("gemma3n", toy_tokenizer))
+    given: Any = adapter.batches[0]
+    assert given["input_ids"].shape == (2, 32)
+    logits = torch.randn(2, 32, 5)
+    ids = torch.randint(5, (2, 32))
+    expected = [
+        functional.cross_entropy(rows[:-1], row[1:], reduction="sum") / 31**0.5
+        for rows, row in zip(logits, ids, strict=True)
+    ]
+    torch.testing.assert_close(token_losses((logits,), {"input_ids": ids}), torch.stack(expected))
