@@ -176,7 +176,8 @@ def verdict(family: str, home: Path, text: Path) -> Verdict:
     except CerwuError as error:
         return Verdict(family, "refused", str(error).replace(str(source), "the model"))
     faults = list(_faults(home, source))
-    told = [event for event in report.events if "token reached" not in event]
+    few = ("token reached", "calibration tokens for")  # the toys' text is short
+    told = [event for event in report.events if not any(words in event for words in few)]
     return Verdict(family, "; ".join(faults) or "works", "; ".join(told))
 
 
