@@ -187,7 +187,7 @@ def split(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor,
 def _wrapping(output: Any) -> Callable[[Tensor], Any]:
     if not isinstance(output, tuple | list):
         return lambda hidden: hidden
-    kind, rest = type(output), output[1:]
+    kind, rest = list if isinstance(output, list) else tuple, output[1:]
     return lambda hidden: kind((hidden, *rest))
 
 

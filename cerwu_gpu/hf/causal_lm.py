@@ -65,8 +65,9 @@ JUDGING_TOKENS = 8192
 """Number of held-out tokens whose perplexity goes into a model card."""
 JUDGING_SAMPLES = 8
 """Number of held-out samples that a distillation is judged by."""
-TRANSPOSED_EXPERTS = ("Llama4TextExperts",)
-"""Classes of experts whose parameters are known to be [experts, inputs, outputs]."""
+EXPERTS = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}
+"""Classes of experts of which transformers does not say how their matrices lie, and whether they are
+[inputs, outputs]."""
 LOGITS = 2**25
 """Approximate number of logits in memory at a time; at least those of one sequence."""
 
@@ -122,9 +123,9 @@ class CausalLM(Adapter):
         self._blocks = find_blocks(self.module, is_conv1d)
         self._towers: list[tuple[str, nn.Module]] = []
         for child in self.module.modules():
-            if type(child).__name__ in TRANSPOSED_EXPERTS:
+            if type(child).__name__ in EXPERTS:
                 experts: Any = child
-                experts.is_transposed = True  # transformers says it of other experts itself
+                experts.is_transposed = EXPERTS[type(child).__name__]
         self.select(config)
         require_coded(self.module, self.layouts)
 
@@ -276,6 +277,8 @@ class CausalLM(Adapter):
                 captured = backbone.capture(list(tokens[:, None]), self.module.device)
             passage = self.ends(captured).passage(tokens[:1], captured.hidden[0])
             torch.autograd.grad(passage.logits.sum(), passage.last)
+            if passage.scores is not None and passage.scores.shape != passage.logits.shape:
+                return "its head is applied to more states than its logits are of"
         except (OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the model's code makes of it

@@ -1,4 +1,4 @@
-"""The walk over architectures, on a sample of them; over all with CERWU_GPU_WALK=1, in half an hour."""
+"""The walk over architectures, on a sample of them; with CERWU_GPU_WALK=1 (half an hour) on all."""
 
 import json
 import os
