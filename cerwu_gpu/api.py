@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cerwu_gpu.calibration.cache import tensors_digest
-from cerwu_gpu.calibration.running import placed
+from cerwu_gpu.calibration.running import placed, weight_source
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.report_files import check_reports, report_paths, write_report
 from cerwu_gpu.compression.resume import settings_fingerprint
@@ -28,16 +28,22 @@ from cerwu_gpu.errors import ConfigError, ModelError, OutputError
 from cerwu_gpu.files import local_path, resolved
 from cerwu_gpu.hf.card import card_of
 from cerwu_gpu.hf.causal_lm import CausalLM
-from cerwu_gpu.hf.classifier import ImageClassifier
+from cerwu_gpu.hf.classifier import ImageClassifier, WholeModel
 from cerwu_gpu.hf.evaluation import perplexity
 from cerwu_gpu.hf.images import compare_on_images, load_images
 from cerwu_gpu.hf.kinds import KINDS, Kind, kind_of, load_kind
 from cerwu_gpu.hf.loading import load_compressed
-from cerwu_gpu.hf.models import LoadedModel, bytes_of_original, require_tokenizer
+from cerwu_gpu.hf.models import (
+    LoadedModel,
+    bytes_of_original,
+    require_predictions,
+    require_tokenizer,
+)
 from cerwu_gpu.hf.names import source_names
 from cerwu_gpu.hf.opening import check_before, check_written
 from cerwu_gpu.hf.sources import calibration_files, with_sources
 from cerwu_gpu.hf.text import SELF
+from cerwu_gpu.hf.whole_text import WholeLM
 from cerwu_gpu.models.module import ModuleAdapter
 from cerwu_gpu.models.selection import require_values
 from cerwu_gpu.progress import Clock
@@ -147,8 +153,7 @@ def compress(
             loaded, calibrated, folder, target, clock, card, progress, trust_remote_code, ranks
         )
         # So that the report repeats the run as it was.
-        usual = adapter.usual_sources if isinstance(adapter, CausalLM) else ()
-        described = with_sources(config, usual)
+        described = with_sources(config, adapter.usual_sources)
         if isinstance(described.calibration, Calibration):
             texts = described.calibration.names
         if card:
@@ -259,8 +264,13 @@ class _Source:
 
     @property
     def takes_text(self) -> bool:
-        """Whether the model is calibrated by text or tokens."""
+        """Whether the model is calibrated by text, if not by batches."""
         return self.kind is not None and self.kind.takes_text
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the model is calibrated block by block."""
+        return self.kind is not None and self.kind.in_blocks
 
 
 def _loaded(
@@ -274,13 +284,33 @@ def _loaded(
             return source
         require_values(model)
         loaded = LoadedModel(source.module, given, None, source_names(source.module, None))
-        return replace(source, loaded=loaded)
+        return _runnable(replace(source, loaded=loaded), config)
     kind, loaded = load_kind(
         model, trust_remote_code=trust_remote_code, stream=not _runs_whole(config)
     )
-    if given is not None:
-        loaded = replace(loaded, tokenizer=given, replaced=True)
-    return _Source(loaded.model, kind, loaded)
+    source = _runnable(_Source(loaded.model, kind, loaded), config)
+    if source.kind is not kind and weight_source(loaded.model) is not None:
+        events = source.loaded.events if source.loaded is not None else ()
+        _, loaded = load_kind(model, trust_remote_code=trust_remote_code)
+        source = _Source(loaded.model, source.kind, replace(loaded, events=events))
+    if given is not None and source.loaded is not None:
+        tokenized = replace(source.loaded, tokenizer=given, replaced=True)
+        source = replace(source, loaded=tokenized)
+    return source
+
+
+def _runnable(source: _Source, config: CompressionConfig) -> _Source:
+    """Return a causal language model as one that runs whole where its blocks cannot run one by one,
+    if it has no experts, which show their inputs only there; the reason is an event."""
+    if source.kind is None or source.loaded is None or source.kind.adapter is not CausalLM:
+        return source
+    adapter = CausalLM(source.loaded, config, device=source.module.device)
+    obstacle = adapter.obstacle()
+    if obstacle is None or any(len(layout.shape) > 2 for layout in adapter.layouts.values()):
+        return source
+    event = f"it runs whole, not block by block: {obstacle.rstrip('.')}"
+    loaded = replace(source.loaded, events=(*source.loaded.events, event))
+    return _Source(source.module, replace(source.kind, adapter=WholeLM), loaded)
 
 
 def _runs_whole(config: CompressionConfig) -> bool:
@@ -330,7 +360,7 @@ def check_calibration(module: nn.Module, config: CompressionConfig) -> None:
             f"{type(module).__name__} is no language model: give batches of its inputs to "
             "calibrate."
         )
-    if source.takes_text and isinstance(config.calibration, Batches) and config.calibration.loss:
+    if source.in_blocks and isinstance(config.calibration, Batches) and config.calibration.loss:
         raise ConfigError("a language model has a loss of its own: drop the loss.")
 
 
@@ -367,9 +397,9 @@ def _adapter(
     """Return the adapter of a model, with its calibration data."""
     # Whole modules are calibrated anew in each sequential pass.
     searching = config.target is not None and not config.data_free
-    searching = searching and not (config.sequential and not source.takes_text)
+    searching = searching and not (config.sequential and not source.in_blocks)
     cache = config.hessian_cache or (work / "hessians" if searching else None)
-    if source.kind is not None and source.takes_text:
+    if source.kind is not None and source.in_blocks:
         kind: Any = source.kind.adapter
         with clock.stage("load"):
             build = partial(kind, source.loaded, config, device=device, ranks=ranks)
@@ -380,11 +410,12 @@ def _adapter(
         return language
     with clock.stage("calibrate"):
         options: Any = {"device": device, "hessian_cache": cache, "work": work}
-        if source.loaded is None:
+        if source.kind is None or source.loaded is None:
             return ModuleAdapter(source.module, config, progress=progress, **options)
-        classifier = ImageClassifier(source.loaded, config, progress=progress, **options)
-        check_before(classifier, trust_remote_code)
-    return classifier
+        whole: Any = source.kind.adapter
+        adapter: WholeModel = whole(source.loaded, config, progress=progress, **options)
+        check_before(adapter, trust_remote_code)
+    return adapter
 
 
 def text_subject(
@@ -419,7 +450,9 @@ def text_subject(
     target = find_device(device)
     kind, loaded = load_kind(model, trust_remote_code=trust_remote_code)
     if not issubclass(kind.adapter, CausalLM):
-        raise ModelError(f"{model} is {kind.name}, which is judged on images: give images.")
+        judged = f"has no perplexity: {'not supported' if kind.takes_text else 'give images'}"
+        raise ModelError(f"{model} is {kind.name}, which {judged}.")
+    require_predictions(loaded.model)
     tokenizer = require_tokenizer(loaded.tokenizer)
     adapter = kind.adapter(loaded, base, device=target, progress=progress)
     adapter.calibrate(base, hessian_cache=hessian_cache)

@@ -1,12 +1,16 @@
 """Configurations of flat settings, and `compress` with calibration data as arguments."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import cerwu_gpu
 from cerwu_gpu import Report
 from cerwu_gpu.config import Batches, Calibration, CompressionConfig, Text, from_settings
+from cerwu_gpu.container.journal import Journal
 
 
 def configured(**given: Any) -> CompressionConfig:
@@ -21,6 +25,29 @@ def configured(**given: Any) -> CompressionConfig:
     if not bounded and given.get("method") in ("cerwu", "cerwu-gamma0"):
         given["complete_square"] = given.pop("method") == "cerwu"
     return from_settings(**given)
+
+
+def check_resumed(run: Callable[[Path], Any], folder: Path) -> None:
+    """Check that a run that is interrupted before its second block is written is continued there,
+    and ends in the bytes of a whole run."""
+    run(folder / "whole")
+    write, written = Journal.write, []
+
+    def interrupted(self: Journal, index: int, weights: Any) -> None:
+        written.append(index)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(self, index, weights)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Journal, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="keeps what is finished"):
+            run(folder / "resumed")
+        patched.setattr(Journal, "write", lambda *given: (written.append(given[1]), write(*given)))
+        run(folder / "resumed")
+    assert written[1] == written[2] != written[0]
+    name = "model.safetensors"
+    assert (folder / "resumed" / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
 
 def compress_flat(

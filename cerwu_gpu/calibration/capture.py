@@ -43,8 +43,8 @@ class Capture:
 
 
 def first_output(output: Any) -> Tensor:
-    """Return the hidden states in a block's output: a tensor, or a tuple that begins with it."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    """Return the hidden states in a block's output: a tensor, or a sequence that begins with it."""
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 
@@ -185,10 +185,10 @@ def split(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor,
 
 
 def _wrapping(output: Any) -> Callable[[Tensor], Any]:
-    if not isinstance(output, tuple):
+    if not isinstance(output, tuple | list):
         return lambda hidden: hidden
-    rest = output[1:]
-    return lambda hidden: (hidden, *rest)
+    kind, rest = list if isinstance(output, list) else tuple, output[1:]
+    return lambda hidden: kind((hidden, *rest))
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -191,6 +191,8 @@ def module_products(weights: BlockWeights, note: Note, *, before: bool = False) 
                 stack.callback(register(hook, with_kwargs=True).remove)
         if experts:
             stack.enter_context(_ExpertProducts(weights, experts, note))
+        if len(experts) < len(weights.layouts):
+            stack.enter_context(_LeftProducts(weights, note, before))
         yield
 
 
@@ -217,6 +219,36 @@ _MATRIX_PRODUCTS = frozenset(
 )
 
 
+class _LeftProducts(TorchFunctionMode):
+    """A mode that notes each product of a weight with columns, W X: Mamba takes the weight of its
+    `dt_proj` without calling it."""
+
+    def __init__(self, weights: BlockWeights, note: Note, before: bool) -> None:
+        super().__init__()
+        self._note = note
+        self._before = before
+        self._names = {
+            id(weights.parameter(layout.name)): layout.name
+            for layout in weights.layouts
+            if len(layout.shape) == 2 and not layout.transposed
+        }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        left = args[0] if func in _MATRIX_PRODUCTS and len(args) == 2 else None
+        name = self._names.get(id(left))
+        if name is None:
+            return func(*args, **(kwargs or {}))
+        columns = args[1] if args[1].dim() > 1 else args[1][:, None]
+        if self._before:
+            self._note(Product(name, columns.mT, None))
+            return func(*args, **(kwargs or {}))
+        rows = func(args[0], columns).mT
+        self._note(Product(name, columns.mT, rows))
+        return rows.mT if columns is args[1] else rows[..., 0, :]
+
+
 class _ExpertProducts(TorchFunctionMode):
     """A mode that notes each product with one expert's slice of a parameter [experts, ., .]."""
 
@@ -233,12 +265,26 @@ class _ExpertProducts(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is torch.bmm and len(args) == 2 and args[1].data_ptr() in self._slices:
+            return self._stacked(*args)
         output = func(*args, **(kwargs or {}))
         if func is functional.linear:
             self._recognise(args[0], args[1], output)
         elif func in _MATRIX_PRODUCTS:
             self._recognise(args[0], args[1].mT, output)
         return output
+
+    def _stacked(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """Return the products of x [experts, tokens, n] with all experts' matrices [experts, n, m];
+        those tokens count that the router sends to an expert, all others being zero there
+        (Llama 4)."""
+        outputs = []
+        for rows, matrix, output in zip(x, matrices, torch.bmm(x, matrices), strict=True):
+            sent = rows.any(dim=1)
+            taken = output[sent]
+            self._recognise(rows[sent], matrix.mT, taken)
+            outputs.append(torch.zeros_like(output).index_put((sent,), taken))
+        return torch.stack(outputs)
 
     def _recognise(self, x: Tensor, matrix: Tensor, output: Tensor) -> None:
         """Note the application of `matrix` [m, n] to x [..., n] if it is an expert's."""

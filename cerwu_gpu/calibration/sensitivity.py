@@ -347,10 +347,20 @@ def _total(output: Any, batch: Batch, loss: Loss | None, generator: torch.Genera
     if loss is not None:
         return losses(loss, output, batch).sum()
     logits = required_logits(output)
+    return (logits.float() * drawn_gradient(logits, generator)).sum()
+
+
+def drawn_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return S v (module docstring) for logits [samples, classes], with its shape."""
     p = torch.softmax(logits.detach().float() / TEMPERATURE, dim=1)
-    signs = torch.randint(0, 2, p.shape, generator=generator).to(p.device, p.dtype) * 2 - 1
-    drawn = p.sqrt() * signs
-    return (logits.float() * (drawn - p * drawn.sum(dim=1, keepdim=True))).sum()
+    drawn = p.sqrt() * drawn_signs(p, generator)
+    return drawn - p * drawn.sum(dim=1, keepdim=True)
+
+
+def drawn_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return independent entries +-1 in the shape of a tensor, float32."""
+    signs = torch.randint(0, 2, like.shape, generator=generator) * 2 - 1
+    return signs.to(like.device, torch.float32)
 
 
 def losses(loss: Loss, output: Any, batch: Batch) -> Tensor:

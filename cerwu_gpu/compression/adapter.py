@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cerwu_gpu.compression.blocks import Blocks
 from cerwu_gpu.compression.distill import Student
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import CompressionConfig, Source
 from cerwu_gpu.container.journal import Journal
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.layout import WeightLayout
@@ -34,6 +34,7 @@ class Adapter(ABC):
         carried: tensors of the source that the module does not hold, to be stored as they are.
         drifts: whether a corrected drift changes the quantized targets: a sample of the rows then
             does not show the whole effect of lmbda.
+        usual_sources: texts that calibrate where none is given.
         full_passes: number of passes that the search for a target may take.
         ranks: share the work.
         card: writes a model card into a complete directory, given `loss` of the original and of the
@@ -46,6 +47,7 @@ class Adapter(ABC):
     left: Mapping[str, str] = {}
     carried: Mapping[str, Tensor] = {}
     drifts = False
+    usual_sources: tuple[Source, ...] = ()
     full_passes = 3
     ranks: Ranks
     card: Callable[[Path, float | None, float | None], None] | None = None

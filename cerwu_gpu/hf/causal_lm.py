@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -38,7 +38,7 @@ from cerwu_gpu.container.journal import Journal
 from cerwu_gpu.errors import CalibrationError, CerwuError, ModelError, reason
 from cerwu_gpu.files import checksum
 from cerwu_gpu.hf.companions import described, not_carried, write_companions
-from cerwu_gpu.hf.ends import Ends, ends_placed
+from cerwu_gpu.hf.ends import Ends, ends_placed, logits_or_states
 from cerwu_gpu.hf.evaluation import mean_loss
 from cerwu_gpu.hf.head import HeadBlocks, HeadGradients, head_layouts, head_modules
 from cerwu_gpu.hf.models import LoadedModel, check_tokens, is_conv1d, mask_token
@@ -55,6 +55,7 @@ from cerwu_gpu.models.selection import (
     require_separate,
     require_values,
     select_in_blocks,
+    tower_blocks,
 )
 from cerwu_gpu.quantize.sensitivity import Sensitivities
 from cerwu_gpu.ranks import Ranks
@@ -66,6 +67,9 @@ JUDGING_TOKENS = 8192
 """Number of held-out tokens whose perplexity goes into a model card."""
 JUDGING_SAMPLES = 8
 """Number of held-out samples that a distillation is judged by."""
+EXPERTS = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}
+"""Classes of experts of which transformers does not say how their matrices lie -> whether they lie
+[inputs, outputs]."""
 LOGITS = 2**25
 """Approximate number of logits in memory at a time; at least those of one sequence."""
 
@@ -79,6 +83,7 @@ class CausalLM(Adapter):
     """
 
     drifts = True
+    takes_text = True
     module: PreTrainedModel
     usual_sources: tuple[Source, ...] = (Source("wikitext2", 0.5), Source(SELF, 0.5))
     """Texts that calibrate where none is given: of those tried, with these the model came nearest
@@ -119,16 +124,47 @@ class CausalLM(Adapter):
             require_values(self.module)
         require_separate(self.module)
         self._blocks = find_blocks(self.module, is_conv1d)
+        self._towers: list[tuple[str, nn.Module]] = []
+        for child in self.module.modules():
+            if type(child).__name__ in EXPERTS:
+                experts: Any = child
+                experts.is_transposed = EXPERTS[type(child).__name__]
         self.select(config)
         require_coded(self.module, self.layouts)
 
     def select(self, config: CompressionConfig) -> None:
-        selection = select(self.module, config.include, config.exclude, head=not config.keep_head)
+        selection = select(
+            self.module,
+            config.include,
+            config.exclude,
+            head=not config.keep_head,
+            predicts=self.predicts_tokens,
+        )
         self.layouts = {layout.name: layout for layout in selection.chosen}
         left, events = not_carried(self.loaded, strict=config.strict)
         self.left = {**selection.left, **left}
         chosen = selection.events(strict=config.strict)
         self.events = (*self.loaded.events, *chosen, *events, *self.data.events)
+        self._towers = self._chosen_towers(strict=config.strict)
+
+    def _chosen_towers(self, *, strict: bool) -> list[tuple[str, nn.Module]]:
+        """Return the blocks for images and sound that have chosen weights, and note them.
+
+        Raises:
+            ModelError: there is one, and `strict`.
+        """
+        blocks = tower_blocks(self.module, is_conv1d)
+        names = [n for n in self.layouts if any(n.startswith(f"{block}.") for block, _ in blocks)]
+        if not names:
+            return []
+        event = (
+            f"no text reaches {names[0]} and {len(names) - 1} others for images or sound: "
+            "quantized against H = I, and counted like the mean of all others"
+        )
+        if strict:
+            raise ModelError(f"{event} (strict): exclude them.")
+        self.events = (*self.events, event)
+        return [pair for pair in blocks if any(n.startswith(f"{pair[0]}.") for n in names)]
 
     def calibrate(
         self,
@@ -238,7 +274,32 @@ class CausalLM(Adapter):
                 "drift, or drop the Hessian cache and any target."
             )
 
-    # Inputs and predictions: masked language models differ here.
+    def obstacle(self) -> str | None:
+        """Return why the blocks cannot run one by one, as far as a few tokens tell; None: they can.
+
+        The first block alone is run.
+        """
+        length = min(8, self.vocabulary)
+        tokens = torch.arange(length).expand(2, length).clone()
+        tokens[1] = tokens[1].flip(0)
+        try:
+            backbone, _ = self.backbone()
+            with placed(self._blocks[0][1], self.module.device):
+                captured = backbone.capture(list(tokens[:, None]), self.module.device)
+            passage = self.ends(captured).passage(tokens[:1], captured.hidden[0])
+            torch.autograd.grad(passage.logits.sum(), passage.last)
+            if passage.scores is not None and passage.scores.shape != passage.logits.shape:
+                return "its head is applied to more states than its logits are of"
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the model's code makes of it
+            return reason(error)
+        return None
+
+    # Inputs and predictions: masked language models and models without a head differ here.
+
+    predicts_tokens = True
+    """Whether the model has logits of tokens, and so a perplexity."""
 
     def inputs(self, tokens: Tensor) -> Tensor:
         """Return the model's input ids for tokens, int64 [batch, sequence]."""
@@ -251,6 +312,17 @@ class CausalLM(Adapter):
     def loss_scale(self, tokens: Tensor) -> float:
         """Return the factor of the loss that makes squared gradients those of all tokens."""
         return 1.0
+
+    def total_loss(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """Return L [nats] of sequences, whose squared gradients are the sensitivities."""
+        predicting, targets = self.predicted(tokens, logits)
+        return self.loss_scale(tokens) * functional.cross_entropy(
+            predicting.float(), targets.to(predicting.device), reduction="sum"
+        )
+
+    def at_once(self, length: int) -> int:
+        """Return the number of sequences of `length` tokens whose logits fit into memory."""
+        return max(1, LOGITS // (length * self.vocabulary))
 
     def _run(self, tokens: Tensor) -> object:
         ids = self.inputs(tokens).to(self.module.device)
@@ -269,7 +341,7 @@ class CausalLM(Adapter):
     def backbone(self) -> tuple[Backbone, HeadBlocks]:
         """Return the model for block-by-block calibration, and its matrices outside the blocks."""
         layouts = tuple(self.layouts.values())
-        outer = HeadBlocks(self.module, self._blocks, layouts, self.ends)
+        outer = HeadBlocks(self.module, self._blocks, layouts, self.ends, self._towers)
         single = partial(eager_experts, self.module)
         return Backbone(self.module, self._blocks, layouts, self._run, outer, single), outer
 
@@ -281,7 +353,9 @@ class CausalLM(Adapter):
 
         cache = self._sensitivity_cache
         known = self.ranks.from_first(lambda: cache and cache.read_sensitivities())
-        return _filled(known or cached_sensitivities(cache, compute))
+        known = _filled(known or cached_sensitivities(cache, compute))
+        inside = tuple(f"{name}." for name, _ in self._towers)
+        return known.with_usual([x for x in known.squared_gradients if x[0].startswith(inside)])
 
     def backward(self, tokens: Tensor, batch_size: int) -> Sensitivities:
         """Return the sensitivities of all chosen weights on tokens, int64 [samples, sequence].
@@ -309,7 +383,7 @@ class CausalLM(Adapter):
             )
         additions: dict[str, Tensor] = {}
         if head is not None:
-            rows, columns = self.module.get_parameter(head.head.head).shape
+            rows, columns = self.module.get_parameter(head.head.names[0]).shape
             head.finish(rows, columns, self._device)
             for name in head.head.names:
                 if name in self.layouts:
@@ -321,7 +395,8 @@ class CausalLM(Adapter):
     def blocks(self, config: CompressionConfig, *, sampling: bool = False) -> Blocks:
         if config.data_free:
             ends = head_modules(self.module, list(self.layouts.values()))
-            return DataFreeBlocks(self.module, self.layouts, [*self._blocks, *ends], self._device)
+            parts = [*self._blocks, *self._towers, *ends]
+            return DataFreeBlocks(self.module, self.layouts, parts, self._device)
         if self.cache is None or (config.corrects_drift and not sampling):
             return self._calibrated(config)
         backbone, outer = self.backbone()
@@ -357,7 +432,7 @@ class CausalLM(Adapter):
         on_device = placed(self.module, self._device)
         with on_device if self._disk is None else self._disk.running():
             ids = self.inputs(self.data.tokens[:1]).to(self.module.device)
-            logits = self.module(input_ids=ids, **self.run_options).logits
+            logits = logits_or_states(self.module(input_ids=ids, **self.run_options))
         event = "the compressed model overflows float16 on its calibration text: use bfloat16"
         if not bool(torch.isfinite(logits).all()) and event not in self.events:
             if config.strict:
@@ -458,18 +533,15 @@ class _Tail:
 
     def gradient(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Return the loss's gradient at the blocks' output, a few sequences at a time."""
-        count = max(1, LOGITS // (tokens.shape[1] * self._adapter.vocabulary))
+        count = self._adapter.at_once(tokens.shape[1])
         gradients = []
         pieces = zip(torch.split(tokens, count), torch.split(hidden, count), strict=True)
         for piece, outputs in pieces:
             passage = self._ends.passage(piece, outputs)
-            scale = self._adapter.loss_scale(piece)
             if self._head is not None:
-                self._head.note(passage, self._predicting(piece), scale * scale)
-            logits, targets = self._adapter.predicted(piece, passage.logits)
-            loss = scale * functional.cross_entropy(
-                logits.float(), targets.to(logits.device), reduction="sum"
-            )
+                weight = self._adapter.loss_scale(piece) ** 2
+                self._head.note(passage, self._predicting(piece), weight)
+            loss = self._adapter.total_loss(piece, passage.logits)
             gradients.append(torch.autograd.grad(loss, passage.last)[0])
             self._entries.append((passage.rows, passage.first))
         return torch.cat(gradients)
@@ -491,8 +563,10 @@ def select(
     exclude: tuple[str, ...] | list[str] = (),
     *,
     head: bool = False,
+    predicts: bool = True,
 ) -> Selection:
-    """Choose weights of a language model's blocks, and with `head` its head and input embedding.
+    """Choose weights of a language model's blocks, and with `head` its head and input embedding;
+    a model that `predicts` tokens must have a head then.
 
     Raises:
         ConfigError: a pattern matches nothing, or no weight is left.
@@ -500,8 +574,8 @@ def select(
     """
     return select_in_blocks(
         model,
-        find_blocks(model, is_conv1d),
-        head_layouts(model) if head else (),
+        [*find_blocks(model, is_conv1d), *tower_blocks(model, is_conv1d)],
+        head_layouts(model, predicts=predicts) if head else (),
         include,
         exclude,
         is_transposed=is_conv1d,

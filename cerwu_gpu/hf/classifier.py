@@ -1,4 +1,4 @@
-"""Image classifiers of transformers: modules with a configuration and an image processor."""
+"""Models of transformers that run whole, and image classifiers, which take batches of images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +14,15 @@ from cerwu_gpu.hf.models import LoadedModel
 from cerwu_gpu.models.module import ModuleAdapter
 
 
-class ImageClassifier(ModuleAdapter):
-    """An image classifier with batches of its inputs.
+class WholeModel(ModuleAdapter):
+    """A model of transformers with batches of its inputs, and the files of its directory.
 
     Attributes:
         loaded: the model and its files.
     """
 
     module: PreTrainedModel
+    takes_text = False
 
     def __init__(self, loaded: LoadedModel, config: CompressionConfig, **options: Any) -> None:
         """Take the arguments of ModuleAdapter; floating inputs are cast to the model's dtype."""
@@ -48,4 +49,8 @@ class ImageClassifier(ModuleAdapter):
         super().select(config)
         left, events = not_carried(self.loaded, strict=config.strict)
         self.left = {**self.left, **left}
-        self.events = (*self.events, *events)
+        self.events = (*self.loaded.events, *self.events, *events)
+
+
+class ImageClassifier(WholeModel):
+    """An image classifier with batches of images."""

@@ -26,7 +26,8 @@ class Passage:
         head_input, scores: the head's input [batch, sequence, d], computed from `last`, and its
             output [batch, sequence, vocabulary]; None where it has no module of its own or was not
             applied once.
-        logits: [batch, sequence, vocabulary], computed from `scores`.
+        logits: [batch, sequence, vocabulary], computed from `scores`; of a model without a
+            head its last hidden states.
     """
 
     rows: Tensor
@@ -129,7 +130,7 @@ class Ends:
         with replaced(self._blocks, [stand_in(index) for index in range(len(self._blocks))]):
             ids = self._inputs(tokens).to(self._model.device)
             output = self._model(input_ids=ids, **self._options)
-        return firsts[0], output.logits
+        return firsts[0], logits_or_states(output)
 
     @contextmanager
     def _head_noted(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -146,6 +147,13 @@ class Ends:
             yield noted
         finally:
             handle.remove()
+
+
+def logits_or_states(output: Any) -> Tensor:
+    """Return the logits in a model's output; of a model without a head its last hidden states."""
+    logits: Tensor | None = getattr(output, "logits", None)
+    result: Tensor = output[0] if logits is None else logits
+    return result
 
 
 def output_embeddings(model: PreTrainedModel) -> nn.Module | None:
@@ -170,8 +178,8 @@ class _Lookup(TorchFunctionMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func is functional.embedding and args[1] is self._weight:
-            output = output.detach().requires_grad_()
-            self.rows = output
+            self.rows = output.detach().requires_grad_()
+            output = self.rows.clone()  # CTRL scales it in place
         return output
 
 

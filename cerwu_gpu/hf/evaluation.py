@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cerwu_gpu.errors import CalibrationError, ConfigError, ModelError, reason
-from cerwu_gpu.hf.models import check_tokens, mask_token
+from cerwu_gpu.hf.models import check_tokens, mask_token, require_predictions
 from cerwu_gpu.hf.text import tokenized
 from cerwu_gpu.progress import tracked
 
@@ -222,6 +222,8 @@ def _batches(
     of last tokens to be predicted in each row; put the models into eval mode."""
     stride = context_length if stride is None else stride
     _check(context_length, stride, max_windows, batch_size)
+    for model in models:
+        require_predictions(model)
     ids = tokenized(text, tokenizer)
     if len(ids) < 2:
         raise CalibrationError(

@@ -53,11 +53,12 @@ class HeadWeights:
 
     Attributes:
         embedding: the input embedding.
-        head: the output embedding; the same name where the two are one parameter.
+        head: the output embedding; the same name where the two are one parameter, None where the
+            model has none.
     """
 
     embedding: str
-    head: str
+    head: str | None
 
     @property
     def tied(self) -> bool:
@@ -66,40 +67,54 @@ class HeadWeights:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the distinct parameters, the head first."""
-        return (self.head,) if self.tied else (self.head, self.embedding)
+        return (self.embedding,) if self.tied or self.head is None else (self.head, self.embedding)
 
 
 def find_head(model: PreTrainedModel) -> HeadWeights:
-    """Return the names of the input embedding and the head.
+    """Return the names of the input embedding and the head, if there is one.
 
     Raises:
-        ModelError: the model lacks one, or it is no plain nn.Embedding or nn.Linear.
+        ModelError: the model lacks an embedding, or one is no plain nn.Embedding or nn.Linear.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    weights = []
-    for module, kind, what in (
-        (model.get_input_embeddings(), nn.Embedding, "input embedding"),
-        (output_embeddings(model), nn.Linear, "head"),
-    ):
-        weight: Any = getattr(module, "weight", None)
-        if not isinstance(module, kind) or id(weight) not in names:
-            raise ModelError(
-                f"{type(model).__name__} has no {what} that can be compressed: "
-                "leave embeddings and head as they are."
-            )
-        weights.append(names[id(weight)])
-    return HeadWeights(*weights)
+    head = output_embeddings(model)
+    return HeadWeights(
+        _weight_of(model, model.get_input_embeddings(), nn.Embedding, "input embedding"),
+        None if head is None else _weight_of(model, head, nn.Linear, "head"),
+    )
 
 
-def head_layouts(model: PreTrainedModel) -> list[WeightLayout]:
+def _weight_of(
+    model: PreTrainedModel, module: nn.Module | None, kind: type[nn.Module], what: str
+) -> str:
+    """Return the name of the weight of a module of this kind.
+
+    Raises:
+        ModelError: it is none.
+    """
+    weight: Any = getattr(module, "weight", None)
+    name = next((name for name, x in model.named_parameters() if x is weight), None)
+    if not isinstance(module, kind) or name is None:
+        raise ModelError(
+            f"{type(model).__name__} has no {what} that can be compressed: "
+            "leave embeddings and head as they are."
+        )
+    return name
+
+
+def head_layouts(model: PreTrainedModel, *, predicts: bool = True) -> list[WeightLayout]:
     """Return the layouts of the head and, unless it is the same parameter, the input embedding.
 
+    Args:
+        predicts: the model predicts tokens, so that it must have a head.
+
     Raises:
-        ModelError: as `find_head`.
+        ModelError: as `find_head`, or there is no head.
     """
+    found = find_head(model)
+    if predicts and found.head is None:
+        _weight_of(model, None, nn.Linear, "head")
     return [
-        WeightLayout(name, tuple(model.get_parameter(name).shape), 1, False)
-        for name in find_head(model).names
+        WeightLayout(name, tuple(model.get_parameter(name).shape), 1, False) for name in found.names
     ]
 
 
@@ -130,18 +145,28 @@ class HeadBlocks(OuterBlocks):
         blocks: Sequence[tuple[str, nn.Module]],
         layouts: Sequence[WeightLayout],
         ends: Callable[[Capture], Ends],
+        towers: Sequence[tuple[str, nn.Module]] = (),
     ) -> None:
+        """Take the model and its blocks.
+
+        Args:
+            layouts: of the weights to compress.
+            ends: returns the model without its blocks.
+            towers: blocks with such weights that no text reaches.
+        """
         self._ends = ends
+        self._towers = towers
         self._model = model
         self._blocks = blocks
         self._layouts = {layout.name: layout for layout in layouts}
         self._modules = head_modules(model, layouts)
         self.head = find_head(model) if self._modules else None
         owners = {name for name, _ in self._modules}
-        self.needs_outputs = self.head is not None and self.head.head.rpartition(".")[0] in owners
+        head = None if self.head is None else self.head.head
+        self.needs_outputs = head is not None and head.rpartition(".")[0] in owners
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._modules) + len(self._towers)
 
     def of(self, stream: Stream, captured: Capture) -> Iterator[Block]:
         ends = self._ends(captured)
@@ -152,6 +177,20 @@ class HeadBlocks(OuterBlocks):
             with placed(module, stream.device):
                 weights = BlockWeights(self._model, [layout], stream.device)
                 yield KnownBlock(name, weights, inputs, statistics)
+        for name, module in self._towers:
+            with placed(module, stream.device):
+                yield self._unreached(name, stream.device)
+
+    def _unreached(self, name: str, device: torch.device) -> KnownBlock:
+        """Return a block that no text reaches, with H = I for each of its inputs."""
+        layouts = [x for x in self._layouts.values() if x.name.startswith(f"{name}.")]
+        inputs = {(x.name, part): x.key(part) for x in layouts for part in range(x.parts)}
+        statistics = {
+            x.key(part): InputStatistics(torch.eye(x.matrix_shape[1], device=device), 1)
+            for x in layouts
+            for part in range(x.parts)
+        }
+        return KnownBlock(name, BlockWeights(self._model, layouts, device), inputs, statistics)
 
     def _statistics(
         self, layout: WeightLayout, ends: Ends, stream: Stream
@@ -264,10 +303,12 @@ class HeadGradients:
         Raises:
             CalibrationError: the model has no head that is applied once.
         """
-        if passage.scores is None or passage.head_input is None:
-            raise CalibrationError("the model does not apply its head once: leave the head out.")
         tokens = passage.rows.shape[0] * passage.rows.shape[1]
         self._sums.add("tokens", torch.tensor(tokens, dtype=torch.float64))
+        if self.head.head is None:
+            return
+        if passage.scores is None or passage.head_input is None:
+            raise CalibrationError("the model does not apply its head once: leave the head out.")
         self._sums.add("inputs", _second_moment(passage.head_input))
         squares = _expected_squares(passage.scores, passage.logits, predicting)
         self._sums.add("squares", weight * squares)

@@ -6,34 +6,37 @@ A new kind is an adapter, an entry in KINDS, and tests.
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForTextEncoding,
+    AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
 from cerwu_gpu.errors import ModelError
 from cerwu_gpu.files import read_json
 from cerwu_gpu.hf.card import Loader
 from cerwu_gpu.hf.causal_lm import CausalLM
-from cerwu_gpu.hf.classifier import ImageClassifier
+from cerwu_gpu.hf.classifier import ImageClassifier, WholeModel
 from cerwu_gpu.hf.encoder import MaskedLM
-from cerwu_gpu.hf.models import LoadedModel, is_gguf, load_model, local_directory
+from cerwu_gpu.hf.models import MASKED, LoadedModel, is_gguf, load_model, local_directory
 from cerwu_gpu.hf.streaming import blocks_on_disk
+from cerwu_gpu.hf.text_heads import Embedder, TextClassifier
+from cerwu_gpu.hf.whole_text import SequenceToSequence
 
 
 @dataclass(frozen=True)
@@ -43,37 +46,51 @@ class Kind:
     Attributes:
         name: with its article.
         mapping: transformers' mapping from configurations to classes.
-        names: the same mapping by names, without importing the classes.
+        names: model type -> names of the classes in `mapping` that are of this kind.
         auto: the Auto class that loads it.
-        adapter: its adapter; one that takes text is a CausalLM.
+        adapter: its adapter; one that is calibrated block by block is a CausalLM.
         tag: the Hub's name of its task.
+        processor: the Auto class of what makes its inputs.
+        named: whether only an architecture that is named, not a model type, stands for it.
     """
 
     name: str
     mapping: Any
     names: Mapping[str, Any]
     auto: Any
-    adapter: type[CausalLM] | type[ImageClassifier]
+    adapter: type[CausalLM] | type[WholeModel]
     tag: str
+    processor: str = "AutoTokenizer"
+    named: bool = False
 
     @property
     def takes_text(self) -> bool:
-        """Whether it is calibrated by text, not by batches of inputs."""
+        """Whether it is calibrated by text, if not by batches of inputs."""
+        return self.adapter.takes_text
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether it is calibrated block by block."""
         return issubclass(self.adapter, CausalLM)
 
     @property
     def loader(self) -> Loader:
         """Instructions for its card."""
-        processor = "AutoTokenizer" if self.takes_text else "AutoImageProcessor"
         title = self.name.partition(" ")[2]
-        return Loader(title, self.tag, self.auto.__name__, processor, self.takes_text)
+        return Loader(title, self.tag, self.auto.__name__, self.processor, self.takes_text)
 
     def classes_of(self, config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:
         """Return the classes for a configuration; none where this kind has none."""
         classes = self.mapping.get(type(config), None)
         if classes is None:
             return ()
-        return classes if isinstance(classes, tuple) else (classes,)
+        classes = classes if isinstance(classes, tuple) else (classes,)
+        return tuple(one for one in classes if one.__name__ in self.all_names)
+
+    @cached_property
+    def all_names(self) -> frozenset[str]:
+        """Names of its classes."""
+        return frozenset(name for model_type in self.names for name in self.class_names(model_type))
 
     def class_names(self, model_type: str) -> tuple[str, ...]:
         """Return the names of the classes for a model type."""
@@ -81,30 +98,117 @@ class Kind:
         return names if isinstance(names, tuple) else (names,)
 
 
+TEXT_MODELS = {
+    *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    *modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    *modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+}
+"""Model types of text; AutoModel's mapping has those of images and sound as well."""
+
+
+EMBEDDERS = {
+    model_type: named
+    for model_type, named in modeling_auto.MODEL_MAPPING_NAMES.items()
+    if model_type in TEXT_MODELS
+}
+ENCODERS = {
+    model_type: name
+    for model_type, name in modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.items()
+    if name != EMBEDDERS.get(model_type)
+}
+"""Names of the classes of text models without a head: those that AutoModel loads, and encoders of
+encoder-decoders, which it takes for the whole."""
+
 KINDS = (
     Kind(
         "a causal language model",
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         AutoModelForCausalLM,
         CausalLM,
         "text-generation",
     ),
     Kind(
         "a masked language model",
-        MODEL_FOR_MASKED_LM_MAPPING,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
+        {k: x for k, x in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.items() if x in MASKED},
         AutoModelForMaskedLM,
         MaskedLM,
         "fill-mask",
     ),
     Kind(
+        "a vision-language model",
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        AutoModelForImageTextToText,
+        CausalLM,
+        "image-text-to-text",
+        "AutoProcessor",
+        named=True,
+    ),
+    Kind(
         "an image classifier",
-        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         AutoModelForImageClassification,
         ImageClassifier,
         "image-classification",
+        "AutoImageProcessor",
+    ),
+    Kind(
+        "a text classifier",
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        AutoModelForSequenceClassification,
+        TextClassifier,
+        "text-classification",
+        named=True,
+    ),
+    Kind(
+        "a token classifier",
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        AutoModelForTokenClassification,
+        TextClassifier,
+        "token-classification",
+        named=True,
+    ),
+    Kind(
+        "an encoder-decoder",
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        AutoModelForSeq2SeqLM,
+        SequenceToSequence,
+        "text2text-generation",
+        named=True,
+    ),
+    Kind(
+        "a speech recognizer",
+        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        AutoModelForSpeechSeq2Seq,
+        SequenceToSequence,
+        "automatic-speech-recognition",
+        "AutoProcessor",
+        named=True,
+    ),
+    Kind(
+        "an embedding model",
+        modeling_auto.MODEL_MAPPING,
+        EMBEDDERS,
+        AutoModel,
+        Embedder,
+        "feature-extraction",
+        named=True,
+    ),
+    Kind(
+        "a text encoder",
+        modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING,
+        ENCODERS,
+        AutoModelForTextEncoding,
+        Embedder,
+        "feature-extraction",
+        named=True,
     ),
 )
 
@@ -126,11 +230,12 @@ def model_class(config: PretrainedConfig, architectures: object) -> type[PreTrai
     Raises:
         ModelError: it is of no kind, or the architectures leave it open.
     """
-    classes = [(kind, one) for kind in KINDS for one in kind.classes_of(config)]
     named = architectures if isinstance(architectures, list) else []
-    by_name = [one for _, one in classes if one.__name__ in named]
-    if by_name:
-        return by_name[0]
+    for kind in KINDS:
+        for one in kind.classes_of(config):
+            if one.__name__ in named:
+                return one
+    classes = [(kind, one) for kind in KINDS if not kind.named for one in kind.classes_of(config)]
     if len({kind.name for kind, _ in classes}) != 1:
         kinds = " nor of ".join(kind.name for kind in KINDS)
         raise ModelError(f"{type(config).__name__} is neither of {kinds}.")
@@ -169,7 +274,7 @@ def load_kind(
         kind = _kind_of_directory(source) or kind
     options: dict[str, Any] = {"auto": kind.auto, "what": kind.name}
     streaming: AbstractContextManager[list[str]] = nullcontext([])
-    if stream and kind.takes_text:
+    if stream and kind.in_blocks:
         streaming = blocks_on_disk()
     with streaming as reasons:
         loaded = load_model(source, trust_remote_code=trust_remote_code, **options)
@@ -189,6 +294,7 @@ def _kind_of_directory(folder: Path) -> Kind | None:
     for kind in kinds:
         if set(kind.class_names(model_type)) & set(architectures):
             return kind
+    kinds = [kind for kind in kinds if not kind.named]
     if len(kinds) > 1 and not content.get("is_decoder", False):
         kinds = kinds[1:]  # an encoder, which can be a decoder as well
     return kinds[0] if kinds else None
@@ -201,12 +307,7 @@ def _check_architectures(folder: Path, architectures: object) -> None:
     Raises:
         ModelError: it does.
     """
-    known = {
-        name
-        for kind in KINDS
-        for names in kind.names.values()
-        for name in (names if isinstance(names, tuple) else (names,))
-    }
+    known = frozenset[str]().union(*(kind.all_names for kind in KINDS))
     named = (
         [x for x in architectures if isinstance(x, str)] if isinstance(architectures, list) else []
     )

@@ -23,6 +23,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -49,6 +55,31 @@ HUB_FILES = (
 )
 HUB_FOLDERS = ("additional_chat_templates", "[0-9]*_*")
 """Folders of a repository that belong to its model: templates, modules of sentence-transformers."""
+
+
+def _names(*mappings: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the classes in mappings of transformers."""
+    found = (names for mapping in mappings for names in mapping.values())
+    return frozenset(
+        x for names in found for x in (names if isinstance(names, tuple) else (names,))
+    )
+
+
+ENCODER_DECODERS = _names(
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+)
+MASKED = _names(MODEL_FOR_MASKED_LM_MAPPING_NAMES) - ENCODER_DECODERS
+"""Names of the classes of masked language models; transformers counts BART among them."""
+WITHOUT_TOKENS = (
+    ENCODER_DECODERS
+    | _names(
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
+) - (MASKED | _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+"""Names of the classes that have no perplexity."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +181,19 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTo
     return tokenizer
 
 
+def require_predictions(model: nn.Module) -> None:
+    """Refuse models that predict no next or masked tokens: classifiers, embedding models,
+    encoder-decoders.
+
+    Raises:
+        ModelError: the model is one.
+    """
+    if type(model).__name__ in WITHOUT_TOKENS:
+        raise ModelError(
+            f"{type(model).__name__} predicts no next or masked token: it has no perplexity."
+        )
+
+
 def mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     """Return the id of the mask token of a masked language model; None for any other model.
 
@@ -157,8 +201,8 @@ def mask_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> i
         ModelError: the model is one, and there is no tokenizer with such a token.
     """
     names = {one.__name__ for one in type(model).__mro__}
-    masked = names & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-    if not masked or masked & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+    masked = names & MASKED
+    if not masked or masked & _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         return None
     mask: int | None = None if tokenizer is None else tokenizer.mask_token_id
     if mask is None:

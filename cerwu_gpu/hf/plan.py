@@ -103,10 +103,11 @@ def outline(source: str | Path, config: CompressionConfig) -> Outline:
         ModelError: there is no such configuration, or the model cannot be run on the meta device.
         ConfigError: the settings choose no weight.
     """
+    auto: Any = AutoModelForCausalLM
     try:
         settings = AutoConfig.from_pretrained(local_path(source))
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(settings)
+            model = auto.from_config(settings)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{source} has no configuration of a causal language model ({reason(error)}): give a "
@@ -132,7 +133,7 @@ def outline(source: str | Path, config: CompressionConfig) -> Outline:
     for layout in outer:
         tables.append({layout.name: layout.matrix_shape})
     head = find_head(model) if outer else None
-    if head is not None:
+    if head is not None and head.head is not None:
         crossed.add(head.head)
     total = sum(x.numel() * x.element_size() for x in model.parameters())
     labels = [layout for layout in chosen for _ in range(layout.parts)]
@@ -212,7 +213,7 @@ def plan(model: Outline, config: CompressionConfig, *, ranks: int, bits: float) 
     calibration = config.text if isinstance(config.calibration, Calibration) else Calibration()
     length, size = calibration.sequence_length, calibration.batch_size
     widest = max(n for block in model.blocks for _, n in block.values())
-    samples = calibration.samples or usual_samples(widest, length)
+    samples = calibration.samples or usual_samples(widest, calibration)
     batches = -(-samples // size)
     shards = Counter(shard_of(batch, batches) for batch in range(batches))
     measured = -(-min(samples, -(-SENSITIVITY_TOKENS // length)) // size)
@@ -258,7 +259,7 @@ def plan(model: Outline, config: CompressionConfig, *, ranks: int, bits: float) 
                 memory[rank] = peak
     return Plan(
         ranks=ranks,
-        memory=dict(max(memory, key=Counter.total)),
+        memory=dict(max(memory, key=lambda part: part.total())),
         read=[_read(model, rank, gradient_shards, layout) for rank in range(ranks)],
         sent=[round(x) for x in traffic.sent],
         received=[round(x) for x in traffic.received],

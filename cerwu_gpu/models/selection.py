@@ -58,15 +58,18 @@ def find_blocks(
     model: nn.Module, is_transposed: IsTransposed = no_transposed
 ) -> list[tuple[str, nn.Module]]:
     """Return the blocks in order, with their names: the elements of the largest nn.ModuleList (by
-    parameters) whose elements hold weight matrices.
+    parameters) whose elements hold weight matrices, outside of `towers`.
 
     Raises:
         ModelError: there is no such list.
     """
     best: tuple[int, list[tuple[str, nn.Module]]] = (0, [])
+    inside = {id(child) for _, tower in towers(model) for child in tower.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and all(
-            holds_matrices(child, is_transposed) for child in module
+        if (
+            id(module) not in inside
+            and isinstance(module, nn.ModuleList)
+            and all(holds_matrices(child, is_transposed) for child in module)
         ):
             size = sum(parameter.numel() for parameter in module.parameters())
             if size > best[0]:
@@ -77,6 +80,29 @@ def find_blocks(
             "its architecture is not supported."
         )
     return best[1]
+
+
+def towers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the parts of a model that take images or sound and no text, as transformers says in
+    `input_modalities`, with their names."""
+    outermost: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{tower}.") for tower, _ in outermost)
+        if name and not inside and "text" not in getattr(module, "input_modalities", "text"):
+            outermost.append((name, module))
+    return outermost
+
+
+def tower_blocks(
+    model: nn.Module, is_transposed: IsTransposed = no_transposed
+) -> list[tuple[str, nn.Module]]:
+    """Return the blocks of all `towers` in order, with their names."""
+    found = []
+    for tower, module in towers(model):
+        if any(isinstance(child, nn.ModuleList) for child in module.modules()):
+            blocks = find_blocks(module, is_transposed)
+            found += [(f"{tower}.{name}", block) for name, block in blocks]
+    return found
 
 
 def holds_matrices(module: nn.Module, is_transposed: IsTransposed = no_transposed) -> bool:

@@ -13,8 +13,8 @@ approximation is quadratic around the trained weights; where one lmbda would lea
 errors far beyond its reach, as in small networks for images, balanced holds them back.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -49,6 +49,12 @@ class Sensitivities:
         if gradient is None or bool(gradient.any()):
             return gradient
         return torch.full_like(gradient, self._usual)
+
+    def with_usual(self, labels: Iterable[Label]) -> "Sensitivities":
+        """Return these with the mean of all matrices that a gradient reached in place of zeros."""
+        known = self.squared_gradients
+        usual = {label: torch.full_like(known[label], self._usual) for label in labels}
+        return replace(self, squared_gradients={**known, **usual})
 
     @cached_property
     def _usual(self) -> float:

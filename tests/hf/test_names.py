@@ -177,14 +177,20 @@ def test_an_adapter_beside_the_weights_is_refused(
         small(model, tmp_path / "small", toy_text)
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForSequenceClassification", "LlamaModel"])
+@pytest.mark.parametrize(
+    ("architecture", "sentence"),
+    [
+        ("LlamaForQuestionAnswering", "names LlamaForQuestionAnswering, which is no class of"),
+        ("LlamaForSequenceClassification", "lacks 1 of the model's weights, among them score"),
+    ],
+)
 def test_another_architecture_is_refused(
-    architecture: str, tmp_path: Path, toy_tokenizer: Any, toy_text: Path
+    architecture: str, sentence: str, tmp_path: Path, toy_tokenizer: Any, toy_text: Path
 ) -> None:
     model = source("llama", tmp_path / "m", toy_tokenizer, same)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
-    with pytest.raises(ModelError, match=architecture):
+    with pytest.raises(ModelError, match=sentence):
         small(model, tmp_path / "small", toy_text)
 
 

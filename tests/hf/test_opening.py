@@ -10,7 +10,7 @@ from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
+    LlamaForQuestionAnswering,
     T5Config,
     T5ForConditionalGeneration,
     XLNetConfig,
@@ -98,11 +98,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: T5ForConditionalGeneration(T5Config(vocab_size=320, d_model=32, num_layers=1)),
         "T5ForConditionalGeneration",
     ),
-    "a classifier": (
-        lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES)),
-        "LlamaForSequenceClassification",
+    "another task": (
+        lambda: LlamaForQuestionAnswering(LlamaConfig(**SIZES)),
+        "LlamaForQuestionAnswering",
     ),
-    "no head": (lambda: toy("llama").model, "LlamaModel"),
 }
 
 
