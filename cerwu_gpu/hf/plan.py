@@ -257,9 +257,10 @@ def plan(model: Outline, config: CompressionConfig, *, ranks: int, bits: float) 
             peak["coded"] = int(bits / 8 * sum(m * n for m, n in block.values()))
             if peak.total() > memory[rank].total():
                 memory[rank] = peak
+    highest = max(range(ranks), key=lambda rank: memory[rank].total())
     return Plan(
         ranks=ranks,
-        memory=dict(max(memory, key=lambda part: part.total())),
+        memory=dict(memory[highest]),
         read=[_read(model, rank, gradient_shards, layout) for rank in range(ranks)],
         sent=[round(x) for x in traffic.sent],
         received=[round(x) for x in traffic.received],
