@@ -106,7 +106,8 @@ def outline(source: str | Path, config: CompressionConfig) -> Outline:
     try:
         settings = AutoConfig.from_pretrained(local_path(source))
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(settings)
+            auto: Any = AutoModelForCausalLM
+            model: Any = auto.from_config(settings, dtype=settings.dtype or torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{source} has no configuration of a causal language model ({reason(error)}): give a "
@@ -258,7 +259,7 @@ def plan(model: Outline, config: CompressionConfig, *, ranks: int, bits: float) 
                 memory[rank] = peak
     return Plan(
         ranks=ranks,
-        memory=dict(max(memory, key=Counter.total)),
+        memory=dict(max(memory, key=lambda parts: parts.total())),
         read=[_read(model, rank, gradient_shards, layout) for rank in range(ranks)],
         sent=[round(x) for x in traffic.sent],
         received=[round(x) for x in traffic.received],
