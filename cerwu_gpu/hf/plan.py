@@ -107,7 +107,7 @@ def outline(source: str | Path, config: CompressionConfig) -> Outline:
     try:
         settings = AutoConfig.from_pretrained(local_path(source))
         with torch.device("meta"):
-            model = auto.from_config(settings)
+            model = auto.from_config(settings, dtype=settings.dtype or torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{source} has no configuration of a causal language model ({reason(error)}): give a "

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,57 +80,87 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@dataclass(frozen=True)
+class Forks:
+    """Toys compressed by different numbers of ranks.
+
+    Attributes:
+        folder: holds the toys as directories, and the output "CASE-COUNT" of each run.
+        codes: exit codes of the ranks of each run, by the name of its output.
+        errors: what all of them print on stderr.
+    """
+
+    folder: Path
+    codes: dict[str, list[int]]
+    errors: str
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the toys as directories, and each compressed by different numbers of ranks."""
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Forks:
+    """The runs of this file: the cases, a setting that is refused, an output that is occupied."""
     folder = tmp_path_factory.mktemp("ranks")
-    runs = []
+    runs: dict[str, dict[str, Any]] = {}
     for number, (family, settings) in enumerate(CASES.values()):
-        model = folder / family
-        toy(family, **WIDER.get(family, {})).save_pretrained(model)
+        toy(family, **WIDER.get(family, {})).save_pretrained(folder / family)
         for count in COUNTS:
-            output, both = folder / f"{number}-{count}", {**FEW, **settings}
-            runs.append(
-                {"model": str(model), "output": str(output), "count": count, "settings": both}
-            )
-    codes, errors = forked(runs)
-    assert not any(code for one in codes for code in one), errors
-    return folder
+            runs[f"{number}-{count}"] = {"count": count, "settings": {**FEW, **settings}}
+            runs[f"{number}-{count}"]["model"] = str(folder / family)
+    refused: dict[str, Any] = {**FEW, "bits": 3.0}
+    del refused["lmbda"]
+    toys = {"count": 2, "model": str(folder / "llama")}
+    runs |= {"refused": {**toys, "settings": refused}, "occupied": {**toys, "settings": FEW}}
+    (folder / "occupied").mkdir()
+    (folder / "occupied" / "note.txt").write_text("mine")
+    outputs = [{**run, "output": str(folder / name)} for name, run in runs.items()]
+    codes, errors = forked(outputs)
+    return Forks(folder, dict(zip(runs, codes, strict=True)), errors)
 
 
 @pytest.mark.parametrize("count", COUNTS[1:])
 @pytest.mark.parametrize("case", CASES)
-def test_any_number_of_ranks_gives_the_same_bytes(folder: Path, case: str, count: int) -> None:
-    number = list(CASES).index(case)
+def test_any_number_of_ranks_gives_the_same_bytes(forks: Forks, case: str, count: int) -> None:
+    number, folder = list(CASES).index(case), forks.folder
+    assert not any(forks.codes[f"{number}-{count}"]), forks.errors
     alone, shared = contents(folder / f"{number}-0"), contents(folder / f"{number}-{count}")
     assert "model.safetensors" in alone
     assert shared == alone
 
 
-def test_what_is_sent_is_received_once(folder: Path) -> None:
-    traffic = [json.loads(path.read_text()) for path in sorted(folder.glob("0-4.rank-*.json"))]
-    assert len(traffic) == 4
-    assert sum(x["sent"] for x in traffic) == sum(x["received"] for x in traffic) > 0
-    assert json.loads((folder / "0-1.rank-0.json").read_text())["sent"] == 0
+def traffic(folder: Path, run: str) -> list[dict[str, float]]:
+    """What each rank of a run has counted."""
+    paths = sorted(folder.glob(f"{run}.rank-*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def test_a_setting_that_ranks_cannot_share_is_refused_by_all(folder: Path, tmp_path: Path) -> None:
-    settings = {**FEW, "bits": 3.0}
-    del settings["lmbda"]
-    run = {"model": str(folder / "llama"), "output": str(tmp_path / "out"), "count": 2}
-    codes, errors = forked([{**run, "settings": settings}])
-    assert codes == [[2, 2]]
-    assert "a search for a target does not run on several ranks" in errors
-    assert not any(tmp_path.glob("**/*.safetensors"))
+def test_what_is_sent_is_received_once(forks: Forks) -> None:
+    counted = traffic(forks.folder, "0-4")
+    assert len(counted) == 4
+    assert sum(x["sent"] for x in counted) == sum(x["received"] for x in counted) > 0
+    assert traffic(forks.folder, "0-1")[0]["sent"] == 0
 
 
-def test_an_error_of_rank_0_is_that_of_all(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "note.txt").write_text("mine")
-    run = {"model": str(folder / "llama"), "output": str(tmp_path / "out"), "count": 2}
-    codes, errors = forked([{**run, "settings": FEW}])
-    assert codes == [[2, 2]]
-    assert len(re.findall(r"rank \d: .*is not empty", errors)) == 2
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_knows_the_traffic(forks: Forks, case: str, count: int) -> None:
+    family, settings = CASES[case]
+    config = configured(**FEW, **settings)
+    counted = traffic(forks.folder, f"{list(CASES).index(case)}-{count}")
+    known = outline(forks.folder / family, config)
+    predicted = plan(known, config, ranks=count, bits=counted[0]["bits"])
+    assert predicted.sent == pytest.approx([x["sent"] for x in counted], rel=0.02)
+    assert predicted.received == pytest.approx([x["received"] for x in counted], rel=0.02)
+
+
+def test_a_setting_that_ranks_cannot_share_is_refused_by_all(forks: Forks) -> None:
+    assert forks.codes["refused"] == [2, 2]
+    assert "a search for a target does not run on several ranks" in forks.errors
+    assert not (forks.folder / "refused").exists()
+
+
+def test_an_error_of_rank_0_is_that_of_all(forks: Forks) -> None:
+    assert forks.codes["occupied"] == [2, 2]
+    assert len(re.findall(r"rank \d: .*is not empty", forks.errors)) == 2
+    assert [path.name for path in (forks.folder / "occupied").iterdir()] == ["note.txt"]
 
 
 def torchrun(arguments: Sequence[str], *options: str) -> subprocess.Popen[str]:
@@ -222,19 +253,3 @@ def test_owners_have_about_equal_costs() -> None:
         "d": 0,
     }
     assert greedy_owners({"a": 1.0}, 4) == {"a": 0}
-
-
-def test_a_plan_knows_the_traffic(folder: Path) -> None:
-    for case, (family, settings) in CASES.items():
-        number = list(CASES).index(case)
-        config = configured(**FEW, **settings)
-        for count in (2, 4):
-            counted = [
-                json.loads((folder / f"{number}-{count}.rank-{rank}.json").read_text())
-                for rank in range(count)
-            ]
-            known = outline(folder / family, config)
-            predicted = plan(known, config, ranks=count, bits=counted[0]["bits"])
-            for rank, one in enumerate(counted):
-                assert predicted.sent[rank] == pytest.approx(one["sent"], rel=0.02)
-                assert predicted.received[rank] == pytest.approx(one["received"], rel=0.02)
