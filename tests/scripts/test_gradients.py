@@ -1,5 +1,7 @@
 """scripts/gradients.py measures what the package measures; treatments of drift that scripts try."""
 
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from cerwu_gpu import Calibration, CompressionConfig
 from cerwu_gpu.hf.text import CalibrationTokens
-from scripts import drift_shares
+from scripts import allocation, data_free, drift_shares
 from scripts.drift_shares import Moments, Stream, fitted_share
 from scripts.gradients import FEW, Gradients
 from scripts.judge import Quality, at_bits
@@ -82,6 +84,16 @@ def test_a_share_is_whole_where_the_correction_is_true_and_none_where_it_is_nois
     assert fitted_share(weight, noise, False) < 0.2
 
 
+def judging(model, tokens):
+    """A judge of a toy, for which every model is equally good."""
+    return SimpleNamespace(
+        loaded=SimpleNamespace(model=model),
+        windows={"text": tokens},
+        calibration=lambda samples: tokens,
+        quality=lambda windows=None: {"text": Quality(1.0, 0.5)},
+    )
+
+
 @pytest.mark.parametrize("case", drift_shares.CASES)
 def test_every_treatment_of_drift_runs(case, monkeypatch, tmp_path):
     model = toy("llama")
@@ -91,12 +103,28 @@ def test_every_treatment_of_drift_runs(case, monkeypatch, tmp_path):
     expected = model.model(input_ids=tokens[:1], output_hidden_states=True, use_cache=False)
     torch.testing.assert_close(output, expected.hidden_states[1])
     assert [x.shape[1] for x in seen.inputs] == [32, 32, 32, 48]
-    judge = SimpleNamespace(
-        loaded=SimpleNamespace(model=model),
-        calibration=lambda samples: tokens,
-        quality=lambda: {"text": Quality(1.0, 0.0)},
-    )
-    monkeypatch.setattr(drift_shares, "Judge", lambda *_: judge)
+    monkeypatch.setattr(drift_shares, "Judge", lambda *_: judging(model, tokens))
     path = tmp_path / "rows.jsonl"
     drift_shares.main(["wikitext", case, "-o", str(path), "--blocks", "3", "--lmbda", "1e-6"])
     assert f'"case": "{case}"' in path.read_text(encoding="utf-8")
+
+
+def test_factors_are_measured_over_predicted_and_importances_end_at_equal_bits(
+    monkeypatch, tmp_path
+):
+    model, tokens = toy("llama"), toy_tokens(FEW, 16)
+    for script in (allocation, data_free):
+        monkeypatch.setattr(script, "Judge", lambda *_: judging(model, tokens))
+    path = tmp_path / "rows.jsonl"
+    allocation.main(["wikitext", "-o", str(path), "--bits", "4"])
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    probes = [row for row in rows if row.get("kind") == "v"]
+    (factors,) = (row["factors"]["text"] for row in rows if "factors" in row)
+    assert set(factors) == {"first block", "last block", *allocation.PARTS.values()}
+    assert factors["v"] == pytest.approx(
+        math.prod(0.5 / row["predicted"] for row in probes) ** (1 / len(probes))
+    )
+    path.unlink()
+    data_free.main(["wikitext", "relative", "weight", "-o", str(path)])
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["importance"] for row in rows] == ["relative", "weight"]
