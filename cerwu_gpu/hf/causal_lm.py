@@ -68,8 +68,7 @@ JUDGING_TOKENS = 8192
 JUDGING_SAMPLES = 8
 """Number of held-out samples that a distillation is judged by."""
 EXPERTS = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}
-"""Classes of experts of which transformers does not say how their matrices lie -> whether they lie
-[inputs, outputs]."""
+"""Classes of experts whose layout transformers does not give -> whether it is [inputs, outputs]."""
 LOGITS = 2**25
 """Approximate number of logits in memory at a time; at least those of one sequence."""
 

@@ -33,7 +33,14 @@ from cerwu_gpu.hf.card import Loader
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.classifier import ImageClassifier, WholeModel
 from cerwu_gpu.hf.encoder import MaskedLM
-from cerwu_gpu.hf.models import MASKED, LoadedModel, is_gguf, load_model, local_directory
+from cerwu_gpu.hf.models import (
+    MASKED,
+    LoadedModel,
+    is_gguf,
+    load_model,
+    local_directory,
+    quantization_of,
+)
 from cerwu_gpu.hf.streaming import blocks_on_disk
 from cerwu_gpu.hf.text_heads import Embedder, TextClassifier
 from cerwu_gpu.hf.whole_text import SequenceToSequence
@@ -263,7 +270,8 @@ def load_kind(
     by default a causal language model.
 
     Args:
-        stream: leave the blocks of a language model on disk (hf/streaming.py).
+        stream: leave the blocks of a language model on disk (hf/streaming.py), unless its weights
+            are quantized.
 
     Raises:
         ModelError: as `load_model`.
@@ -274,7 +282,8 @@ def load_kind(
         kind = _kind_of_directory(source) or kind
     options: dict[str, Any] = {"auto": kind.auto, "what": kind.name}
     streaming: AbstractContextManager[list[str]] = nullcontext([])
-    if stream and kind.in_blocks:
+    method = None if is_gguf(source) else quantization_of(Path(source))
+    if stream and kind.in_blocks and method is None:
         streaming = blocks_on_disk()
     with streaming as reasons:
         loaded = load_model(source, trust_remote_code=trust_remote_code, **options)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    FineGrainedFP8Config,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,15 +32,18 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.quantization_config import Mxfp4Config
 
 from cerwu_gpu.compression.run import plain_bytes, tensors_bytes
 from cerwu_gpu.errors import ModelError, reason
 from cerwu_gpu.files import local_path, read_json, unreadable
 from cerwu_gpu.hf.gguf import check_gguf, gguf_model, gguf_tokenizer, read_once
-from cerwu_gpu.hf.names import SourceNames, read_checkpoint, source_names
+from cerwu_gpu.hf.names import SourceNames, dequantized, read_checkpoint, source_names
 from cerwu_gpu.models.selection import holds_matrices
 from cerwu_gpu.spec import INDEX_FILE, QUANT_METHOD, SINGLE_FILE
 
+DEQUANTIZED: Mapping[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+"""Quantizations that transformers undoes when it loads a model, and their settings."""
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -294,7 +298,10 @@ def _wanted(file: PurePosixPath, weights: str) -> bool:
 def _load_directory(
     path: Path, trust_remote_code: bool, dtype: torch.dtype | None, auto: Any, what: str
 ) -> LoadedModel:
-    _check_config(path)
+    method = _check_config(path)
+    options: dict[str, Any] = {}
+    if method is not None:
+        options["quantization_config"] = DEQUANTIZED[method](dequantize=True)
     shards = any(path.glob("model-*-of-*.safetensors"))
     if shards and not any((path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)):
         raise ModelError(f"{path} lacks {INDEX_FILE} of its files: fetch it again.")
@@ -308,6 +315,7 @@ def _load_directory(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, in one sentence
+                **options,
             )
     except Exception as error:
         raise ModelError(f"{path} cannot be loaded as {what}: {reason(error)}") from error
@@ -325,8 +333,13 @@ def _load_directory(
             f"{path} lacks {len(report['missing_keys'])} of the model's weights, "
             f"among them {min(report['missing_keys'])}: fetch it again."
         )
-    names = source_names(model, read_checkpoint(path))
-    return LoadedModel(model, load_tokenizer(path, trust_remote_code), path, names)
+    checkpoint = read_checkpoint(path)
+    events: tuple[str, ...] = ()
+    if method is not None:
+        checkpoint = dequantized(checkpoint)
+        events = (f"its weights are in {method}: it is made of what transformers makes of them",)
+    names = source_names(model, checkpoint)
+    return LoadedModel(model, load_tokenizer(path, trust_remote_code), path, names, events=events)
 
 
 @contextmanager
@@ -345,7 +358,22 @@ def _without_tables() -> Iterator[None]:
         logger.removeFilter(is_other)
 
 
-def _check_config(path: Path) -> None:
+def quantization_of(path: Path) -> str | None:
+    """Return the quantization method that a directory's config.json names; None: none."""
+    try:
+        quantization: Any = read_json(path / "config.json")["quantization_config"]
+        return str(quantization["quant_method"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _check_config(path: Path) -> str | None:
+    """Return the method of a quantization that transformers undoes; None: there is none.
+
+    Raises:
+        ModelError: config.json cannot be read, another quantization is named, or an adapter lies
+            beside the weights.
+    """
     try:
         config: Any = read_json(path / "config.json")
         quantization = config.get("quantization_config")
@@ -359,10 +387,12 @@ def _check_config(path: Path) -> None:
             "them, or move it away."
         )
     if quantization is None:
-        return
+        return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method == QUANT_METHOD:
         raise ModelError(f"{path} is compressed already: give the original, or decompress it.")
+    if method in DEQUANTIZED:
+        return str(method)
     raise ModelError(f"{path} is quantized already ({method}): give the original model.")
 
 

@@ -42,6 +42,8 @@ CHECKPOINT_FILES = (
 looks for them."""
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types of numbers that need no scale beside them."""
+UNLOADED = "it is quantized, and transformers does not load it"
+"""Reason to leave a tensor of a quantized checkpoint."""
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias)$")
 _SCALE = re.compile(r"[._](weight_)?(scale(_inv|_2)?|scales|scale_shift|qzeros|g_idx|absmax)$")
 
@@ -58,10 +60,12 @@ class Checkpoint:
     Attributes:
         tensors: shapes and dtypes, on the meta device.
         files: name of a tensor -> the file that holds it.
+        quantized: names of those that are in another form there.
     """
 
     tensors: Mapping[str, Tensor]
     files: Mapping[str, Path]
+    quantized: frozenset[str] = frozenset()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the values of some tensors; views of the file, where it is safetensors."""
@@ -126,6 +130,25 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         tensors.update(inside)
         files.update(dict.fromkeys(inside, file))
     return Checkpoint(tensors, files)
+
+
+def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the tensors of a checkpoint in fp8 or mxfp4 as a model gets them: without scales, and
+    blocks under the name of the weight that they are of."""
+    tensors: dict[str, Tensor] = {}
+    files: dict[str, Path] = {}
+    quantized = set()
+    for name, tensor in checkpoint.tensors.items():
+        stem = _SCALE.sub("", name)
+        if stem != name and {stem, f"{stem}.weight", f"{stem}_blocks"} & checkpoint.tensors.keys():
+            continue
+        weight = name.removesuffix("_blocks")
+        files[weight] = checkpoint.files[name]
+        if weight != name or tensor.dtype not in FLOATING:
+            quantized.add(weight)
+            tensor = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
+        tensors[weight] = tensor
+    return Checkpoint(tensors, files, frozenset(quantized))
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -226,9 +249,11 @@ def _not_loaded(
         tensor = checkpoint.tensors[name]
         if _COMPUTED.search(name) or _is_mask(name, tensor):
             left[name] = "a constant that the model computes"
+        elif name in checkpoint.quantized:
+            left[name] = UNLOADED
         else:
             carried.append(name)
-    events = []
+    events = [f"{name} is left out: {why}" for name, why in left.items() if why == UNLOADED]
     if carried:
         tensors = [checkpoint.tensors[name] for name in carried]
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)

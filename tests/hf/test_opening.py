@@ -11,8 +11,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForQuestionAnswering,
-    T5Config,
-    T5ForConditionalGeneration,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -94,10 +92,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no values": (offloaded, "no values"),
     "fp8": (fp8, "float8_e4m3fn"),
     "float64": (lambda: toy("llama").double(), "float64"),
-    "an encoder-decoder": (
-        lambda: T5ForConditionalGeneration(T5Config(vocab_size=320, d_model=32, num_layers=1)),
-        "T5ForConditionalGeneration",
-    ),
     "another task": (
         lambda: LlamaForQuestionAnswering(LlamaConfig(**SIZES)),
         "LlamaForQuestionAnswering",
