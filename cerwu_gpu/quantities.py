@@ -21,15 +21,15 @@ PLURALS = {"matrix": "matrices"}
 """Plurals that do not end in s."""
 
 
-def parse_size(text: str) -> int:
-    """Parse a number of bytes: 60MB is 60,000,000, 60MiB is 62,914,560.
+def parse_size(text: str, name: str = "max_size") -> int:
+    """Parse a number of bytes, the value of option `name`: 60MB is 60,000,000, 60MiB is 62,914,560.
 
     Raises:
         ConfigError: this is no size.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS:
-        raise ConfigError(f"max_size is {text!r}: give a size such as 60MB or 1.5GiB.")
+        raise ConfigError(f"{name} is {text!r}: give a size such as 60MB or 1.5GiB.")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 

@@ -7,6 +7,7 @@ Qwen3-235B-A22B and DeepSeek-V3; no weights are needed:
 """
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,12 @@ CONFIGS = {
 }
 
 
-def main() -> None:
-    """Print the table."""
+def lines() -> Iterator[str]:
+    """Yield the lines of the table."""
     settings = from_settings()
     head = ("model", "processes", "memory of a process, GB", "sent by one, GB", "file, GB")
-    print(f"| {' | '.join(head)} |")
-    print("|---|---|---|---|---|")
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
     for name, config in CONFIGS.items():
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(Path(folder))
@@ -63,8 +64,9 @@ def main() -> None:
             result = plan(known, settings, ranks=ranks, bits=BITS)
             numbers = (result.peak, max(result.sent), result.file_bytes)
             cells = " | ".join(f"{number / 1e9:,.0f}" for number in numbers)
-            print(f"| {name} | {ranks} | {cells} |", flush=True)
+            yield f"| {name} | {ranks} | {cells} |"
 
 
 if __name__ == "__main__":
-    main()
+    for line in lines():
+        print(line, flush=True)

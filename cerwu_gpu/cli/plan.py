@@ -33,7 +33,7 @@ def plan(
     for name, value in (("gpus", gpus), ("nodes", nodes)):
         if value < 1:
             raise ConfigError(f"{name} is {value}: give at least 1.")
-    room = None if gpu_memory is None else parse_size(gpu_memory)
+    room = None if gpu_memory is None else parse_size(gpu_memory, "gpu_memory")
     config = from_settings(**options.given_settings(settings))
     bits = config.target.bits if isinstance(config.target, Bits) else USUAL_BITS
     from cerwu_gpu.hf.plan import outline

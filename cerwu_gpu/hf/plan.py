@@ -175,13 +175,15 @@ def _inputs_of(
     device = torch.device("meta")
     weights = BlockWeights(model, [x for x in chosen if x.parts == 1], device)
     ids = torch.zeros(1, FEW_TOKENS, dtype=torch.int64, device=device)
+    # A mask of four axes is taken as it is; any other one is looked into.
+    mask = torch.zeros(1, 1, FEW_TOKENS, FEW_TOKENS, dtype=model.dtype, device=device)
     try:
         with (
             torch.no_grad(),
             _experts_skipped(model, [x for x in chosen if x.parts > 1]),
             module_products(weights, note, before=True),
         ):
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
     except Exception as error:  # whatever the model's code makes of tensors without values
         raise ModelError(
             f"{type(model).__name__} cannot be run without its weights ({reason(error)}): there is "

@@ -217,7 +217,9 @@ def test_a_killed_rank_ends_the_run_which_then_continues(
     printed, _ = run.communicate(timeout=PATIENCE)
     assert time.monotonic() - begin < PATIENCE
     assert run.returncode != 0
-    assert re.search(r"cerwu-gpu: (another rank of this run has ended|interrupted)", printed)
+    assert re.search(r"cerwu-gpu: (another rank of this run has ended|interrupted)", printed), (
+        printed
+    )
     assert ranks_of(out) == []
     assert not out.exists()
     # The same command, on two machines of one process each.
