@@ -226,13 +226,13 @@ def plan(model: Outline, config: CompressionConfig, *, ranks: int, bits: float) 
     traffic = Traffic(ranks)
     traffic.broadcast(0, FLOAT64 * samples * length)  # the tokens
     crosses, memory = config.corrects_drift, [Counter[str]() for _ in range(ranks)]
-    for shard in gradient_shards:
-        holder = layout.of_shard(shard)
+    holders = [layout.of_shard(shard) for shard in gradient_shards]
+    for holder in [0] * (0 in holders) + [x for x in holders if x]:  # rank 0 adds its own up
         traffic.broadcast(holder, FLOAT64 * model.outputs)
         if model.vocabulary:
             traffic.broadcast(holder, FLOAT64 * (2 * model.hidden**2 + model.vocabulary + 1))
     own = [[s for s in shards if layout.of_shard(s) == rank] for rank in range(ranks)]
-    held = [min(1, len(own[0])), *map(len, own[1:])]  # rank 0 adds its own up
+    held = [min(1, len(own[0])), *map(len, own[1:])]
     for number, block in enumerate(model.blocks):
         costs = {key: search_cost(m, n) for key, (m, n) in block.items()}
         owners = greedy_owners(costs, ranks)
