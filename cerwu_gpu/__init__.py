@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         FormatError,
         ModelError,
         OutputError,
+        RankError,
         TargetError,
         VersionError,
     )
@@ -68,6 +69,7 @@ __all__ = [
     "ModelError",
     "Objective",
     "OutputError",
+    "RankError",
     "Report",
     "TargetError",
     "Text",

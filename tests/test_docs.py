@@ -71,6 +71,9 @@ NOT_RUN = {
     "--tasks": "the same",
     "pip install": "needs the network; the extras that it names are looked up",
     "torchrun": "starts processes; see ranks/test_ranks",
+    "srun torchrun": "belongs to SLURM",
+    "head=$(scontrol": "the same",
+    "meeting=--rdzv-backend": "the same",
     "make": "the targets are looked up; .ci/run carries most of them out",
     "python convert_hf_to_gguf.py": "belongs to llama.cpp",
     "python scripts/fidelity.py": "its data are no part of the project; see scripts/test_fidelity",
@@ -83,9 +86,17 @@ NOT_RUN = {
 }
 """How a line begins, or an option in it -> why it is not run. Hub names are written HUB."""
 
+<<<<<<< HEAD
 VLLM_OPTIONS = {"--dtype", "--model-loader-extra-config", "--enforce-eager"}
 OTHERS_OPTIONS = {"--no-deps", "--outfile"} | VLLM_OPTIONS
 """Of pip, of llama.cpp and of vLLM."""
+=======
+OTHERS_OPTIONS = {
+    *("--no-deps", "--outfile", "--dtype", "--model-loader-extra-config"),
+    "--max-restarts",
+}
+"""Of pip, of llama.cpp, of vLLM and of torchrun."""
+>>>>>>> 954824a (RankError is public; the SLURM script is a block of shell)
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

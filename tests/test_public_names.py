@@ -28,6 +28,7 @@ PUBLIC = [
     "ModelError",
     "Objective",
     "OutputError",
+    "RankError",
     "Report",
     "TargetError",
     "Text",
