@@ -220,6 +220,7 @@ def check_ranks(config: CompressionConfig, ranks: Ranks) -> None:
         return
     for given, what in (
         (config.target, "a search for a target"),
+        (config.data_free, "quantization without data"),
         (config.distillation, "distillation"),
         (config.hessian_cache, "a Hessian cache"),
         (isinstance(config.calibration, ImageCalibration), "calibration by images"),
@@ -235,12 +236,12 @@ def check_takes_ranks(source: "_Source", ranks: Ranks) -> None:
     """Refuse models that several ranks cannot share.
 
     Raises:
-        ModelError: it is no language model.
+        ModelError: it is not calibrated block by block.
     """
-    if not ranks.alone and not source.takes_text:
+    if not ranks.alone and not source.in_blocks:
         raise ModelError(
-            f"{type(source.module).__name__} is no language model: start one process without "
-            "torchrun."
+            f"{type(source.module).__name__} is not calibrated block by block: start one process "
+            "without torchrun."
         )
 
 

@@ -86,17 +86,9 @@ NOT_RUN = {
 }
 """How a line begins, or an option in it -> why it is not run. Hub names are written HUB."""
 
-<<<<<<< HEAD
 VLLM_OPTIONS = {"--dtype", "--model-loader-extra-config", "--enforce-eager"}
-OTHERS_OPTIONS = {"--no-deps", "--outfile"} | VLLM_OPTIONS
-"""Of pip, of llama.cpp and of vLLM."""
-=======
-OTHERS_OPTIONS = {
-    *("--no-deps", "--outfile", "--dtype", "--model-loader-extra-config"),
-    "--max-restarts",
-}
-"""Of pip, of llama.cpp, of vLLM and of torchrun."""
->>>>>>> 954824a (RankError is public; the SLURM script is a block of shell)
+OTHERS_OPTIONS = {"--no-deps", "--outfile", "--max-restarts"} | VLLM_OPTIONS
+"""Of pip, of llama.cpp, of torchrun and of vLLM."""
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

@@ -179,18 +179,20 @@ class HeadBlocks(OuterBlocks):
                 yield KnownBlock(name, weights, inputs, statistics)
         for name, module in self._towers:
             with placed(module, stream.device):
-                yield self._unreached(name, stream.device)
+                yield self._unreached(name, stream)
 
-    def _unreached(self, name: str, device: torch.device) -> KnownBlock:
+    def _unreached(self, name: str, stream: Stream) -> KnownBlock:
         """Return a block that no text reaches, with H = I for each of its inputs."""
         layouts = [x for x in self._layouts.values() if x.name.startswith(f"{name}.")]
         inputs = {(x.name, part): x.key(part) for x in layouts for part in range(x.parts)}
+        place = stream.device if stream.ranks.first else torch.device("meta")
         statistics = {
-            x.key(part): InputStatistics(torch.eye(x.matrix_shape[1], device=device), 1)
+            x.key(part): InputStatistics(torch.eye(x.matrix_shape[1], device=place), 1)
             for x in layouts
             for part in range(x.parts)
         }
-        return KnownBlock(name, BlockWeights(self._model, layouts, device), inputs, statistics)
+        weights = BlockWeights(self._model, layouts, stream.device)
+        return KnownBlock(name, weights, inputs, statistics)
 
     def _statistics(
         self, layout: WeightLayout, ends: Ends, stream: Stream
