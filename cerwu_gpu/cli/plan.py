@@ -19,6 +19,7 @@ NOT_MEASURED = "not measured"
 @options.closed
 @options.with_settings(all_settings(), before="gpus")
 def plan(
+    context: typer.Context,
     model: options.Model,
     gpus: Annotated[int, typer.Option(help="Processes, one for a GPU, of each machine.")] = 1,
     nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
@@ -34,7 +35,7 @@ def plan(
         if value < 1:
             raise ConfigError(f"{name} is {value}: give at least 1.")
     room = None if gpu_memory is None else parse_size(gpu_memory, "gpu_memory")
-    config = from_settings(**options.given_settings(settings))
+    config = from_settings(**options.given_settings(options.typed(context, settings)))
     bits = config.target.bits if isinstance(config.target, Bits) else USUAL_BITS
     from cerwu_gpu.hf.plan import outline
     from cerwu_gpu.hf.plan import plan as predicted
