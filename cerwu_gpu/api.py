@@ -305,6 +305,8 @@ def _runnable(source: _Source, config: CompressionConfig) -> _Source:
     if it has no experts, which show their inputs only there; the reason is an event."""
     if source.kind is None or source.loaded is None or source.kind.adapter is not CausalLM:
         return source
+    if config.data_free:  # nothing is run
+        return source
     adapter = CausalLM(source.loaded, config, device=source.module.device)
     obstacle = adapter.obstacle()
     if obstacle is None or any(len(layout.shape) > 2 for layout in adapter.layouts.values()):

@@ -1,6 +1,7 @@
 """Efforts: presets that explicit settings win over, and compression without any data."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cerwu_gpu.config import (
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.models.module import fill
 from cerwu_gpu.quantize.layer import quantize_stack
+from tests.hf.test_whole_text import toy as encoder_decoder
 from tests.hf.toys import toy
 from tests.models.toys import toy as toy_classifier
 
@@ -86,9 +88,15 @@ def _refuse(*_: Any, **__: Any) -> None:
     raise AssertionError("the model was run")
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
-def test_a_language_model_is_compressed_without_being_run(family, tmp_path, monkeypatch):
-    model = toy(family)
+MODELS = {
+    **{family: partial(toy, family) for family in ("llama", "mixtral", "gpt2")},
+    **{family: partial(encoder_decoder, family, 320) for family in ("t5", "whisper")},
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_model_of_transformers_is_compressed_without_being_run(family, tmp_path, monkeypatch):
+    model = MODELS[family]()
     original = {name: p.detach().clone() for name, p in model.named_parameters()}
     monkeypatch.setattr(type(model), "forward", _refuse)
     report = cerwu_gpu.compress(model, tmp_path / "small", config=data_free(), progress=False)

@@ -49,6 +49,9 @@ class WholeText(WholeModel):
             raise ConfigError(f"{type(module).__name__} cannot be distilled: drop distillation.")
         events: tuple[str, ...] = ()
         given = config.calibration
+        if config.data_free:
+            super().__init__(loaded, config, **options)
+            return
         if isinstance(given, Calibration):
             tokens = self._tokens(config, given)
             events = tokens.events
