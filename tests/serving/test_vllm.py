@@ -58,19 +58,26 @@ def toy_for_vllm(family: str, **changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders with "small" and "dense", by model."""
-    folders = {}
-    for name, (family, changes) in MODELS.items():
-        folder = folders[name] = tmp_path_factory.mktemp("vllm") / "toy"
-        config = configured(lmbda=1e-6)
+class Toys(dict[str, Path]):
+    """Folders with "small" and "dense", by model; each is made when it is first asked for."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__()
+        self._place = place
+
+    def __missing__(self, name: str) -> Path:
+        family, changes = MODELS[name]
+        folder = self[name] = self._place / name
+        config, batches = configured(lmbda=1e-6), [toy_tokens()]
         model = toy_for_vllm(family, **changes)
-        compress_flat(
-            model, folder / "small", batches=[toy_tokens()], config=config, progress=False
-        )
+        compress_flat(model, folder / "small", batches=batches, config=config, progress=False)
         decompress(folder / "small", folder / "dense")
-    return folders
+        return folder
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
+    return Toys(tmp_path_factory.mktemp("vllm"))
 
 
 def generated(folder: Path, jobs: list[dict[str, Any]]) -> list[list[list[int]]]:
@@ -90,7 +97,7 @@ def generated(folder: Path, jobs: list[dict[str, Any]]) -> list[list[list[int]]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_tokens_are_those_of_the_dense_model(name: str, toys: dict[str, Path]) -> None:
+def test_tokens_are_those_of_the_dense_model(name: str, toys: Toys) -> None:
     small, dense = str(toys[name] / "small"), str(toys[name] / "dense")
     forms = [{"model": dense}, {"model": small}, {"model": small, **COMPRESSED}]
     expected, loaded, resident = generated(toys[name], forms)
@@ -101,7 +108,7 @@ def test_tokens_are_those_of_the_dense_model(name: str, toys: dict[str, Path]) -
 
 @pytest.mark.slow
 def test_compiled_models_of_both_forms_are_kept_apart(
-    toys: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By default vLLM compiles a model, and finds it again by its settings."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
@@ -113,7 +120,7 @@ def test_compiled_models_of_both_forms_are_kept_apart(
 
 
 @pytest.mark.slow
-def test_tensor_parallel_ranks_take_their_shards(toys: dict[str, Path]) -> None:
+def test_tensor_parallel_ranks_take_their_shards(toys: Toys) -> None:
     folder = toys["llama, untied"]
     small = {"model": str(folder / "small"), "tensor_parallel_size": 2}
     jobs = [{"model": str(folder / "dense")}, small, {**small, **COMPRESSED}]
@@ -185,9 +192,7 @@ SERVERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SERVERS)
-def test_a_server_answers(
-    name: str, toys: dict[str, Path], named_vllm: Path, tmp_path: Path
-) -> None:
+def test_a_server_answers(name: str, toys: Toys, named_vllm: Path, tmp_path: Path) -> None:
     small, prompt, length = toys["qwen3"] / "small", [3, 1, 5, 2], 6
     path = os.pathsep.join([str(named_vllm), os.environ.get("PYTHONPATH", "")])
     environment = {} if name == "its module" else {"PYTHONPATH": path}
