@@ -228,6 +228,8 @@ def walk(families: list[str]) -> Iterator[Verdict]:
             signal.alarm(SECONDS)
             try:
                 yield verdict(family, home, home / "text.txt")
+            except TimeoutError as error:
+                yield Verdict(family, "not finished", f"{error}")
             except Exception as error:
                 what = f"{type(error).__name__}: {error}".split("\n")[0]
                 yield Verdict(family, "fails", what.replace(str(home), ""))

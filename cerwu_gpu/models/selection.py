@@ -18,6 +18,9 @@ from cerwu_gpu.spec import STREAM_SYMBOLS_LIMIT
 LEAST_WEIGHTS = 128
 """Minimum size of a group's matrix: a smaller one takes more bytes coded, with its tables."""
 UNKNOWN_EXPERTS = "experts of unknown layout"
+OWN_FORWARD = "a linear layer that applies its weight in its own way"
+LINEAR = ("FalconLinear",)
+"""Classes of linear layers whose forward is their own and applies the whole weight."""
 
 IsTransposed = Callable[[nn.Module], bool]
 """Predicate of linear layers whose weight is [inputs, outputs], as GPT-2's Conv1D."""
@@ -146,7 +149,7 @@ def select_in_blocks(
         return "not the weight of a linear layer" if inside else "outside the blocks"
 
     chosen, left = _choose(model, candidates, left, include, exclude, default)
-    unknown = [x for x, reason in left.items() if reason == UNKNOWN_EXPERTS]
+    unknown = [x for x, reason in left.items() if reason in (UNKNOWN_EXPERTS, OWN_FORWARD)]
     unasked = [x for x in unknown if matches(x, include) and not matches(x, exclude)]
     return Selection(chosen, left, tuple(unasked))
 
@@ -232,6 +235,8 @@ def _block_weights(
         transposed = is_transposed(module)
         if (isinstance(module, nn.Linear) or transposed) and f"{stem}weight" in unique:
             reason = "router" if id(module) in routers else None
+            if reason is None and not transposed and not _applies_whole(module):
+                reason = OWN_FORWARD
             shape = tuple(module.get_parameter("weight").shape)
             yield WeightLayout(f"{prefix}.{stem}weight", shape, 1, transposed), reason
         for name in _expert_parameters(module):
@@ -240,6 +245,12 @@ def _block_weights(
             transposed = known and bool(module.is_transposed)
             layout = WeightLayout(f"{prefix}.{stem}{name}", shape, shape[0], transposed)
             yield layout, None if known else UNKNOWN_EXPERTS
+
+
+def _applies_whole(module: nn.Module) -> bool:
+    """Return whether a linear layer is known to apply its whole weight to each input (DeepSeek-V4
+    has one that applies a part of it to a part of the input)."""
+    return type(module).forward is nn.Linear.forward or type(module).__name__ in LINEAR
 
 
 def _expert_parameters(module: nn.Module) -> list[str]:

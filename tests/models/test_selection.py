@@ -194,3 +194,23 @@ def test_the_format_s_reader_has_the_same_limit():
     check(at, rule)
     with pytest.raises(FormatError):
         check(past, rule)
+
+
+class Grouped(nn.Linear):
+    """Each group of inputs has a part of the weight, as in DeepSeek-V4."""
+
+    def forward(self, input):
+        halves = self.weight.view(2, -1, self.weight.shape[1])
+        return torch.cat([input @ half.T for half in halves], dim=-1)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_left_and_named():
+    model = toy("llama")
+    plain = model.model.layers[1].mlp.up_proj
+    model.model.layers[1].mlp.up_proj = Grouped(plain.in_features, plain.out_features, bias=False)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = find_weights(model)
+    assert weights.left[name] == "a linear layer that applies its weight in its own way"
+    assert weights.unasked == (name,)
+    assert not find_weights(model, exclude=["*layers.1.mlp.up_proj"]).unasked
+    assert find_weights(toy("falcon")).unasked == ()
