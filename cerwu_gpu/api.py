@@ -57,14 +57,13 @@ def compress(
     output: str | Path,
     *,
     config: CompressionConfig | None = None,
-    device: str | torch.device | None = None,
+    device: str | torch.device | Ranks | None = None,
     overwrite: bool = False,
     restart: bool = False,
     card: bool = False,
     report: str | Path | None = None,
     progress: bool = True,
     trust_remote_code: bool = False,
-    ranks: Ranks | None = None,
 ) -> Report:
     """Compress a model into a directory that `load_compressed` reads.
 
@@ -78,7 +77,9 @@ def compress(
             quantized weights.
         output: directory to write; it appears when it is complete.
         config: objective, grid and calibration data; default CompressionConfig().
-        device: of the work; default: the GPU where there is one, else the CPU.
+        device: of the work; default: the GPU where there is one, else the CPU. Or the processes
+            that share the work, each on its own device (`ranks.joined`): each of them makes this
+            call and gets the report; rank 0 alone writes.
         overwrite: replace a compressed directory at `output`; nothing else is ever replaced.
         restart: discard an unfinished run instead of continuing it.
         card: write a model card for the Hugging Face Hub (README.md).
@@ -86,8 +87,6 @@ def compress(
             OUTPUT.report.json and OUTPUT.report.html.
         progress: show bars on stderr.
         trust_remote_code: allow code from the model's repository to run.
-        ranks: the processes that share the work (`ranks.joined`), each of which makes this call and
-            gets the report; rank 0 alone writes. Default: this process does all.
 
     Returns:
         Sizes and losses of everything stored, and the events of the run.
@@ -99,8 +98,8 @@ def compress(
         RankError: another rank has ended; finished work is kept.
         KeyboardInterrupt: with a message that names the directory of the finished work.
     """
-    config, target, clock = config or CompressionConfig(), find_device(device), Clock()
-    ranks = ranks or Ranks()
+    ranks = device if isinstance(device, Ranks) else Ranks(device=device)
+    config, target, clock = config or CompressionConfig(), find_device(ranks.device), Clock()
     check_ranks(config, ranks)
     progress = progress and ranks.first
     given = Path(output)

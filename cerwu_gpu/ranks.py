@@ -40,15 +40,19 @@ class Ranks:
     Attributes:
         index: number of this rank.
         count: number of all.
+        device: of this rank's work; None: the GPU where there is one, else the CPU.
         sent, received: bytes of tensors and objects that this rank has sent to and received from
             others, a broadcast once for each receiver.
         shared_error: an error that all ranks raise, of which rank 0 tells.
     """
 
-    def __init__(self, index: int = 0, count: int = 1) -> None:
+    def __init__(
+        self, index: int = 0, count: int = 1, device: str | torch.device | None = None
+    ) -> None:
         """Take this rank's number; without a number there is one rank."""
         self.index = index
         self.count = count
+        self.device = device
         self.sent = 0
         self.received = 0
         self.shared_error: CerwuError | None = None
@@ -227,25 +231,25 @@ def launched() -> bool:
 
 
 @contextmanager
-def joined(device: str | None = None) -> Iterator[tuple[Ranks, str | None]]:
+def joined(device: str | None = None) -> Iterator[Ranks]:
     """Join the other processes that `torchrun` has started: NCCL between GPUs, gloo between CPUs.
 
     Args:
         device: as the user gave it.
 
     Yields:
-        The ranks, and the device of this one's work.
+        The ranks, as `compress` takes them.
 
     Raises:
         ConfigError: the ranks of this machine would share one GPU.
         RankError: the others cannot be reached.
     """
     if not launched():
-        yield Ranks(), device
+        yield Ranks(device=device)
         return
     index, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if count == 1:
-        yield Ranks(), device
+        yield Ranks(device=device)
         return
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if on_gpu:
@@ -262,7 +266,7 @@ def joined(device: str | None = None) -> Iterator[tuple[Ranks, str | None]]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RankError(f"the other ranks cannot be reached ({reason(error)}).") from error
-    yield Ranks(index, count), device
+    yield Ranks(index, count, device)
     dist.destroy_process_group()  # after an error, others may never come to this
 
 

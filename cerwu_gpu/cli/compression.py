@@ -98,19 +98,18 @@ def compress(
     from cerwu_gpu.ranks import joined
 
     # stdout is for the result, not for a library's messages
-    with redirect_stdout(sys.stderr), joined(device) as (ranks, place), told_once(ranks):
+    with redirect_stdout(sys.stderr), joined(device) as ranks, told_once(ranks):
         result = run(
             model,
             output,
             config=config,
-            device=place,
+            device=ranks,
             overwrite=overwrite,
             restart=restart,
             card=card,
             report=report,
             progress=not quiet,
             trust_remote_code=trust_remote_code,
-            ranks=ranks,
         )
     if not ranks.first:
         return

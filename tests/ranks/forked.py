@@ -30,16 +30,15 @@ def work(run: dict[str, Any], index: int) -> None:
             "MASTER_PORT": str(run["port"]),
         }
     torch.set_num_threads(1)
-    with joined("cpu") as (ranks, device):
+    with joined("cpu") as ranks:
         report = compress_flat(
             run["model"],
             Path(run["output"]),
             config=configured(**run["settings"]),
             text=TEXT * 8,
             tokenizer=trained_tokenizer(),
-            device=device,
+            device=ranks,
             progress=False,
-            ranks=ranks,
         )
         counted = {"sent": ranks.sent, "received": ranks.received, "bits": report.bits_per_weight}
         Path(f"{run['output']}.rank-{index}.json").write_text(json.dumps(counted))
