@@ -8,7 +8,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cerwu_gpu.hf import registration
+from cerwu_gpu.serving import registration
 
 if TYPE_CHECKING:
     from cerwu_gpu.api import compress
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
         VersionError,
     )
     from cerwu_gpu.hf.evaluation import Comparison, compare, perplexity
-    from cerwu_gpu.hf.loading import decompress, load_compressed
     from cerwu_gpu.models.folding import fold_batch_norm
     from cerwu_gpu.report import LayerReport, Report
+    from cerwu_gpu.serving.loading import decompress, load_compressed
 
 __version__ = "0.1.0"
 
@@ -113,9 +113,9 @@ _MODULES = {
     "LayerReport": "cerwu_gpu.report",
     "Report": "cerwu_gpu.report",
     "compress": "cerwu_gpu.api",
-    "decompress": "cerwu_gpu.hf.loading",
+    "decompress": "cerwu_gpu.serving.loading",
     "fold_batch_norm": "cerwu_gpu.models.folding",
-    "load_compressed": "cerwu_gpu.hf.loading",
+    "load_compressed": "cerwu_gpu.serving.loading",
     "perplexity": "cerwu_gpu.hf.evaluation",
     "verify": "cerwu_gpu.container.reader",
 }

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from cerwu_gpu.calibration.cache import tensors_digest
 from cerwu_gpu.calibration.running import placed, weight_source
+from cerwu_gpu.checkpoint.names import source_names
 from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.compression.report_files import check_reports, report_paths, write_report
 from cerwu_gpu.compression.resume import settings_fingerprint
@@ -32,15 +33,12 @@ from cerwu_gpu.hf.classifier import ImageClassifier, WholeModel
 from cerwu_gpu.hf.evaluation import perplexity
 from cerwu_gpu.hf.images import compare_on_images, load_images
 from cerwu_gpu.hf.kinds import KINDS, Kind, kind_of, load_kind
-from cerwu_gpu.hf.loading import load_compressed
 from cerwu_gpu.hf.models import (
     LoadedModel,
     bytes_of_original,
     require_predictions,
     require_tokenizer,
 )
-from cerwu_gpu.hf.names import source_names
-from cerwu_gpu.hf.opening import check_before, check_written
 from cerwu_gpu.hf.sources import calibration_files, with_sources
 from cerwu_gpu.hf.text import SELF
 from cerwu_gpu.hf.whole_text import WholeLM
@@ -49,6 +47,8 @@ from cerwu_gpu.models.selection import require_values
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.ranks import Ranks
 from cerwu_gpu.report import Report
+from cerwu_gpu.serving.loading import load_compressed
+from cerwu_gpu.serving.opening import check_before, check_written
 from cerwu_gpu.sweep.model import Measure, ModelSubject, shared_hessians
 
 

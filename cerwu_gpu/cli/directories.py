@@ -91,7 +91,7 @@ def decompress(
     import torch
 
     from cerwu_gpu.compression.run import directory_bytes
-    from cerwu_gpu.hf.loading import decompress as run
+    from cerwu_gpu.serving.loading import decompress as run
 
     run(
         directory,

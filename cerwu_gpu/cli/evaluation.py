@@ -69,9 +69,9 @@ def evaluate(
     """
     set_verbosity(quiet=quiet)
     from cerwu_gpu.hf.evaluation import check_tasks_available, task_results
-    from cerwu_gpu.hf.loading import open_model
     from cerwu_gpu.hf.models import require_tokenizer
     from cerwu_gpu.hf.text import load_text
+    from cerwu_gpu.serving.loading import open_model
 
     if images is not None:
         options.refuse_beside_images(

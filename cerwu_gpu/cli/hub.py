@@ -24,7 +24,7 @@ def push(
     ] = False,
 ) -> None:
     """Check DIRECTORY and upload its files to a model repository of the Hugging Face Hub."""
-    from cerwu_gpu.hf.hub import push as run
+    from cerwu_gpu.serving.hub import push as run
 
     upload = run(directory, repository, private=private, revision=revision, dry_run=dry_run)
     typer.echo(table(("file", "bytes"), [(name, f"{n:,}") for name, n in upload.files.items()]))

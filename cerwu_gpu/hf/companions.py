@@ -10,13 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cerwu_gpu.checkpoint.configuration import without_kernels
+from cerwu_gpu.checkpoint.names import checkpoint_files
 from cerwu_gpu.container.files import format_version
 from cerwu_gpu.container.output import is_usual
 from cerwu_gpu.errors import ModelError, OutputError, reason
 from cerwu_gpu.files import copy_inside, dtype_name, may_be_copied, read_json, written
-from cerwu_gpu.hf.configuration import without_kernels
 from cerwu_gpu.hf.models import TOKENIZER_FILES, LoadedModel
-from cerwu_gpu.hf.names import checkpoint_files
 from cerwu_gpu.spec import INDEX_FILE, QUANT_METHOD
 
 TEXTS = (

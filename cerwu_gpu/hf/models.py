@@ -34,11 +34,11 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import Mxfp4Config
 
+from cerwu_gpu.checkpoint.gguf import check_gguf, gguf_model, gguf_tokenizer, read_once
+from cerwu_gpu.checkpoint.names import SourceNames, dequantized, read_checkpoint, source_names
 from cerwu_gpu.compression.run import plain_bytes, tensors_bytes
 from cerwu_gpu.errors import ModelError, reason
 from cerwu_gpu.files import local_path, read_json, unreadable
-from cerwu_gpu.hf.gguf import check_gguf, gguf_model, gguf_tokenizer, read_once
-from cerwu_gpu.hf.names import SourceNames, dequantized, read_checkpoint, source_names
 from cerwu_gpu.models.selection import holds_matrices
 from cerwu_gpu.spec import INDEX_FILE, QUANT_METHOD, SINGLE_FILE
 

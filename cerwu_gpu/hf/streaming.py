@@ -25,16 +25,16 @@ from transformers.utils import logging
 
 from cerwu_gpu.calibration.capture import replaced
 from cerwu_gpu.calibration.running import attach_source, placed
-from cerwu_gpu.container.journal import Journal
-from cerwu_gpu.errors import ModelError
-from cerwu_gpu.files import checksum
-from cerwu_gpu.hf.checkpoints import (
+from cerwu_gpu.checkpoint.gguf import tensors_in_file
+from cerwu_gpu.checkpoint.tensors import (
     Checkpoint,
     Entries,
     GgufCheckpoint,
     SafetensorsCheckpoint,
 )
-from cerwu_gpu.hf.gguf import tensors_in_file
+from cerwu_gpu.container.journal import Journal
+from cerwu_gpu.errors import ModelError
+from cerwu_gpu.files import checksum
 from cerwu_gpu.hf.models import is_conv1d
 from cerwu_gpu.models.selection import find_blocks
 

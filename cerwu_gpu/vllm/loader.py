@@ -14,12 +14,12 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from cerwu_gpu.checkpoint.names import carried_names, remember, source_of, under_source_names
 from cerwu_gpu.container.reader import CompressedDirectory, open_directory
 from cerwu_gpu.errors import ConfigError
-from cerwu_gpu.hf.description import check_described, described_model
-from cerwu_gpu.hf.loading import Resident
-from cerwu_gpu.hf.names import carried_names, remember, source_of, under_source_names
-from cerwu_gpu.hf.resident import owned
+from cerwu_gpu.serving.description import check_described, described_model
+from cerwu_gpu.serving.loading import Resident
+from cerwu_gpu.serving.resident import owned
 from cerwu_gpu.spec import QUANT_METHOD
 from cerwu_gpu.vllm.method import CerwuConfig, StoredTensor
 

@@ -23,7 +23,7 @@ from cerwu_gpu.config import from_settings, settings
 from cerwu_gpu.container.journal import Journal
 from cerwu_gpu.container.reader import inventory, open_directory
 from cerwu_gpu.errors import CalibrationError, ConfigError, FormatError, ModelError
-from cerwu_gpu.hf.loading import _built
+from cerwu_gpu.serving.loading import _built
 from tests.configs import compress_flat, configured
 from tests.hf.toys import FAMILIES, toy
 

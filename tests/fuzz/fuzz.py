@@ -47,7 +47,7 @@ from cerwu_gpu.container.reader import (
     verify,
 )
 from cerwu_gpu.errors import CerwuError
-from cerwu_gpu.hf.loading import is_compressed
+from cerwu_gpu.serving.loading import is_compressed
 from tests.fuzz.mutations import mutate
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -104,7 +104,7 @@ def through_info(path: Path) -> dict[str, bytes]:
 
 
 def through_load(path: Path) -> dict[str, bytes]:
-    from cerwu_gpu.hf.loading import load_compressed
+    from cerwu_gpu.serving.loading import load_compressed
 
     return described(load_compressed(path))
 
@@ -133,7 +133,7 @@ def through_transformers(path: Path) -> dict[str, bytes]:
 
 
 def through_decompress(path: Path) -> dict[str, bytes]:
-    from cerwu_gpu.hf.loading import decompress
+    from cerwu_gpu.serving.loading import decompress
 
     with tempfile.TemporaryDirectory() as place:
         decompress(path, Path(place) / "plain")

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cerwu_gpu.checkpoint.gguf import gguf_tokenizer, text_fields
 from cerwu_gpu.errors import ModelError
-from cerwu_gpu.hf.gguf import gguf_tokenizer, text_fields
 from cerwu_gpu.hf.models import load_model, require_tokenizer
 from tests.hf.toys import toy
 

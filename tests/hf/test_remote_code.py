@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cerwu_gpu import FormatError, ModelError, load_compressed
-from cerwu_gpu.hf.loading import open_model
+from cerwu_gpu.serving.loading import open_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "scalar"
 CODE = """

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cerwu_gpu import decompress
 from tests.configs import compress_flat, configured
-from tests.hf.test_tasks import question
 from tests.hf.toys import CONFIGS, toy_tokens
+from tests.serving.test_tasks import question
 
 pytest.importorskip("vllm.entrypoints", reason="vLLM is not installed: make test-vllm")
 

@@ -93,7 +93,15 @@ def test_an_unknown_task_is_one_sentence(name: str, task: Path, toy_tokenizer: A
 def test_the_command_of_lm_eval_knows_compressed_directories(
     resident: str, task: Path, compressed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "cerwu_gpu.hf.lm_eval", "--model", "cerwu", "--tasks", task]
+    command = [
+        sys.executable,
+        "-m",
+        "cerwu_gpu.serving.lm_eval",
+        "--model",
+        "cerwu",
+        "--tasks",
+        task,
+    ]
     options = ["--model_args", f"pretrained={compressed[0]},resident={resident}", "--limit", "1"]
     options += ["--log_samples", "--output_path", tmp_path / "out"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 REGISTRY = "transformers.quantizers.auto"
-QUANTIZER = "cerwu_gpu.hf.quantizer"
+QUANTIZER = "cerwu_gpu.serving.quantizer"
 """Module that registers the method when it is imported."""
 
 

@@ -13,8 +13,8 @@ import torch
 from cerwu_gpu import load_compressed
 from cerwu_gpu.cli import main
 from tests.configs import compress_flat, configured
-from tests.hf.hub_server import Hub, running_hub
 from tests.hf.toys import toy, toy_tokens
+from tests.serving.hub_server import Hub, running_hub
 
 LOAD = """
 import sys, torch

@@ -17,12 +17,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from cerwu_gpu.checkpoint.configuration import check_counts, forget_kernels, without_kernels
+from cerwu_gpu.checkpoint.names import carried_names
 from cerwu_gpu.container.reader import CompressedDirectory
 from cerwu_gpu.errors import FormatError, ModelError, reason
 from cerwu_gpu.files import dtype_name, read_json
-from cerwu_gpu.hf.configuration import check_counts, forget_kernels, without_kernels
 from cerwu_gpu.hf.kinds import model_class, remote_class
-from cerwu_gpu.hf.names import carried_names
 from cerwu_gpu.models.module import check_names
 from cerwu_gpu.spec import QUANT_METHOD
 

@@ -206,7 +206,7 @@ def test_changed_bytes_are_refused(llama: Path, tmp_path: Path, stored: str) -> 
 
 
 def test_it_does_not_compress(toy_directory: Path) -> None:
-    from cerwu_gpu.hf.quantizer import CerwuConfig
+    from cerwu_gpu.serving.quantizer import CerwuConfig
 
     with pytest.raises(ModelError, match=r"cerwu_gpu\.compress"):
         AutoModelForCausalLM.from_pretrained(toy_directory, quantization_config=CerwuConfig())

@@ -1,7 +1,7 @@
 """lm-eval's command line with one more model type: `--model cerwu --model_args pretrained=DIR`.
 
-lm-eval finds no models of other packages by itself, so `python -m cerwu_gpu.hf.lm_eval` registers
-the type and then is `lm_eval`.
+lm-eval finds no models of other packages by itself, so `python -m cerwu_gpu.serving.lm_eval`
+registers the type and then is `lm_eval`.
 """
 
 import logging
@@ -12,8 +12,8 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from cerwu_gpu.hf.loading import Resident, load_compressed, local_snapshot
 from cerwu_gpu.hf.models import load_tokenizer
+from cerwu_gpu.serving.loading import Resident, load_compressed, local_snapshot
 
 log = logging.getLogger("cerwu_gpu")
 

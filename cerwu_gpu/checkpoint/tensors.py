@@ -16,7 +16,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from cerwu_gpu.hf.gguf import GgufTensors
+from cerwu_gpu.checkpoint.gguf import GgufTensors
 
 Entries = Mapping[str, Any]
 """Tensors of a checkpoint by its own names, or what gives one when it is indexed by `...`."""

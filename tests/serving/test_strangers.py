@@ -21,8 +21,8 @@ from cerwu_gpu.files import TEXT_LIMIT
 from cerwu_gpu.hf.card import card_of
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.companions import copy_files, write_config
-from cerwu_gpu.hf.loading import decompress, is_compressed, open_model
 from cerwu_gpu.hf.models import LoadedModel, load_model
+from cerwu_gpu.serving.loading import decompress, is_compressed, open_model
 from tests.fuzz.mutations import Opened
 from tests.hf.toys import toy
 

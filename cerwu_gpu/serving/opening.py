@@ -15,10 +15,10 @@ from cerwu_gpu.compression.adapter import Adapter
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.errors import CerwuError, ModelError, reason
 from cerwu_gpu.files import read_json
-from cerwu_gpu.hf.description import described_model
 from cerwu_gpu.hf.kinds import KINDS, remote_class
 from cerwu_gpu.hf.models import load_tokenizer
 from cerwu_gpu.models.module import state_difference
+from cerwu_gpu.serving.description import described_model
 
 
 def check_before(adapter: Adapter, trust_remote_code: bool) -> None:

@@ -10,18 +10,18 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from cerwu_gpu.checkpoint.names import add_tensors, carried_names, remember, source_of
 from cerwu_gpu.container.output import check_apart, check_output, new_directory, put_in_place
 from cerwu_gpu.container.reader import CompressedDirectory, open_directory
 from cerwu_gpu.device import find_device
 from cerwu_gpu.errors import ConfigError, FormatError, ModelError, reason, shortage
 from cerwu_gpu.files import copy_inside, local_path, read_json, resolved, written
-from cerwu_gpu.hf.description import check_described, described_model
 from cerwu_gpu.hf.kinds import load_kind
 from cerwu_gpu.hf.models import LoadedModel, check_readable, is_conv1d, load_tokenizer
-from cerwu_gpu.hf.names import add_tensors, carried_names, remember, source_of
-from cerwu_gpu.hf.resident import keep_compressed, placeholder, stored_in_blocks
 from cerwu_gpu.models.module import fill
 from cerwu_gpu.models.selection import find_blocks
+from cerwu_gpu.serving.description import check_described, described_model
+from cerwu_gpu.serving.resident import keep_compressed, placeholder, stored_in_blocks
 from cerwu_gpu.spec import QUANT_METHOD
 
 Resident = Literal["dense", "compressed"]

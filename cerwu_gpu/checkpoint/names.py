@@ -54,7 +54,7 @@ Patterns = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Inventory:
     """The tensors in a model directory, under their own names.
 
     Attributes:
@@ -114,7 +114,7 @@ class SourceNames:
         return content
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path) -> Inventory:
     """Return the tensors of the checkpoint that transformers would load from a directory.
 
     Raises:
@@ -129,10 +129,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise ModelError(f"{file} cannot be read: {reason(error)}") from error
         tensors.update(inside)
         files.update(dict.fromkeys(inside, file))
-    return Checkpoint(tensors, files)
+    return Inventory(tensors, files)
 
 
-def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+def dequantized(checkpoint: Inventory) -> Inventory:
     """Return the tensors of a checkpoint in fp8 or mxfp4 as a model gets them: without scales, and
     blocks under the name of the weight that they are of."""
     tensors: dict[str, Tensor] = {}
@@ -148,7 +148,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
             quantized.add(weight)
             tensor = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
         tensors[weight] = tensor
-    return Checkpoint(tensors, files, frozenset(quantized))
+    return Inventory(tensors, files, frozenset(quantized))
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -184,7 +184,7 @@ def _loaded(
     return targets
 
 
-def source_names(model: PreTrainedModel, checkpoint: Checkpoint | None) -> SourceNames:
+def source_names(model: PreTrainedModel, checkpoint: Inventory | None) -> SourceNames:
     """Return what it takes to write a model under the names of its source.
 
     Args:
@@ -215,7 +215,7 @@ def source_names(model: PreTrainedModel, checkpoint: Checkpoint | None) -> Sourc
 
 
 def _check_numbers(
-    model: PreTrainedModel, checkpoint: Checkpoint, loaded: Mapping[str, str | None]
+    model: PreTrainedModel, checkpoint: Inventory, loaded: Mapping[str, str | None]
 ) -> None:
     """Refuse weights that are nothing without their scales.
 
@@ -241,7 +241,7 @@ def _check_numbers(
 
 
 def _not_loaded(
-    model: PreTrainedModel, checkpoint: Checkpoint, loaded: Mapping[str, str | None]
+    model: PreTrainedModel, checkpoint: Inventory, loaded: Mapping[str, str | None]
 ) -> tuple[list[str], dict[str, str], list[str]]:
     """Return the names of tensors to carry, name -> reason of those to leave, and events."""
     carried, left = [], {}

@@ -1,7 +1,7 @@
 """Compressed directories for transformers' own from_pretrained.
 
-cerwu_gpu.hf.registration imports this module during transformers' own import, so its top level must
-import nothing of transformers that needs modeling_utils.
+cerwu_gpu.serving.registration imports this module during transformers' own import, so its top level
+must import nothing of transformers that needs modeling_utils.
 """
 
 import os
@@ -78,7 +78,7 @@ class CerwuQuantizer(HfQuantizer):
         Raises:
             FormatError: the configuration asks for too many layers.
         """
-        from cerwu_gpu.hf.configuration import check_counts, forget_kernels
+        from cerwu_gpu.checkpoint.configuration import check_counts, forget_kernels
 
         forget_kernels(config)
         check_counts(config.to_dict(), config.name_or_path)
@@ -94,7 +94,7 @@ class CerwuQuantizer(HfQuantizer):
         """
         if not checkpoint_files:
             raise ModelError("a compressed model is loaded from its files: give no state dict.")
-        from cerwu_gpu.hf.description import check_described  # it imports modeling_utils
+        from cerwu_gpu.serving.description import check_described  # it imports modeling_utils
 
         folder = Path(checkpoint_files[0]).parent
         given = Path(str(model.config.name_or_path))
@@ -117,7 +117,7 @@ class CerwuQuantizer(HfQuantizer):
         Raises:
             FormatError: it is malformed.
         """
-        from cerwu_gpu.hf.names import checked  # it needs modeling_utils
+        from cerwu_gpu.checkpoint.names import checked  # it needs modeling_utils
 
         assert isinstance(self.quantization_config, CerwuConfig)
         try:
@@ -139,7 +139,7 @@ class CerwuQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: "PreTrainedModel", **_: Any
     ) -> "PreTrainedModel":
-        from cerwu_gpu.hf.names import remember  # it needs modeling_utils
+        from cerwu_gpu.checkpoint.names import remember  # it needs modeling_utils
 
         # save_pretrained inverts the conversions that were used: dense weights need only those
         # of the source.

@@ -1,0 +1,1 @@
+"""Checkpoints of transformers models on disk: tensors, their names, and config.json."""

@@ -1,0 +1,1 @@
+"""Compressed directories at work: loading, transformers' own door, compressed memory, the Hub."""
