@@ -24,7 +24,7 @@ test: install
 # torchvision needs CUDA's torch and is not used.
 test-vllm: VENV = $(VLLM_VENV)
 test-vllm: $(VLLM_INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --durations 10 tests/vllm tests/serving/test_tasks.py
+	$(BIN)/python -m pytest -n $(WORKERS) --durations 10 tests/vllm_plugin tests/serving/test_tasks.py
 
 $(VLLM_INSTALLED): VENV = $(VLLM_VENV)
 $(VLLM_INSTALLED): pyproject.toml

@@ -116,7 +116,9 @@ def blocks(rows: int) -> Iterator[Row]:
                 theirs = search(block)[0]
             share = float((ours != theirs).any(dim=1).sum()) / ours.numel()
             if share > TIES:
-                raise Mismatch(f"{case}: rows leave the definition's path at {share:.2g} of all.")
+                raise Mismatch(
+                    f"{case}: rows differ from the definition's from {share:.2g} of all on."
+                )
             run = partial(search, block)
             seconds = in_turn({"torch": forced("torch", run), "numba": forced("numba", run)})
         for name, value in seconds.items():

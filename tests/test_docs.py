@@ -64,7 +64,7 @@ NOT_RUN = {
     "cerwu-gpu sweep HUB -o sweep --max-windows 40 --methods nncodec": "nncodec is no dependency",
     "hf upload": "publishes",
     "cerwu-gpu push": "publishes; see hf/test_hub",
-    "vllm serve": "vLLM is no dependency; see tests/vllm",
+    "vllm serve": "vLLM is no dependency; see tests/vllm_plugin",
     "python -m vllm.entrypoints.openai.api_server": "the same",
     "lm_eval": "lm-eval is no dependency; see serving/test_vllm",
     "python -m cerwu_gpu.serving.lm_eval": "lm-eval is no dependency; see serving/test_tasks",
