@@ -28,7 +28,7 @@ from cerwu_gpu.device import find_device
 from cerwu_gpu.errors import ConfigError, ModelError, OutputError
 from cerwu_gpu.files import local_path, resolved
 from cerwu_gpu.hf.card import card_of
-from cerwu_gpu.hf.causal_lm import CausalLM
+from cerwu_gpu.hf.causal_lm import CausalLM, runs_whole
 from cerwu_gpu.hf.classifier import ImageClassifier, WholeModel
 from cerwu_gpu.hf.evaluation import perplexity
 from cerwu_gpu.hf.images import compare_on_images, load_images
@@ -40,7 +40,6 @@ from cerwu_gpu.hf.models import (
     require_tokenizer,
 )
 from cerwu_gpu.hf.sources import calibration_files, with_sources
-from cerwu_gpu.hf.text import SELF
 from cerwu_gpu.hf.whole_text import WholeLM
 from cerwu_gpu.models.module import ModuleAdapter
 from cerwu_gpu.models.selection import require_values
@@ -100,7 +99,7 @@ def compress(
     """
     ranks = device if isinstance(device, Ranks) else Ranks(device=device)
     config, target, clock = config or CompressionConfig(), find_device(ranks.device), Clock()
-    check_ranks(config, ranks)
+    ranks.agree(partial(check_ranks, config, ranks))
     progress = progress and ranks.first
     given = Path(output)
     output = resolved(given)
@@ -286,7 +285,7 @@ def _loaded(
         loaded = LoadedModel(source.module, given, None, source_names(source.module, None))
         return _runnable(replace(source, loaded=loaded), config)
     kind, loaded = load_kind(
-        model, trust_remote_code=trust_remote_code, stream=not _runs_whole(config)
+        model, trust_remote_code=trust_remote_code, stream=not runs_whole(config)
     )
     source = _runnable(_Source(loaded.model, kind, loaded), config)
     if source.kind is not kind and weight_source(loaded.model) is not None:
@@ -313,18 +312,6 @@ def _runnable(source: _Source, config: CompressionConfig) -> _Source:
     event = f"it runs whole, not block by block: {obstacle.rstrip('.')}"
     loaded = replace(source.loaded, events=(*source.loaded.events, event))
     return _Source(source.module, replace(source.kind, adapter=WholeLM), loaded)
-
-
-def _runs_whole(config: CompressionConfig) -> bool:
-    """Return whether the model must be whole in memory: to write its calibration text token by
-    token, which would read it once for each, or to tune the scales of rows of all blocks."""
-    calibration = config.calibration
-    if config.distillation is not None:
-        return True
-    if not isinstance(calibration, Calibration):
-        return False
-    texts = calibration.sources or CausalLM.usual_sources
-    return any(text == SELF for text, _ in texts)
 
 
 def _in_memory(module: nn.Module) -> _Source:

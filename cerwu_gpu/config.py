@@ -719,9 +719,16 @@ def _calibration(given: Mapping[str, Any]) -> Calibration | ImageCalibration:
     """Return the calibration of flat settings.
 
     Raises:
-        ConfigError: images come with a setting of texts.
+        ConfigError: images come with a setting of texts, or no data with one of data.
     """
     text = Calibration(**_given(Calibration, given))
+    if text.data_free:
+        for one in _setting_fields(Calibration):
+            name = _name(one)
+            if name != "calibration" and given.get(name, one.default) not in (None, one.default):
+                raise ConfigError(
+                    f"{name} is of calibration data, and calibration is none: drop it."
+                )
     if given.get("images") is None:
         return text
     for name, usual in (("calibration", Calibration().source), ("sequence_length", 512)):

@@ -36,12 +36,12 @@ def with_effort(effort: Effort | None, given: Mapping[str, Any]) -> dict[str, An
 
     Args:
         effort: None is normal.
-        given: flat settings, which win over those of the effort.
+        given: flat settings, which win over those of the effort, also where they are None.
     """
     known = {name for name, value in given.items() if value is not None}
     preset = {
         name: value
         for name, value in EFFORTS[effort or "normal"].items()
-        if not known & {name, *_REPLACED_BY.get(name, ())}
+        if name not in given and not known & set(_REPLACED_BY.get(name, ()))
     }
     return {**given, **preset}

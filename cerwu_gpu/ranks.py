@@ -266,8 +266,10 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RankError(f"the other ranks cannot be reached ({reason(error)}).") from error
-    yield Ranks(index, count, device)
-    dist.destroy_process_group()  # after an error, others may never come to this
+    try:
+        yield Ranks(index, count, device)
+    finally:
+        dist.destroy_process_group()  # after an error, so that the others do not wait
 
 
 def greedy_owners(costs: dict[str, float], count: int) -> dict[str, int]:

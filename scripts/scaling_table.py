@@ -52,7 +52,7 @@ CONFIGS = {
 
 def lines() -> Iterator[str]:
     """Yield the lines of the table."""
-    settings = from_settings()
+    settings = from_settings(calibration="wikitext2")
     head = ("model", "processes", "memory of a process, GB", "sent by one, GB", "file, GB")
     yield f"| {' | '.join(head)} |"
     yield "|---" * len(head) + "|"

@@ -48,6 +48,7 @@ def test_settings_that_are_given_win():
     assert from_settings(effort="fast", lmbda=1e-9).lmbda == 1e-9
     assert from_settings(effort="fast", calibration="a.txt").text.names == ("a.txt",)
     assert from_settings(effort="best", samples=7).text.samples == 7
+    assert from_settings(effort="best", distill=None).distillation is None
 
 
 def test_what_an_effort_sets_gives_way_to_what_excludes_it():
@@ -72,6 +73,8 @@ def test_an_unknown_effort_is_refused():
         ({"distill": 3}, "distill needs data"),
         ({"max_perplexity_increase": 0.1}, "max_perplexity_increase needs data"),
         ({"hessian_cache": Path("x")}, "hessian_cache needs data"),
+        ({"samples": 3}, "samples is of calibration data"),
+        ({"sequence_length": 64}, "sequence_length is of calibration data"),
     ],
 )
 def test_without_data_nothing_that_needs_it_can_be_asked_for(given, message):

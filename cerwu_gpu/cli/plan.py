@@ -44,7 +44,9 @@ def plan(
     result = predicted(known, config, ranks=gpus * nodes, bits=bits)
     if json:
         seconds = dict.fromkeys(result.operations)
-        print_json({**asdict(result), "peak": result.peak, "bits": bits, "seconds": seconds})
+        fit = None if room is None else result.peak <= room
+        further = {"peak": result.peak, "fits": fit, "bits": bits, "seconds": seconds}
+        print_json({**asdict(result), **further})
         return
     fits = "" if room is None else f", {'fits' if result.peak <= room else 'does not fit'}"
     rows = [

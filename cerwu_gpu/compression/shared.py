@@ -64,6 +64,9 @@ class SharedBlocks:
 
     def weights(self, journal: Journal | None, index: int) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and quantized parameters of a block in the journal of rank 0."""
+        if self._ranks.alone:
+            yield from () if journal is None else journal.weights(index)
+            return
         weights = {} if journal is None else dict(journal.weights(index))
         for name in self._ranks.from_first(lambda: list(weights)):
             empty = torch.empty(self._layouts[name].shape, dtype=self._dtypes[name])

@@ -298,7 +298,7 @@ class CausalLM(Adapter):
     # Inputs and predictions: masked language models and models without a head differ here.
 
     predicts_tokens = True
-    """Whether the model has logits of tokens, and so a perplexity."""
+    """Truth of the statement that the model has logits of tokens, and so a perplexity."""
 
     def inputs(self, tokens: Tensor) -> Tensor:
         """Return the model's input ids for tokens, int64 [batch, sequence]."""
@@ -579,6 +579,18 @@ def select(
         exclude,
         is_transposed=is_conv1d,
     )
+
+
+def runs_whole(config: CompressionConfig) -> bool:
+    """Return whether the model must be whole in memory: to write its calibration text token by
+    token, which would read it once for each, or to tune the scales of rows of all blocks."""
+    calibration = config.calibration
+    if config.distillation is not None:
+        return True
+    if not isinstance(calibration, Calibration):
+        return False
+    texts = calibration.sources or CausalLM.usual_sources
+    return any(text == SELF for text, _ in texts)
 
 
 @contextmanager

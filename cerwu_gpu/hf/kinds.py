@@ -34,6 +34,7 @@ from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.classifier import ImageClassifier, WholeModel
 from cerwu_gpu.hf.encoder import MaskedLM
 from cerwu_gpu.hf.models import (
+    ENCODER_DECODERS,
     MASKED,
     LoadedModel,
     is_gguf,
@@ -125,6 +126,12 @@ ENCODERS = {
 }
 """Names of the classes of text models without a head: those that AutoModel loads, and encoders of
 encoder-decoders, which it takes for the whole."""
+IMAGES_AND_TEXT = {
+    model_type: name
+    for model_type, name in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()
+    if name not in ENCODER_DECODERS
+}
+"""Names of the classes of vision-language models; some encoder-decoders are among transformers'."""
 
 KINDS = (
     Kind(
@@ -146,7 +153,7 @@ KINDS = (
     Kind(
         "a vision-language model",
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        IMAGES_AND_TEXT,
         AutoModelForImageTextToText,
         CausalLM,
         "image-text-to-text",

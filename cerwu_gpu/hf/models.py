@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -63,9 +64,9 @@ HUB_FOLDERS = ("additional_chat_templates", "[0-9]*_*")
 
 def _names(*mappings: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of the classes in mappings of transformers."""
-    found = (names for mapping in mappings for names in mapping.values())
+    classes = (names for mapping in mappings for names in mapping.values())
     return frozenset(
-        x for names in found for x in (names if isinstance(names, tuple) else (names,))
+        x for names in classes for x in (names if isinstance(names, tuple) else (names,))
     )
 
 
@@ -82,7 +83,11 @@ WITHOUT_TOKENS = (
         MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
         MODEL_MAPPING_NAMES,
     )
-) - (MASKED | _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+) - (
+    MASKED
+    | _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    | (_names(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - ENCODER_DECODERS)
+)
 """Names of the classes that have no perplexity."""
 
 

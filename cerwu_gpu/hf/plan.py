@@ -19,10 +19,10 @@ from cerwu_gpu.calibration.capture import replaced
 from cerwu_gpu.calibration.moments import InputMoments
 from cerwu_gpu.calibration.products import Product, module_products
 from cerwu_gpu.compression.blocks import BlockWeights, search_cost
-from cerwu_gpu.config import Calibration, CompressionConfig
-from cerwu_gpu.errors import ModelError, reason
+from cerwu_gpu.config import Bits, Calibration, CompressionConfig, ImageCalibration
+from cerwu_gpu.errors import ConfigError, ModelError, reason
 from cerwu_gpu.files import local_path
-from cerwu_gpu.hf.causal_lm import SENSITIVITY_TOKENS, select
+from cerwu_gpu.hf.causal_lm import SENSITIVITY_TOKENS, runs_whole, select
 from cerwu_gpu.hf.head import find_head
 from cerwu_gpu.hf.models import is_conv1d
 from cerwu_gpu.hf.sources import usual_samples
@@ -211,7 +211,19 @@ def plan(model: Outline, config: CompressionConfig, *, ranks: int, bits: float) 
     Args:
         ranks: number of processes.
         bits: per quantized weight.
+
+    Raises:
+        ConfigError: there is no plan for runs of these settings.
     """
+    for given, what in (
+        (config.data_free, "compression without data"),
+        (config.distillation, "a distillation"),
+        (isinstance(config.calibration, ImageCalibration), "calibration by images"),
+        (config.target and not isinstance(config.target, Bits), "a search for a size or a quality"),
+    ):
+        if given:
+            raise ConfigError(f"{what} has no plan: drop it.")
+    whole = runs_whole(config)
     calibration = config.text if isinstance(config.calibration, Calibration) else Calibration()
     length, size = calibration.sequence_length, calibration.batch_size
     widest = max(n for block in model.blocks for _, n in block.values())
@@ -256,6 +268,8 @@ def plan(model: Outline, config: CompressionConfig, *, ranks: int, bits: float) 
             windows = sum(shards[s] for s in own[rank]) * size * length * model.hidden
             peak["activations"] = (1 + crosses) * windows * model.itemsize
             peak["head, embedding and norms"] = model.outer_bytes
+            if whole:  # for the text that it writes
+                peak["all blocks"] = sum(model.block_bytes)
             peak["coded"] = int(bits / 8 * sum(m * n for m, n in block.values()))
             if peak.total() > memory[rank].total():
                 memory[rank] = peak
@@ -263,7 +277,7 @@ def plan(model: Outline, config: CompressionConfig, *, ranks: int, bits: float) 
     return Plan(
         ranks=ranks,
         memory=dict(memory[highest]),
-        read=[_read(model, rank, gradient_shards, layout) for rank in range(ranks)],
+        read=[_read(model, rank, gradient_shards, layout, whole) for rank in range(ranks)],
         sent=[round(x) for x in traffic.sent],
         received=[round(x) for x in traffic.received],
         operations=_operations(model, samples * length, crosses, bool(gradient_shards)),
@@ -289,9 +303,12 @@ class Traffic:
             self.send(source, target, size)
 
 
-def _read(model: Outline, rank: int, shards: Mapping[int, int], layout: Ranks) -> int:
-    """Return the bytes that a rank reads: the blocks for calibration, twice for each batch of the
-    sensitivities, and on rank 0 for the digest of the model."""
+def _read(model: Outline, rank: int, shards: Mapping[int, int], layout: Ranks, whole: bool) -> int:
+    """Return the bytes that a rank reads: all once where the model is whole in memory, else the
+    blocks for calibration, twice for each batch of the sensitivities, and on rank 0 for the digest
+    of the model."""
+    if whole:
+        return model.outer_bytes + sum(model.block_bytes)
     batches = sum(count for shard, count in shards.items() if layout.of_shard(shard) == rank)
     return model.outer_bytes + (1 + 2 * batches + (rank == 0)) * sum(model.block_bytes)
 

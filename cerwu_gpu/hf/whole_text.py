@@ -174,7 +174,13 @@ class WholeLM(WholeText):
     takes = "tokens, integers [samples, sequence]: give such, or a text"
 
     def batch(self, given: Batch) -> Batch:
-        return self.inputs(given) if isinstance(given, Tensor) and given.dim() == 2 else given
+        if isinstance(given, Tensor) and given.dim() == 2:
+            return self.inputs(given)
+        if isinstance(given, Mapping) and isinstance(given.get("labels"), Tensor):
+            # Labels of a causal model stand at their own tokens, one place behind their logits.
+            labels = functional.pad(given["labels"][:, 1:], (0, 1), value=IGNORED)
+            return {**given, "labels": labels}
+        return given
 
     def inputs(self, tokens: Tensor) -> dict[str, Any]:
         return {"input_ids": tokens, "use_cache": False}

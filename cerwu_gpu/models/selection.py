@@ -61,13 +61,14 @@ def find_blocks(
     model: nn.Module, is_transposed: IsTransposed = no_transposed
 ) -> list[tuple[str, nn.Module]]:
     """Return the blocks in order, with their names: the elements of the largest nn.ModuleList (by
-    parameters) whose elements hold weight matrices, outside of `towers`.
+    parameters) whose elements hold weight matrices, in a model that takes text outside of `towers`.
 
     Raises:
         ModelError: there is no such list.
     """
     best: tuple[int, list[tuple[str, nn.Module]]] = (0, [])
-    inside = {id(child) for _, tower in towers(model) for child in tower.modules()}
+    apart = towers(model) if _takes_text(model) else []
+    inside = {id(child) for _, tower in apart for child in tower.modules()}
     for name, module in model.named_modules():
         if (
             id(module) not in inside
@@ -85,13 +86,18 @@ def find_blocks(
     return best[1]
 
 
+def _takes_text(module: nn.Module) -> bool:
+    """Return whether a module takes text, as far as transformers says what it takes."""
+    return "text" in getattr(module, "input_modalities", "text")
+
+
 def towers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the parts of a model that take images or sound and no text, as transformers says in
     `input_modalities`, with their names."""
     outermost: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{tower}.") for tower, _ in outermost)
-        if name and not inside and "text" not in getattr(module, "input_modalities", "text"):
+        if name and not inside and not _takes_text(module):
             outermost.append((name, module))
     return outermost
 
@@ -100,12 +106,12 @@ def tower_blocks(
     model: nn.Module, is_transposed: IsTransposed = no_transposed
 ) -> list[tuple[str, nn.Module]]:
     """Return the blocks of all `towers` in order, with their names."""
-    found = []
+    blocks = []
     for tower, module in towers(model):
         if any(isinstance(child, nn.ModuleList) for child in module.modules()):
-            blocks = find_blocks(module, is_transposed)
-            found += [(f"{tower}.{name}", block) for name, block in blocks]
-    return found
+            inner = find_blocks(module, is_transposed)
+            blocks += [(f"{tower}.{name}", block) for name, block in inner]
+    return blocks
 
 
 def holds_matrices(module: nn.Module, is_transposed: IsTransposed = no_transposed) -> bool:

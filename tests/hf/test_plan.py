@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cerwu_gpu.config import CompressionConfig
+from cerwu_gpu.config import CompressionConfig, from_settings
 from cerwu_gpu.hf.causal_lm import CausalLM
 from cerwu_gpu.hf.models import LoadedModel
 from cerwu_gpu.hf.plan import outline, plan
@@ -44,6 +44,19 @@ def test_one_process_sends_nothing_and_more_need_less_memory(tmp_path: Path) -> 
     assert one.file_bytes == eight.file_bytes
 
 
+def test_a_model_that_writes_its_text_is_whole_in_every_process(tmp_path: Path) -> None:
+    toy("llama").config.save_pretrained(tmp_path)
+    named = from_settings(calibration="wikitext2")
+    known = outline(tmp_path, named)
+    whole, streamed = (
+        plan(known, config, ranks=2, bits=3.0) for config in (CompressionConfig(), named)
+    )
+    assert whole.memory["all blocks"] == sum(known.block_bytes)
+    assert "all blocks" not in streamed.memory
+    assert set(whole.read) == {known.outer_bytes + sum(known.block_bytes)}
+    assert max(streamed.read) > max(whole.read)
+
+
 def test_the_command_prints_the_plan(command: Command, tmp_path: Path) -> None:
     model = toy("llama")
     model.config.save_pretrained(tmp_path)
@@ -58,6 +71,7 @@ def test_the_command_prints_the_plan(command: Command, tmp_path: Path) -> None:
     assert "not measured" in out
     code, out, _ = command("plan", tmp_path, *options, "--json")
     assert json.loads(out)["ranks"] == 8
+    assert json.loads(out)["fits"] is True
     assert set(json.loads(out)["seconds"].values()) == {None}
 
 
@@ -66,6 +80,10 @@ def test_the_command_prints_the_plan(command: Command, tmp_path: Path) -> None:
     [
         (("--gpus", "0"), "gpus is 0: give at least 1"),
         (("--gpu-memory", "much"), "gpu_memory is 'much'"),
+        (("--effort", "fast"), "compression without data has no plan"),
+        (("--distill", "3"), "a distillation has no plan"),
+        (("--images", "photos"), "calibration by images has no plan"),
+        (("--max-size", "3MB"), "a search for a size or a quality has no plan"),
     ],
 )
 def test_wrong_input_gets_a_sentence(

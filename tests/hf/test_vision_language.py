@@ -20,7 +20,8 @@ from transformers import (
 
 import cerwu_gpu
 from cerwu_gpu import Calibration, CompressionConfig, ModelError, Objective, Text
-from cerwu_gpu.hf.kinds import kind_of
+from cerwu_gpu.hf.kinds import IMAGES_AND_TEXT, kind_of
+from cerwu_gpu.hf.models import ENCODER_DECODERS, WITHOUT_TOKENS
 from tests.configs import check_resumed
 from tests.conftest import TEXT
 
@@ -156,3 +157,8 @@ def test_an_interrupted_run_is_continued(toy_tokenizer: Any, tmp_path: Path) -> 
         cerwu_gpu.compress(model, out, config=config(toy_tokenizer), progress=False)
 
     check_resumed(run, tmp_path)
+
+
+def test_classes_of_images_and_text_have_a_perplexity_but_for_encoder_decoders() -> None:
+    assert "Llama4ForConditionalGeneration" not in WITHOUT_TOKENS
+    assert not set(IMAGES_AND_TEXT.values()) & (WITHOUT_TOKENS | ENCODER_DECODERS)

@@ -272,6 +272,16 @@ def test_a_model_whose_blocks_depend_on_the_text_runs_whole(
     assert cerwu_gpu.perplexity(in_memory, toy_tokenizer, TEXT * 4, context_length=32) > 1
 
 
+def test_labels_of_a_causal_model_stand_at_their_own_tokens(toy_tokenizer: Any) -> None:
+    ids = torch.randint(320, (2, 16))
+    batches = Batches(inputs=[{"input_ids": ids, "labels": ids}])
+    loaded = LoadedModel(gemma3n(len(toy_tokenizer)), toy_tokenizer, None)
+    adapter: Any = WholeLM(loaded, CompressionConfig(calibration=batches))
+    logits = torch.randn(2, 16, 320)
+    with_labels = token_losses((logits,), adapter.batches[0])
+    torch.testing.assert_close(with_labels, token_losses((logits,), {"input_ids": ids}))
+
+
 def test_its_inputs_are_whole_windows(toy_tokenizer: Any) -> None:
     loaded = LoadedModel(gemma3n(len(toy_tokenizer)), toy_tokenizer, None)
     adapter = WholeLM(loaded, config("gemma3n", toy_tokenizer))

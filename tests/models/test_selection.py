@@ -12,6 +12,7 @@ from cerwu_gpu.spec import STREAM_SYMBOLS_LIMIT
 from tests.configs import compress_flat
 from tests.hf.calibrated import find_blocks, find_weights
 from tests.hf.toys import FAMILIES, MIXTURES, toy
+from tests.models.toys import toy as classifier
 
 NOT_COMPRESSED = ("embed", "wte", "wpe", "lm_head", "norm", "ln_", "bias", "router", "mlp.gate.")
 
@@ -24,6 +25,11 @@ def test_the_blocks_are_the_decoder_layers_in_order(family):
     assert len({type(block) for _, block in blocks}) == 1
     assert [name.rpartition(".")[2] for name, _ in blocks] == ["0", "1", "2"]
     assert all(model.get_submodule(name) is block for name, block in blocks)
+
+
+def test_the_blocks_of_a_model_of_images_are_those_of_its_tower():
+    names = [name for name, _ in find_blocks(classifier("vit"))]
+    assert names and all(name.startswith("vit.") for name in names)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
