@@ -212,7 +212,7 @@ class InputMoments:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one rank has seen: keys, tokens, and the shards of which it has sums and cross
+    """Keys and tokens that one rank has seen, and the shards of which it has sums and cross
     moments."""
 
     keys: dict[Label, str]

@@ -110,12 +110,11 @@ def head_layouts(model: PreTrainedModel, *, predicts: bool = True) -> list[Weigh
     Raises:
         ModelError: as `find_head`, or there is no head.
     """
-    found = find_head(model)
-    if predicts and found.head is None:
+    matrices = find_head(model)
+    if predicts and matrices.head is None:
         _weight_of(model, None, nn.Linear, "head")
-    return [
-        WeightLayout(name, tuple(model.get_parameter(name).shape), 1, False) for name in found.names
-    ]
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in matrices.names}
+    return [WeightLayout(name, shape, 1, False) for name, shape in shapes.items()]
 
 
 def head_modules(

@@ -38,7 +38,7 @@ FEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class Outline:
-    """What a plan needs to know of a model.
+    """Sizes of a model, from which a plan follows.
 
     Attributes:
         blocks: per block, and for head and embedding one by one, name and cost of each input with
@@ -243,8 +243,8 @@ def plan(model: Outline, config: CompressionConfig, *, ranks: int, bits: float) 
         traffic.broadcast(holder, FLOAT64 * model.outputs)
         if model.vocabulary:
             traffic.broadcast(holder, FLOAT64 * (2 * model.hidden**2 + model.vocabulary + 1))
-    own = [[s for s in shards if layout.of_shard(s) == rank] for rank in range(ranks)]
-    held = [min(1, len(own[0])), *map(len, own[1:])]
+    shards_of = [[s for s in shards if layout.of_shard(s) == rank] for rank in range(ranks)]
+    held = [min(1, len(shards_of[0])), *map(len, shards_of[1:])]
     for number, block in enumerate(model.blocks):
         costs = {key: search_cost(m, n) for key, (m, n) in block.items()}
         owners = greedy_owners(costs, ranks)
@@ -257,7 +257,7 @@ def plan(model: Outline, config: CompressionConfig, *, ranks: int, bits: float) 
             traffic.broadcast(owner, model.itemsize * weights)
             traffic.send(owner, 0, weights * bits / 8)
             for rank in range(ranks):
-                live = 2 if rank == 0 and len(own[0]) > 1 else held[rank]
+                live = 2 if rank == 0 and len(shards_of[0]) > 1 else held[rank]
                 peaks[rank]["weights of a block"] += FLOAT32 * weights
                 if summed:
                     traffic.send(rank, owner, held[rank] * sums * FLOAT64 * n * n)
@@ -265,7 +265,7 @@ def plan(model: Outline, config: CompressionConfig, *, ranks: int, bits: float) 
                 if rank == owner:
                     peaks[rank]["Hessians"] += sums * FLOAT32 * n * n
         for rank, peak in enumerate(peaks):
-            windows = sum(shards[s] for s in own[rank]) * size * length * model.hidden
+            windows = sum(shards[s] for s in shards_of[rank]) * size * length * model.hidden
             peak["activations"] = (1 + crosses) * windows * model.itemsize
             peak["head, embedding and norms"] = model.outer_bytes
             if whole:  # for the text that it writes

@@ -5,6 +5,7 @@ hear (Whisper) take batches of audio features and the decoder's tokens. The loss
 predicted tokens, scaled so that lmbda is nats per token.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -100,9 +101,9 @@ class WholeText(WholeModel):
         """Return the inputs that a given batch stands for."""
         return given
 
+    @abstractmethod
     def inputs(self, tokens: Tensor) -> dict[str, Any]:
         """Return the inputs for windows, int64 [samples, sequence]."""
-        raise NotImplementedError
 
     predicted: tuple[str, ...] = ("decoder_input_ids", "labels")
     """Inputs one of which holds the tokens to predict."""

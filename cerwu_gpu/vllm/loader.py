@@ -99,8 +99,8 @@ class CerwuLoader(DefaultModelLoader):
             described: Any = kind(config)
         remember(described, source_of(folder))
         plain = list(directory.plain())
-        own = ((name, tensor) for name, tensor in plain if name not in carried)
-        yield from under_source_names(described, chain(own, self._weights(directory)))
+        stored = ((name, tensor) for name, tensor in plain if name not in carried)
+        yield from under_source_names(described, chain(stored, self._weights(directory)))
         yield from ((name, tensor) for name, tensor in plain if name in carried)
 
     def _weights(self, directory: CompressedDirectory) -> Iterator[tuple[str, Tensor]]:

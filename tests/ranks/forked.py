@@ -1,4 +1,4 @@
-"""Compresses models on several ranks, which are forks of one process, so that nothing is imported
+"""Compress models on several ranks, which are forks of one process, so that nothing is imported
 more than once: `python -m tests.ranks.forked` with a JSON list of runs on stdin."""
 
 import json

@@ -42,7 +42,7 @@ WIDER = {
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
+    """Return a port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -60,7 +60,7 @@ def environment() -> dict[str, str]:
 
 
 def forked(runs: Sequence[dict[str, Any]]) -> tuple[list[list[int]], str]:
-    """The exit codes of the ranks of each run, and what they print on stderr."""
+    """Return the exit codes of the ranks of each run, and what they print on stderr."""
     process = subprocess.run(
         [sys.executable, "-m", "tests.ranks.forked"],
         input=json.dumps([{**run, "port": free_port()} for run in runs]),
@@ -127,7 +127,7 @@ def test_any_number_of_ranks_gives_the_same_bytes(forks: Forks, case: str, count
 
 
 def traffic(folder: Path, run: str) -> list[dict[str, float]]:
-    """What each rank of a run has counted."""
+    """Return what each rank of a run has counted."""
     paths = sorted(folder.glob(f"{run}.rank-*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
