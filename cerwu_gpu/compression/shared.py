@@ -76,7 +76,7 @@ class SharedBlocks:
 
     def kept(self, weight: Tensor) -> Tensor:
         """Return a quantized matrix if other ranks need it, else nothing of it."""
-        return weight[:0] if self._ranks.alone else weight
+        return weight.new_empty(0) if self._ranks.alone else weight
 
     def searched(
         self,
