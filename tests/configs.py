@@ -11,6 +11,7 @@ import cerwu_gpu
 from cerwu_gpu import Report
 from cerwu_gpu.config import Batches, Calibration, CompressionConfig, Text, from_settings
 from cerwu_gpu.container.journal import Journal
+from tests.conftest import TEXT
 
 
 def configured(**given: Any) -> CompressionConfig:
@@ -25,6 +26,13 @@ def configured(**given: Any) -> CompressionConfig:
     if not bounded and given.get("method") in ("cerwu", "cerwu-gamma0"):
         given["complete_square"] = given.pop("method") == "cerwu"
     return from_settings(**given)
+
+
+def toy_calibration(tokenizer: Any) -> Calibration:
+    """Return calibration by six short windows of the tests' text."""
+    return Calibration(
+        source=Text(TEXT * 8), tokenizer=tokenizer, samples=6, sequence_length=32, batch_size=2
+    )
 
 
 def check_resumed(run: Callable[[Path], Any], folder: Path) -> None:

@@ -87,7 +87,7 @@ NOT_RUN = {
 
 VLLM_OPTIONS = {"--dtype", "--model-loader-extra-config", "--enforce-eager"}
 OTHERS_OPTIONS = {"--no-deps", "--outfile", "--max-restarts"} | VLLM_OPTIONS
-"""Of pip, of llama.cpp, of torchrun and of vLLM."""
+"""Options of pip, llama.cpp, torchrun and vLLM."""
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

@@ -31,6 +31,7 @@ from cerwu_gpu.hf.encoder import MASKED_PERCENT, MaskedLM, _is_masked
 from cerwu_gpu.hf.kinds import kind_of
 from cerwu_gpu.hf.models import LoadedModel
 from cerwu_gpu.hf.text import tokenized
+from tests.configs import toy_calibration
 from tests.conftest import TEXT, trained_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -77,11 +78,8 @@ def toy(family: str, tokenizer: Any) -> PreTrainedModel:
 
 
 def config(tokenizer: Any, **settings: Any) -> CompressionConfig:
-    calibration = Calibration(
-        source=Text(TEXT * 8), tokenizer=tokenizer, samples=6, sequence_length=32, batch_size=2
-    )
     settings.setdefault("objective", Objective(lmbda=1e-7))
-    return CompressionConfig(calibration=calibration, **settings)
+    return CompressionConfig(calibration=toy_calibration(tokenizer), **settings)
 
 
 @each_family

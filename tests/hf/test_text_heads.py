@@ -23,13 +23,13 @@ from transformers import (
 )
 
 import cerwu_gpu
-from cerwu_gpu import Calibration, CompressionConfig, ModelError, Objective, Text
+from cerwu_gpu import Calibration, CompressionConfig, ModelError, Objective
 from cerwu_gpu.config import Distillation, MaxPerplexityIncrease
 from cerwu_gpu.errors import CerwuError
 from cerwu_gpu.hf.kinds import kind_of
 from cerwu_gpu.hf.models import LoadedModel
 from cerwu_gpu.hf.text_heads import Embedder, TextClassifier
-from tests.configs import check_resumed
+from tests.configs import check_resumed, toy_calibration
 from tests.conftest import TEXT
 
 SIZES: dict[str, Any] = {
@@ -77,11 +77,8 @@ def toy(name: str, words: int) -> PreTrainedModel:
 
 
 def config(tokenizer: Any, **settings: Any) -> CompressionConfig:
-    calibration = Calibration(
-        source=Text(TEXT * 8), tokenizer=tokenizer, samples=6, sequence_length=32, batch_size=2
-    )
     settings.setdefault("objective", Objective(lmbda=1e-9))
-    return CompressionConfig(calibration=calibration, **settings)
+    return CompressionConfig(calibration=toy_calibration(tokenizer), **settings)
 
 
 def output(model: Any) -> torch.Tensor:

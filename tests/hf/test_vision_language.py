@@ -19,10 +19,10 @@ from transformers import (
 )
 
 import cerwu_gpu
-from cerwu_gpu import Calibration, CompressionConfig, ModelError, Objective, Text
+from cerwu_gpu import CompressionConfig, ModelError, Objective
 from cerwu_gpu.hf.kinds import IMAGES_AND_TEXT, kind_of
 from cerwu_gpu.hf.models import ENCODER_DECODERS, WITHOUT_TOKENS
-from tests.configs import check_resumed
+from tests.configs import check_resumed, toy_calibration
 from tests.conftest import TEXT
 
 TEXTS: dict[str, Any] = {
@@ -79,10 +79,9 @@ def toy(name: str, words: int) -> PreTrainedModel:
 
 
 def config(tokenizer: Any, **settings: Any) -> CompressionConfig:
-    calibration = Calibration(
-        source=Text(TEXT * 8), tokenizer=tokenizer, samples=6, sequence_length=32, batch_size=2
+    return CompressionConfig(
+        calibration=toy_calibration(tokenizer), objective=Objective(lmbda=1e-6), **settings
     )
-    return CompressionConfig(calibration=calibration, objective=Objective(lmbda=1e-6), **settings)
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -19,7 +19,7 @@ TIE = 1e-4
 """Relative difference of the costs of two paths that tie within float32's rounding."""
 ERROR = {"atol": 1e-4, "rtol": 1e-5}
 FAR_ERROR = {"atol": 4e-4, "rtol": 1e-5}
-"""Of weights near 1000, whose float32 neighbours are 6e-5 away."""
+"""Tolerance for weights near 1000, whose float32 neighbours are 6e-5 away."""
 
 SHAPES = [
     pytest.param(1, 1, 1, id="one-weight"),

@@ -52,7 +52,7 @@ def run(browser: str, folder: Path, *options: str) -> str:
 
 
 def measured(html: str, browser: str, folder: Path, scheme: str) -> dict[str, str]:
-    """What the browser made of a page, by MEASURE."""
+    """Return what the browser made of a page, by MEASURE."""
     text = html.replace("</body>", MEASURE)
     text = text.replace("default-src 'none';", "script-src 'nonce-test';")
     (folder / "report.html").write_text(text, encoding="utf-8")

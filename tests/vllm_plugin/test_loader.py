@@ -29,7 +29,7 @@ COMPRESSED = {"resident": "compressed"}
 
 
 def described(folder: Path) -> Any:
-    """What the loader reads of vLLM's description of a model."""
+    """Fields of vLLM's description of a model that the loader reads."""
     return SimpleNamespace(
         model=str(folder),
         quantization="cerwu",
