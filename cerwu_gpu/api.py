@@ -22,7 +22,7 @@ from cerwu_gpu.compression.run import Run, plain_tensors, take_part
 from cerwu_gpu.compression.target import to_target
 from cerwu_gpu.config import Batches, Calibration, CompressionConfig, ImageCalibration
 from cerwu_gpu.container.output import check_apart, check_output
-from cerwu_gpu.container.work import WorkDirectory, output_places, work_directory
+from cerwu_gpu.container.work import WorkDirectory, output_places, work_directory, work_path
 from cerwu_gpu.container.writer import check_storable
 from cerwu_gpu.device import find_device
 from cerwu_gpu.errors import ConfigError, ModelError, OutputError
@@ -146,7 +146,8 @@ def compress(
             check_apart(places, {"the model": loaded.files})
             carried = None if loaded.loaded is None else loaded.loaded.names.carried
             original_bytes = bytes_of_original(model, loaded.module, carried)
-        folder = opened[0].path if opened else Path(tempfile.gettempdir())
+        # Other machines than rank 0's need not have the work directory.
+        folder = work_path(output) if ranks.local else Path(tempfile.gettempdir())
         adapter = _adapter(
             loaded, calibrated, folder, target, clock, card, progress, trust_remote_code, ranks
         )
@@ -191,7 +192,7 @@ def compress(
             paths,
             result,
             described,
-            target,
+            ranks.everywhere(target),
             model=str(model) if repeatable and not isinstance(model, nn.Module) else None,
             output=output,
             given=given,

@@ -7,6 +7,7 @@ operations is the work itself.
 
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from cerwu_gpu.errors import CerwuError, ConfigError, RankError, reason
 
@@ -27,6 +29,8 @@ MESSAGE_BYTES = 1 << 30
 """Most bytes of one message."""
 PATIENCE = timedelta(days=7)
 """Time to wait for a rank that works; one that has ended closes its connections at once."""
+LOOK = 0.05
+"""Seconds between two looks at who has started."""
 
 
 def shard_of(batch: int, batches: int) -> int:
@@ -41,18 +45,25 @@ class Ranks:
         index: number of this rank.
         count: number of all.
         device: of this rank's work; None: the GPU where there is one, else the CPU.
+        local: whether the same `torchrun` has started rank 0, so that both see the same files.
         sent, received: bytes of tensors and objects that this rank has sent to and received from
             others, a broadcast once for each receiver.
         shared_error: an error that all ranks raise, of which rank 0 tells.
     """
 
     def __init__(
-        self, index: int = 0, count: int = 1, device: str | torch.device | None = None
+        self,
+        index: int = 0,
+        count: int = 1,
+        device: str | torch.device | None = None,
+        *,
+        local: bool = True,
     ) -> None:
         """Take this rank's number; without a number there is one rank."""
         self.index = index
         self.count = count
         self.device = device
+        self.local = local
         self.sent = 0
         self.received = 0
         self.shared_error: CerwuError | None = None
@@ -70,6 +81,10 @@ class Ranks:
     def of_shard(self, shard: int) -> int:
         """Return the rank that runs the batches of a shard; rank 0 has the first ones."""
         return shard * self.count // SHARDS
+
+    def everywhere(self, device: torch.device) -> torch.device:
+        """Return the device that all ranks may be given: of several ranks with a GPU each, cuda."""
+        return device if self.alone else torch.device(device.type)
 
     # Tensors.
 
@@ -219,9 +234,11 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # Of a closed connection gloo says no more than where in its code it noticed.
+        why = "" if "onnection" in str(error) else f" ({reason(error)})"
         raise RankError(
-            f"another rank of this run has ended ({reason(error)}): see its message; the same "
-            "command continues after the last finished block."
+            f"another rank of this run has ended{why}: see its message; the same command continues "
+            "after what is finished."
         ) from error
 
 
@@ -263,13 +280,31 @@ def joined(device: str | None = None) -> Iterator[Ranks]:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        store = _store_of_all()
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=index, world_size=count, timeout=PATIENCE
+        )
     except (RuntimeError, ValueError) as error:
         raise RankError(f"the other ranks cannot be reached ({reason(error)}).") from error
     try:
-        yield Ranks(index, count, device)
+        # Rank 0 is one of the first machine's.
+        yield Ranks(index, count, device, local=os.environ["GROUP_RANK"] == "0")
     finally:
         dist.destroy_process_group()  # after an error, so that the others do not wait
+
+
+def _store_of_all() -> Any:
+    """Return the store of the run when all ranks have started.
+
+    torch's own wait for a rank that has died before notices no signal, so that it would be killed
+    without a sentence.
+    """
+    store, index, count = next(rendezvous("env://"))
+    store.set(f"started/{index}", "")
+    while not store.check([f"started/{rank}" for rank in range(count)]):
+        time.sleep(LOOK)
+    return store
 
 
 def greedy_owners(costs: dict[str, float], count: int) -> dict[str, int]:

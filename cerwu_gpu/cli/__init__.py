@@ -20,12 +20,9 @@ from cerwu_gpu.cli.compression import compress
 from cerwu_gpu.cli.directories import decompress, info, verify
 from cerwu_gpu.cli.evaluation import evaluate
 from cerwu_gpu.cli.hub import push
-from cerwu_gpu.cli.output import WRONG_INPUT
+from cerwu_gpu.cli.output import WRONG_INPUT, refusal_of, tell
 from cerwu_gpu.cli.plan import plan
 from cerwu_gpu.cli.sweep import sweep
-from cerwu_gpu.errors import CerwuError, printable, reason, shortage
-
-INTERRUPTED = 130
 
 
 class Commands(TyperGroup):
@@ -35,30 +32,14 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (Exception, KeyboardInterrupt) as error:
-            refusal = _refusal(error)
+            refusal = refusal_of(error)
             if refusal is None:
                 raise
             _fail(*refusal)
 
 
-def _refusal(error: BaseException) -> tuple[str, int] | None:
-    """Return the sentence and the exit code for an error that is no defect of the program."""
-    if isinstance(error, KeyboardInterrupt):
-        return f"interrupted: {error}" if str(error) else "interrupted.", INTERRUPTED
-    if isinstance(error, CerwuError):
-        return str(error), WRONG_INPUT
-    what = shortage(error)
-    if what is not None:
-        return f"there is not enough {what} ({reason(error)}).", WRONG_INPUT
-    if isinstance(error, OSError):
-        subject = "the result cannot be written" if error.filename is None else error.filename
-        return f"{subject}: {error.strerror or error}.", WRONG_INPUT
-    return None
-
-
 def _fail(sentence: str, code: int) -> None:
-    with suppress(OSError):  # nobody listens
-        typer.echo(f"cerwu-gpu: {printable(' '.join(sentence.split()))}", err=True)
+    tell(sentence)
     raise typer.Exit(code)
 
 
@@ -108,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except SystemExit as end:
             code = end.code
         except (Exception, KeyboardInterrupt) as error:  # outside of a command: --help
-            refusal = _refusal(error)
+            refusal = refusal_of(error)
             if refusal is None:
                 raise
             with suppress(typer.Exit):

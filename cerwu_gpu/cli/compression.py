@@ -2,42 +2,26 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from os.path import expanduser, isfile  # unlike Path.is_file it takes text too long for a name
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import (
-    WRONG_INPUT,
     listing,
     print_events,
     print_json,
     report_rows,
     set_verbosity,
+    told_once,
 )
 from cerwu_gpu.config import all_settings, from_settings
 from cerwu_gpu.container.output import check_apart
 from cerwu_gpu.container.work import output_places
-from cerwu_gpu.errors import CerwuError
 from cerwu_gpu.files import resolved
-
-if TYPE_CHECKING:
-    from cerwu_gpu.ranks import Ranks
-
-
-@contextmanager
-def told_once(ranks: "Ranks") -> Iterator[None]:
-    """Leave it to rank 0 to tell of an error that all ranks have."""
-    try:
-        yield
-    except CerwuError as error:
-        if ranks.first or error is not ranks.shared_error:
-            raise
-        raise typer.Exit(WRONG_INPUT) from error
 
 
 @options.closed

@@ -4,16 +4,23 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import typer
 
 from cerwu_gpu import quantities
-from cerwu_gpu.errors import printable
+from cerwu_gpu.errors import CerwuError, printable, reason, shortage
 from cerwu_gpu.report import Report, finite
+
+if TYPE_CHECKING:
+    from cerwu_gpu.ranks import Ranks
 
 WRONG_INPUT = 2
 """Exit code of wrong input."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
 
 
 def set_verbosity(*, quiet: bool) -> None:
@@ -24,6 +31,42 @@ def set_verbosity(*, quiet: bool) -> None:
         return
     logging.basicConfig(format="%(message)s")
     logging.getLogger("cerwu_gpu").setLevel(logging.INFO)
+
+
+@contextmanager
+def told_once(ranks: "Ranks") -> Iterator[None]:
+    """Leave it to rank 0 to tell of an error that all ranks have; a rank tells before it closes its
+    connections, which may take long or end the process where another rank has died."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        refusal = refusal_of(error)
+        if ranks.alone or refusal is None:
+            raise
+        if ranks.first or error is not ranks.shared_error:
+            tell(refusal[0])
+        raise typer.Exit(refusal[1]) from error
+
+
+def refusal_of(error: BaseException) -> tuple[str, int] | None:
+    """Return the sentence and the exit code for an error that is no defect of the program."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted: {error}" if str(error) else "interrupted.", INTERRUPTED
+    if isinstance(error, CerwuError):
+        return str(error), WRONG_INPUT
+    what = shortage(error)
+    if what is not None:
+        return f"there is not enough {what} ({reason(error)}).", WRONG_INPUT
+    if isinstance(error, OSError):
+        subject = "the result cannot be written" if error.filename is None else error.filename
+        return f"{subject}: {error.strerror or error}.", WRONG_INPUT
+    return None
+
+
+def tell(sentence: str) -> None:
+    """Print the sentence of an error on stderr."""
+    with suppress(OSError):  # nobody listens
+        typer.echo(f"cerwu-gpu: {printable(' '.join(sentence.split()))}", err=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

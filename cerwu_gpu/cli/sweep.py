@@ -1,22 +1,28 @@
 """cerwu-gpu sweep: compress a model with a grid of settings, and compare their qualities."""
 
+import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.axes import take_axes, with_axes
-from cerwu_gpu.cli.output import print_json, set_verbosity
+from cerwu_gpu.cli.output import print_json, set_verbosity, told_once
 from cerwu_gpu.cli.sweep_tables import minimum_table, points_table, summary, time_words
 from cerwu_gpu.config import Distillation, from_settings
 from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.files import resolved
 from cerwu_gpu.sweep.points import Axes, check_available, grid_points
 from cerwu_gpu.sweep.run import HESSIANS, TABLE, check_folder, run_sweep
+
+if TYPE_CHECKING:
+    from cerwu_gpu.sweep.model import ModelSubject
 
 TEXT = "wikitext2"
 """Default evaluation text."""
@@ -80,47 +86,59 @@ def sweep(
     base = from_settings(**given, limit_columns=0)  # a table has no place for it
     points = grid_points(axes, base)
     check_available(points)
-    set_verbosity(quiet=quiet)
+    set_verbosity(quiet=quiet or os.environ.get("RANK", "0") != "0")
     from cerwu_gpu.api import image_subject, text_subject  # after the settings: torch takes seconds
     from cerwu_gpu.hf.sources import calibration_files
     from cerwu_gpu.hf.text import load_text, text_file
+    from cerwu_gpu.ranks import joined
 
     output = resolved(output)
-    check_folder(
-        output,
-        {
-            "the model": model,
-            **calibration_files(base),
-            "the evaluation text": text_file(text or TEXT),
-            "the images": images,
-        },
+    steps = max(axes.distillations)
+    base = replace(
+        base,
+        keep_head=all(axes.keep_heads),
+        distillation=Distillation(steps=steps) if steps else None,
     )
-    with redirect_stdout(sys.stderr):  # stdout is for the result, not for a library's messages
-        steps = max(axes.distillations)
-        base = replace(
-            base,
-            keep_head=all(axes.keep_heads),
-            distillation=Distillation(steps=steps) if steps else None,
-        )
-        shared: dict[str, Any] = {
-            "device": device,
-            "progress": not quiet,
-            "trust_remote_code": trust_remote_code,
-        }
-        if images is None:
-            evaluation = load_text(text or TEXT, part="evaluation")
-            subject = text_subject(
+    read = {
+        "the model": model,
+        **calibration_files(base),
+        "the evaluation text": text_file(text or TEXT),
+        "the images": images,
+    }
+    with ExitStack() as stack:
+        # stdout is for the result, not for a library's messages
+        stack.enter_context(redirect_stdout(sys.stderr))
+        ranks = stack.enter_context(joined(device))
+        stack.enter_context(told_once(ranks))
+        ranks.from_first(partial(check_folder, output, read))
+        hessians = output / HESSIANS
+        if not ranks.local:
+            hessians = Path(stack.enter_context(TemporaryDirectory()))
+        shown = not quiet and ranks.first
+
+        def subject() -> "ModelSubject":
+            shared: dict[str, Any] = {
+                "device": ranks.device,
+                "progress": shown,
+                "trust_remote_code": trust_remote_code,
+            }
+            if images is not None:
+                return image_subject(model, base, hessians, max_images=max_images, **shared)
+            return text_subject(
                 model,
                 base,
-                evaluation,
-                output / HESSIANS,
+                load_text(text or TEXT, part="evaluation"),
+                hessians,
                 context_length=context_length,
                 max_windows=max_windows,
                 **shared,
             )
-        else:
-            subject = image_subject(model, base, output / HESSIANS, max_images=max_images, **shared)
-        rows = run_sweep(subject, points, output, keep=keep, progress=not quiet)
+
+        rows = run_sweep(
+            ranks.agree(subject), points, output, keep=keep, progress=shown, ranks=ranks
+        )
+    if not ranks.first:
+        return
     if json:
         print_json({"table": str(output / TABLE), **summary(rows)})
         return

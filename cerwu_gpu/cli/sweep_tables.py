@@ -62,8 +62,8 @@ def minimum_table(rows: Sequence[Row]) -> str:
 
 
 def times(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Return seconds of preparation, of the first point, and of the later points of its kind on
-    average (None: there is none), in total and without their evaluation."""
+    """Return seconds of preparation (of all processes together), of the first point, and of the
+    later points of its kind on average (None: there is none), in total and without evaluation."""
     first, *later = by_label(rows)[rows[0].label]
     return {
         "preparation": sum(row.preparation_seconds for row in rows),
@@ -86,7 +86,7 @@ def time_words(rows: Sequence[Row]) -> str:
     whole = compared("first point in all", seconds["first_point"], seconds["later_points"])
     part = compared("its compression", seconds["first_compression"], seconds["later_compressions"])
     return (
-        f"calibration and sensitivities {seconds['preparation']:.1f} s, once; "
+        f"calibration and sensitivities {seconds['preparation']:.1f} s in all; "
         f"{rows[0].label}: {whole}; {part}."
     )
 

@@ -306,11 +306,14 @@ class Traffic:
 def _read(model: Outline, rank: int, shards: Mapping[int, int], layout: Ranks, whole: bool) -> int:
     """Return the bytes that a rank reads: all once where the model is whole in memory, else the
     blocks for calibration, twice for each batch of the sensitivities, and on rank 0 for the digest
-    of the model."""
+    of the model. The first block is read once more before each of these, to see how blocks are
+    called, and once to see whether they run one by one."""
     if whole:
         return model.outer_bytes + sum(model.block_bytes)
     batches = sum(count for shard, count in shards.items() if layout.of_shard(shard) == rank)
-    return model.outer_bytes + (1 + 2 * batches + (rank == 0)) * sum(model.block_bytes)
+    times = 1 + 2 * batches + (rank == 0)
+    first = model.block_bytes[0] * (2 + batches)
+    return model.outer_bytes + times * sum(model.block_bytes) + first
 
 
 def _operations(model: Outline, tokens: int, crosses: bool, gradients: bool) -> dict[str, float]:

@@ -4,18 +4,21 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from cerwu_gpu import __version__
 from cerwu_gpu.container.output import PARTIAL, check_apart
 from cerwu_gpu.container.work import LOCK_FILE, locked
-from cerwu_gpu.errors import OutputError
+from cerwu_gpu.errors import CerwuError, ConfigError, OutputError
 from cerwu_gpu.files import write_text
 from cerwu_gpu.progress import counted
+from cerwu_gpu.ranks import Ranks
 from cerwu_gpu.sweep.points import Point
-from cerwu_gpu.sweep.subject import Subject
+from cerwu_gpu.sweep.subject import Outcome, Subject
 from cerwu_gpu.sweep.table import Row, SweepTable, row_of, write_parquet
 
 TABLE, PARQUET, IDENTITY = "sweep.jsonl", "sweep.parquet", "sweep.json"
@@ -32,69 +35,157 @@ def run_sweep(
     *,
     keep: bool = False,
     progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> list[Row]:
     """Run every point that the table in `folder` lacks, and return all rows in the points' order.
 
-    A sweep that was killed resumes with the unfinished point. Later runs may add points.
+    A sweep that was killed resumes with the unfinished points. Later runs may add points.
 
     Args:
         folder: for sweep.jsonl, sweep.parquet (where pyarrow is installed), sweep.json (identity of
             the table), a lock and, while a point is run, points/KEY.partial.
         keep: keep the coded directories as points/KEY; a later run without it leaves them.
         progress: show a bar over the points on stderr.
+        ranks: share the points; each of them makes this call and gets all rows, rank 0 alone
+            writes the table. Those of other machines than rank 0's write in temporary directories.
 
     Raises:
         OutputError: `folder` holds the sweep of another subject, cannot be written, or is locked by
             another process.
+        ConfigError: points of several machines are to be kept, or ranks have different subjects.
+        RankError: another rank has ended; the points of finished rounds are in the table.
         CerwuError: a point cannot be run; those before it are in the table.
     """
-    check_folder(folder)
-    with locked(folder, partial(Path.mkdir, parents=True, exist_ok=True)):
-        return _run(subject, points, folder, keep=keep, progress=progress)
+    ranks = ranks or Ranks()
+    ranks.agree(partial(_check_keep, ranks, keep=keep))
+    ranks.from_first(partial(check_folder, folder))
+    with ExitStack() as stack:
+        lock = locked(folder, partial(Path.mkdir, parents=True, exist_ok=True))
+        ranks.from_first(lambda: stack.enter_context(lock))
+        sweep = _Sweep(subject, folder, ranks, keep=keep)
+        if not ranks.local:
+            sweep.points = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        return sweep.run(points, progress=progress and ranks.first)
 
 
-def _run(
-    subject: Subject, points: Sequence[Point], folder: Path, *, keep: bool, progress: bool
-) -> list[Row]:
-    """Run the sweep in a locked folder."""
-    identity = {"cerwu_gpu": __version__, **subject.identity()}
-    fingerprint = _fingerprint(identity)
-    table = _opened(folder, identity, fingerprint)
-    rows = {row.point: row for row in table.rows}
-    _clear(folder / DIRECTORIES)
-    missing = [point for point in points if point.key not in rows]
-    original = table.rows[0].original_quality if table.rows else None
-    with counted(
-        len(points),
-        what="points",
-        unit="point",
-        shown=progress,
-        interval=0,
-        initial=len(points) - len(missing),
-    ) as bar:
-        for point in missing:
-            bar.set_description(point.label)
-            original = subject.original() if original is None else original
-            target = folder / DIRECTORIES / f"{point.key}{PARTIAL}"
-            outcome = subject.run(point, target)
-            permanent = target.with_suffix("")
-            if keep and not permanent.exists():
-                target.rename(permanent)
-            else:
-                shutil.rmtree(target, ignore_errors=True)
-            row = row_of(
-                point,
-                outcome,
-                subject=subject.name,
-                fingerprint=fingerprint,
-                measure=subject.quality,
-                original=original,
-            )
-            table.append(row)
-            rows[point.key] = row
-            bar.update()
-    write_parquet(table.rows, folder / PARQUET)
-    return [rows[point.key] for point in points]
+class _Sweep:
+    """A sweep in a locked folder.
+
+    Attributes:
+        points: directory for the points of this rank.
+    """
+
+    def __init__(self, subject: Subject, folder: Path, ranks: Ranks, *, keep: bool) -> None:
+        self._subject = subject
+        self._folder = folder
+        self._ranks = ranks
+        self._keep = keep
+        self._table: SweepTable | None = None  # on rank 0
+        self._original: float | None = None  # on rank 0
+        self.points = folder / DIRECTORIES
+
+    def run(self, points: Sequence[Point], *, progress: bool) -> list[Row]:
+        """Run the missing points in rounds, one point for each rank; the neighbours of a round take
+        about the same time."""
+        ranks = self._ranks
+        identity = ranks.agree(lambda: {"cerwu_gpu": __version__, **self._subject.identity()})
+        fingerprint = _fingerprint(identity)
+        first = ranks.from_first(lambda: identity)
+        ranks.agree(partial(_check_same, ranks, first, identity))
+        rows = {row.point: row for row in ranks.from_first(partial(self._open, identity))}
+        missing = [point for point in points if point.key not in rows]
+        done = len(points) - len(missing)
+        with counted(
+            len(points), what="points", unit="point", shown=progress, interval=0, initial=done
+        ) as bar:
+            for begin in range(0, len(missing), ranks.count):
+                together = missing[begin : begin + ranks.count]
+                bar.set_description(together[0].label)
+                outcomes = ranks.together(partial(self._attempt, together))
+                for point, outcome in zip(together, outcomes, strict=False):
+                    row = ranks.from_first(partial(self._append, point, outcome, fingerprint))
+                    rows[point.key] = row
+                    bar.update()
+        if self._table is not None:
+            write_parquet(self._table.rows, self._folder / PARQUET)
+        return [rows[point.key] for point in points]
+
+    def _open(self, identity: Mapping[str, str]) -> list[Row]:
+        """Open the table, and return its rows."""
+        table = _opened(self._folder, identity, _fingerprint(identity))
+        _clear(self._folder / DIRECTORIES)
+        if table.rows:
+            self._original = table.rows[0].original_quality
+        self._table = table
+        return table.rows
+
+    def _attempt(self, points: Sequence[Point]) -> Outcome | CerwuError | None:
+        """Run this rank's point of a round and return its outcome or its error, so that the points
+        before one that fails count; None where there is no point left."""
+        ranks = self._ranks
+        if ranks.index >= len(points):
+            return None
+        point = points[ranks.index]
+        target = self.points / f"{point.key}{PARTIAL}"
+        try:
+            if ranks.first and self._original is None:
+                self._original = self._subject.original()
+            outcome = self._subject.run(point, target)
+        except CerwuError as error:
+            return error
+        permanent = target.with_suffix("")
+        if self._keep and not permanent.exists():
+            target.rename(permanent)
+        else:
+            shutil.rmtree(target, ignore_errors=True)
+        return outcome
+
+    def _append(self, point: Point, outcome: Outcome | CerwuError | None, fingerprint: str) -> Row:
+        """Return the row of a finished point, which is in the table.
+
+        Raises:
+            CerwuError: that of the point.
+        """
+        if isinstance(outcome, CerwuError):
+            raise outcome
+        assert outcome is not None and self._original is not None and self._table is not None
+        row = row_of(
+            point,
+            outcome,
+            subject=self._subject.name,
+            fingerprint=fingerprint,
+            measure=self._subject.quality,
+            original=self._original,
+        )
+        self._table.append(row)
+        return row
+
+
+def _check_keep(ranks: Ranks, *, keep: bool) -> None:
+    """Refuse to keep points that another machine than rank 0's has.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if keep and not ranks.local:
+        raise ConfigError(
+            f"rank {ranks.index} runs on another machine than rank 0, where its points cannot be "
+            "kept: drop keep, or start torchrun on one machine."
+        )
+
+
+def _check_same(ranks: Ranks, first: Mapping[str, str], identity: Mapping[str, str]) -> None:
+    """Refuse a subject that is not that of rank 0.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    names = [name for name in first if first[name] != identity.get(name)]
+    if names:
+        raise ConfigError(
+            f"rank {ranks.index} has another {', '.join(names)} than rank 0: give all machines the "
+            "same model, texts and version."
+        )
 
 
 def check_folder(folder: Path, read: Mapping[str, str | Path | None] | None = None) -> None:

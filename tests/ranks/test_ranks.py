@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cerwu_gpu.hf.plan import outline, plan
 from cerwu_gpu.ranks import SHARDS, Ranks, greedy_owners, shard_of
+from cerwu_gpu.sweep.table import read_table
 from tests.configs import configured
 from tests.conftest import TEXT
 from tests.hf.toys import toy
@@ -151,6 +153,66 @@ def test_a_plan_knows_the_traffic(forks: Forks, case: str, count: int) -> None:
     assert predicted.received == pytest.approx([x["received"] for x in counted], rel=0.02)
 
 
+GRID: dict[str, Any] = {"systems": ("rtn", "optq"), "levels": (5, 9, 17, 33)}
+"""Eight points."""
+
+
+def swept(folder: Path, **runs: dict[str, Any]) -> tuple[dict[str, list[int]], str]:
+    """Sweep over one matrix in `folder`/NAME each; return exit codes by name, and stderr."""
+    given = [{"sweep": GRID, "output": str(folder / name), **run} for name, run in runs.items()]
+    codes, errors = forked(given)
+    return dict(zip(runs, codes, strict=True)), errors
+
+
+def lines(folder: Path) -> list[bytes]:
+    """The lines of a sweep's table."""
+    return (folder / "sweep.jsonl").read_bytes().splitlines()
+
+
+def test_ranks_share_the_points_of_a_sweep(tmp_path: Path) -> None:
+    runs: dict[str, dict[str, Any]] = {
+        "alone": {"count": 0},
+        "three": {"count": 3},
+        "dying": {"count": 2, "dies": 2},
+        "differing": {"count": 2, "differ": True},
+    }
+    codes, errors = swept(tmp_path, **runs)
+    assert codes == {"alone": [0], "three": [0] * 3, "dying": [2, -9], "differing": [2, 2]}, errors
+    whole = read_table(tmp_path / "alone" / "sweep.jsonl")
+    assert read_table(tmp_path / "three" / "sweep.jsonl") == whole
+    assert len(whole) == 8
+    # Each rank has prepared its first point, and rank 0's are every third.
+    prepared = [row.preparation_seconds for row in read_table(tmp_path / "three" / "sweep.jsonl")]
+    assert prepared == [1.0] * 3 + [0.0] * 5
+    assert "rank 1 has another weights than rank 0" in errors
+    assert not (tmp_path / "differing" / "sweep.jsonl").exists()
+    # Two rounds were finished.
+    assert re.search("rank 0: another rank of this run has ended", errors)
+    before = lines(tmp_path / "dying")
+    assert len(before) == 4
+    assert swept(tmp_path, dying={"count": 4})[0] == {"dying": [0] * 4}
+    assert lines(tmp_path / "dying")[:4] == before
+    assert read_table(tmp_path / "dying" / "sweep.jsonl") == whole
+    assert not any((tmp_path / "dying" / "points").iterdir())
+
+
+def test_the_command_sweeps_on_ranks(toy_directory: Path, toy_text: Path, tmp_path: Path) -> None:
+    data = ("--text", str(toy_text), "--calibration", str(toy_text), "--context-length", "64")
+    few = "--max-windows 2 --samples 4 --sequence-length 32 --device cpu --keep --quiet"
+    grid = "--methods waterfilled,rtn --lmbda 1e-7 --sensitivity none --levels 8"
+    sweep = ["sweep", str(toy_directory), *data, *few.split(), *grid.split()]
+    runs = [
+        {"count": count, "command": [*sweep, "-o", str(tmp_path / f"{count}")]} for count in (0, 2)
+    ]
+    codes, errors = forked(runs)
+    assert codes == [[0], [0, 0]], errors
+    alone, shared = (read_table(tmp_path / name / "sweep.jsonl") for name in ("0", "2"))
+    assert len(alone) == 2
+    assert shared == alone
+    kept = {path.name for path in (tmp_path / "2" / "points").iterdir()}
+    assert kept == {row.point for row in alone}
+
+
 def test_a_setting_that_ranks_cannot_share_is_refused_by_all(forks: Forks) -> None:
     assert forks.codes["refused"] == [2, 2]
     assert "a search for a target does not run on several ranks" in forks.errors
@@ -233,6 +295,12 @@ def test_a_killed_rank_ends_the_run_which_then_continues(
     assert sum("compressed directory" in text for text in texts) == 1
     assert contents(out) == contents(whole)
     assert ranks_of(out) == []
+
+
+def test_a_command_for_all_ranks_names_no_single_gpu() -> None:
+    device = torch.device("cuda:3")
+    assert str(Ranks(0, 8).everywhere(device)) == "cuda"
+    assert Ranks().everywhere(device) == device
 
 
 def test_shards_are_neighbours_and_ranks_have_them_in_order() -> None:
