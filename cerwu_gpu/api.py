@@ -137,10 +137,11 @@ def compress(
         with clock.stage("load"):
             loaded = ranks.agree(partial(_loaded, model, config, trust_remote_code))
             check_takes_ranks(loaded, ranks)
-            calibrated = config
+            # The work directory is that of the settings as they were given.
+            loaded, calibrated = _distilled(loaded, config)
             if loaded.kind is not None and isinstance(calibration, ImageCalibration):
                 calibrated = replace(
-                    config, calibration=_image_batches(model, loaded.kind, calibration)
+                    calibrated, calibration=_image_batches(model, loaded.kind, calibration)
                 )
             check_calibration(loaded.module, calibrated)
             check_apart(places, {"the model": loaded.files})
@@ -151,7 +152,8 @@ def compress(
             loaded, calibrated, folder, target, clock, card, progress, trust_remote_code, ranks
         )
         # So that the report repeats the run as it was.
-        described = with_sources(config, adapter.usual_sources)
+        described = replace(config, distillation=calibrated.distillation)
+        described = with_sources(described, adapter.usual_sources)
         if isinstance(described.calibration, Calibration):
             texts = described.calibration.names
         if card:
@@ -219,7 +221,7 @@ def check_ranks(config: CompressionConfig, ranks: Ranks) -> None:
     for given, what in (
         (config.target, "a search for a target"),
         (config.data_free, "quantization without data"),
-        (config.distillation, "distillation"),
+        (config.distillation, "distillation (distill 0 is none)"),
         (config.hessian_cache, "a Hessian cache"),
         (isinstance(config.calibration, ImageCalibration), "calibration by images"),
     ):
@@ -312,6 +314,26 @@ def _runnable(source: _Source, config: CompressionConfig) -> _Source:
     event = f"it runs whole, not block by block: {obstacle.rstrip('.')}"
     loaded = replace(source.loaded, events=(*source.loaded.events, event))
     return _Source(source.module, replace(source.kind, adapter=WholeLM), loaded)
+
+
+def _distilled(source: _Source, config: CompressionConfig) -> tuple[_Source, CompressionConfig]:
+    """Return the settings without a distillation that an effort asks for, and the model with an
+    event, where it cannot be distilled.
+
+    Raises:
+        ConfigError: it cannot, and the distillation was asked for by itself, or `config.strict`.
+    """
+    given, kind = config.distillation, source.kind
+    if given is None or kind is None or kind.adapter.distils or source.loaded is None:
+        return source, config
+    event = f"{type(source.module).__name__} cannot be distilled"
+    if given.required:
+        raise ConfigError(f"{event}: drop distillation.")
+    event = f"{event}: nothing is tuned after the quantization"
+    if config.strict:
+        raise ConfigError(f"{event} (strict): give distill 0.")
+    loaded = replace(source.loaded, events=(*source.loaded.events, event))
+    return replace(source, loaded=loaded), replace(config, distillation=None)
 
 
 def _in_memory(module: nn.Module) -> _Source:

@@ -409,7 +409,7 @@ class Distillation:
     steps: int = setting(
         80,
         "Number of distillation steps, which tune norms, biases and scales of rows after "
-        "quantization; default: none.",
+        "quantization; 0: none; default: none, or those of --effort.",
         name="distill",
         asked=True,
     )
@@ -419,6 +419,8 @@ class Distillation:
     batch_size: int = setting(
         2, "Calibration sequences per distillation step.", name="distill_batch_size"
     )
+    required: bool = field(default=True, compare=False)
+    """Flag whose False, of an effort, lets models that cannot be distilled do without."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -698,6 +700,12 @@ def from_settings(**given: Any) -> CompressionConfig:
     effort = given.pop("effort", None)
     if effort is not None:
         _check_choice("effort", effort, Effort)
+    distilled = given.get("distill") is not None
+    if effort == "best" and given.get("calibration") == NO_DATA:
+        raise ConfigError(
+            "effort best is more calibration text and a distillation, and calibration is none: "
+            "drop one of them."
+        )
     given = with_effort(effort, given)
     grid = _grid(given)
     goals = {name: given[name] for name in map(_goal_name, _TARGETS) if given.get(name) is not None}
@@ -709,7 +717,7 @@ def from_settings(**given: Any) -> CompressionConfig:
         target=targets[0] if targets else None,
         objective=Objective(**_given(Objective, given)),
         calibration=_calibration(given),
-        distillation=_distillation(given),
+        distillation=_distillation(given, required=distilled),
         **_given(CompressionConfig, given),
         **{name: given[name] for name in ("hessian_cache", "verify") if name in given},
     )
@@ -737,14 +745,14 @@ def _calibration(given: Mapping[str, Any]) -> Calibration | ImageCalibration:
     return ImageCalibration(**_given(ImageCalibration, given))
 
 
-def _distillation(given: Mapping[str, Any]) -> Distillation | None:
-    """Return the distillation of flat settings.
+def _distillation(given: Mapping[str, Any], *, required: bool) -> Distillation | None:
+    """Return the distillation of flat settings; 0 steps are none.
 
     Raises:
         ConfigError: only its further settings are given.
     """
-    if given.get("distill") is not None:
-        return Distillation(**_given(Distillation, given))
+    if given.get("distill"):
+        return Distillation(**_given(Distillation, given), required=required)
     for one in _setting_fields(Distillation)[1:]:
         if given.get(_name(one), one.default) != one.default:
             raise ConfigError(f"{_name(one)} is of a distillation: give distill, too.")

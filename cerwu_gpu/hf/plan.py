@@ -217,7 +217,7 @@ def plan(model: Outline, config: CompressionConfig, *, ranks: int, bits: float) 
     """
     for given, what in (
         (config.data_free, "compression without data"),
-        (config.distillation, "a distillation"),
+        (config.distillation, "a distillation (distill 0 is none)"),
         (isinstance(config.calibration, ImageCalibration), "calibration by images"),
         (config.target and not isinstance(config.target, Bits), "a search for a size or a quality"),
     ):

@@ -34,6 +34,7 @@ class TextClassifier(CausalLM):
     """A classifier of sequences or of their tokens, and its calibration text."""
 
     predicts_tokens = False
+    distils = False
     overlap = None
     usual_sources = (Source("wikitext2", 1.0),)
 

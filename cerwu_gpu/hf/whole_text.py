@@ -34,6 +34,7 @@ class WholeText(WholeModel):
     """A model that predicts tokens, with its calibration text or batches of its inputs."""
 
     takes_text = True
+    distils = False
     usual_sources = (Source("wikitext2", 1.0),)
 
     def __init__(self, loaded: LoadedModel, config: CompressionConfig, **options: Any) -> None:
