@@ -362,11 +362,13 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageCalibration:
-    """Images that calibrate an image classifier, prepared by its own image processor."""
+    """Images that calibrate an image classifier, prepared by its own image processor; of a
+    vision-language model, beside its usual text (ImageTextCalibration)."""
 
     source: str = setting(
         MISSING,
-        "Directory of images, in folders by class, or a Hub dataset id; for image classifiers.",
+        "Directory of images, in folders by class, or a Hub dataset id; for image classifiers, and "
+        "beside --calibration for vision-language models.",
         name="images",
     )
     samples: int = setting(128, "Number of images, drawn at random.")
@@ -399,6 +401,32 @@ class Batches:
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTextCalibration:
+    """Images and a text that calibrate a vision-language model: a sample is an image before a part
+    of the text, as the model's own processor makes it."""
+
+    images: str
+    """Directory of images, or a hub dataset; used again where there are fewer than samples."""
+    text: Calibration = Calibration()
+    """Text, and the numbers and lengths of the samples; `sequence_length` counts the tokens that
+    stand for the image as well."""
+    tokenizer: None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.text.data_free:
+            raise ConfigError("calibration none is beside images: drop one of them.")
+        if self.text.tokenizer is not None:
+            raise ConfigError(
+                "text beside images is tokenized by the model's own processor: drop the tokenizer."
+            )
+
+    @property
+    def seed(self) -> int:
+        """Seed of random choices."""
+        return self.text.seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -442,7 +470,7 @@ class CompressionConfig:
     target: Target | None = None
     """Rate, size or quality that sets lmbda."""
     objective: Objective = Objective()
-    calibration: Calibration | ImageCalibration | Batches = Calibration()
+    calibration: Calibration | ImageCalibration | ImageTextCalibration | Batches = Calibration()
     drift: Drift = setting(
         "auto",
         "Inputs of a block: correct for those that the compressed model has, ignore that they "
@@ -673,6 +701,8 @@ def settings(config: CompressionConfig) -> dict[str, Any]:
     for part in parts:
         if part is not None:
             values.update(_values_of(part))
+    if isinstance(calibration, ImageTextCalibration):
+        values["images"], calibration = calibration.images, calibration.text
     if isinstance(calibration, Calibration):
         source = None if calibration.names is None else calibration.source
         values.update({**_values_of(calibration), "calibration": source})
@@ -723,11 +753,13 @@ def from_settings(**given: Any) -> CompressionConfig:
     )
 
 
-def _calibration(given: Mapping[str, Any]) -> Calibration | ImageCalibration:
+def _calibration(
+    given: Mapping[str, Any],
+) -> Calibration | ImageCalibration | ImageTextCalibration:
     """Return the calibration of flat settings.
 
     Raises:
-        ConfigError: images come with a setting of texts, or no data with one of data.
+        ConfigError: no data comes with images, or with a setting of data.
     """
     text = Calibration(**_given(Calibration, given))
     if text.data_free:
@@ -739,9 +771,11 @@ def _calibration(given: Mapping[str, Any]) -> Calibration | ImageCalibration:
                 )
     if given.get("images") is None:
         return text
-    for name, usual in (("calibration", Calibration().source), ("sequence_length", 512)):
-        if given.get(name, usual) not in (None, usual):
-            raise ConfigError(f"{name} is for language models: drop it, or drop images.")
+    # Only beside a text do images stand in sequences of tokens.
+    usual = Calibration()
+    of_text = (text.source, text.sequence_length, text.tokens_per_column)
+    if of_text != (usual.source, usual.sequence_length, usual.tokens_per_column):
+        return ImageTextCalibration(images=given["images"], text=text)
     return ImageCalibration(**_given(ImageCalibration, given))
 
 
