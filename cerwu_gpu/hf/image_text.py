@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from cerwu_gpu.config import CompressionConfig, ImageTextCalibration
 from cerwu_gpu.errors import CalibrationError, CerwuError, ModelError, reason
@@ -106,6 +106,8 @@ class _Processor:
         try:
             load: Any = AutoProcessor.from_pretrained
             self._processor: Any = load(files)
+            if not isinstance(self._processor, ProcessorMixin):
+                raise ValueError(f"it has a {type(self._processor).__name__} alone")
         except Exception as error:  # whatever a processor's files and libraries raise
             raise ModelError(
                 f"{files} has no processor of images and text ({reason(error)}): put its files "
