@@ -20,17 +20,24 @@ from cerwu_gpu.compression.report_files import check_reports, report_paths, writ
 from cerwu_gpu.compression.resume import settings_fingerprint
 from cerwu_gpu.compression.run import Run, plain_tensors, take_part
 from cerwu_gpu.compression.target import to_target
-from cerwu_gpu.config import Batches, Calibration, CompressionConfig, ImageCalibration
+from cerwu_gpu.config import (
+    Batches,
+    Calibration,
+    CompressionConfig,
+    ImageCalibration,
+    ImageTextCalibration,
+)
 from cerwu_gpu.container.output import check_apart, check_output
 from cerwu_gpu.container.work import WorkDirectory, output_places, work_directory, work_path
 from cerwu_gpu.container.writer import check_storable
 from cerwu_gpu.device import find_device
-from cerwu_gpu.errors import ConfigError, ModelError, OutputError
+from cerwu_gpu.errors import CalibrationError, ConfigError, ModelError, OutputError
 from cerwu_gpu.files import local_path, resolved
 from cerwu_gpu.hf.card import card_of
 from cerwu_gpu.hf.causal_lm import CausalLM, runs_whole
 from cerwu_gpu.hf.classifier import ImageClassifier, WholeModel
 from cerwu_gpu.hf.evaluation import perplexity
+from cerwu_gpu.hf.image_text import ImagesAndText, has_image_tower, image_text_batches
 from cerwu_gpu.hf.images import compare_on_images, load_images
 from cerwu_gpu.hf.kinds import KINDS, Kind, kind_of, load_kind
 from cerwu_gpu.hf.models import (
@@ -67,7 +74,8 @@ def compress(
     """Compress a model into a directory that `load_compressed` reads.
 
     Language models are calibrated by text (`Calibration`) or tokens; image classifiers of
-    transformers by images (`ImageCalibration`); these and any plain torch module, whose linear
+    transformers by images (`ImageCalibration`), vision-language models by text or by both
+    (`ImageTextCalibration`); classifiers and any plain torch module, whose linear
     layers and 2-D convolutions are compressed, by batches of their inputs (`Batches`).
 
     Args:
@@ -106,8 +114,7 @@ def compress(
     paths = report_paths(output, None if report is None else Path(report))
     places = output_places(output)
     calibration = config.calibration
-    texts = calibration.names if isinstance(calibration, Calibration) else None
-    images = calibration.source if isinstance(calibration, ImageCalibration) else None
+    texts, images = _names(config)
     read = {
         "the model": None if isinstance(model, nn.Module) else model,
         **calibration_files(config),
@@ -137,11 +144,15 @@ def compress(
         with clock.stage("load"):
             loaded = ranks.agree(partial(_loaded, model, config, trust_remote_code))
             check_takes_ranks(loaded, ranks)
-            calibrated = config
-            if loaded.kind is not None and isinstance(calibration, ImageCalibration):
+            calibrated, pairs = config, _pairs(loaded, config)
+            if pairs is not None:
+                loaded, calibrated = _with_pairs(loaded, config, pairs)
+            elif loaded.kind is not None and isinstance(calibration, ImageCalibration):
                 calibrated = replace(
                     config, calibration=_image_batches(model, loaded.kind, calibration)
                 )
+            # The work directory is that of the settings as they were given.
+            loaded, calibrated = _distilled(loaded, calibrated)
             check_calibration(loaded.module, calibrated)
             check_apart(places, {"the model": loaded.files})
             carried = None if loaded.loaded is None else loaded.loaded.names.carried
@@ -152,9 +163,11 @@ def compress(
             loaded, calibrated, folder, target, clock, card, progress, trust_remote_code, ranks
         )
         # So that the report repeats the run as it was.
-        described = with_sources(config, adapter.usual_sources)
-        if isinstance(described.calibration, Calibration):
-            texts = described.calibration.names
+        described = replace(config, distillation=calibrated.distillation)
+        if pairs is not None:
+            described = replace(described, calibration=pairs)
+        described = with_sources(described, adapter.usual_sources)
+        texts, _ = _names(described)
         if card:
             transformer = isinstance(loaded.module, PreTrainedModel)
             loader = (loaded.kind or KINDS[0]).loader if transformer else None
@@ -186,7 +199,8 @@ def compress(
             )
             attempt.writer.publish()
             result = run.report(attempt, original_bytes)
-    repeatable = (texts is not None or images is not None) and calibration.tokenizer is None
+    unnamed = texts is None and not isinstance(described.calibration, ImageCalibration)
+    repeatable = not unnamed and calibration.tokenizer is None
     try:
         write_report(
             paths,
@@ -201,6 +215,16 @@ def compress(
     except OutputError as error:  # the result is complete and counts
         result = replace(result, events=(*result.events, f"there is no report: {error}"))
     return ranks.from_first(partial(_of_rank_0, result))
+
+
+def _names(config: CompressionConfig) -> tuple[tuple[str, ...] | None, str | None]:
+    """Return the names of the texts that calibrate, None where there is none or one has no name,
+    and that of the images, or None."""
+    calibration = config.calibration
+    if isinstance(calibration, ImageTextCalibration):
+        return calibration.text.names, calibration.images
+    texts = calibration.names if isinstance(calibration, Calibration) else None
+    return texts, calibration.source if isinstance(calibration, ImageCalibration) else None
 
 
 def _of_rank_0(report: Report | None) -> Report:
@@ -220,9 +244,9 @@ def check_ranks(config: CompressionConfig, ranks: Ranks) -> None:
     for given, what in (
         (config.target, "a search for a target"),
         (config.data_free, "quantization without data"),
-        (config.distillation, "distillation"),
+        (config.distillation, "distillation (distill 0 is none)"),
         (config.hessian_cache, "a Hessian cache"),
-        (isinstance(config.calibration, ImageCalibration), "calibration by images"),
+        (_names(config)[1], "calibration by images"),
     ):
         if given:
             raise ConfigError(
@@ -304,7 +328,7 @@ def _runnable(source: _Source, config: CompressionConfig) -> _Source:
     if it has no experts, which show their inputs only there; the reason is an event."""
     if source.kind is None or source.loaded is None or source.kind.adapter is not CausalLM:
         return source
-    if config.data_free:  # nothing is run
+    if config.data_free or _names(config)[1] is not None:  # nothing is run, or the whole model
         return source
     adapter = CausalLM(source.loaded, config, device=source.module.device)
     obstacle = adapter.obstacle()
@@ -313,6 +337,26 @@ def _runnable(source: _Source, config: CompressionConfig) -> _Source:
     event = f"it runs whole, not block by block: {obstacle.rstrip('.')}"
     loaded = replace(source.loaded, events=(*source.loaded.events, event))
     return _Source(source.module, replace(source.kind, adapter=WholeLM), loaded)
+
+
+def _distilled(source: _Source, config: CompressionConfig) -> tuple[_Source, CompressionConfig]:
+    """Return the settings without a distillation that an effort asks for, and the model with an
+    event, where it cannot be distilled.
+
+    Raises:
+        ConfigError: it cannot, and the distillation was asked for by itself, or `config.strict`.
+    """
+    given, kind = config.distillation, source.kind
+    if given is None or kind is None or kind.adapter.distils or source.loaded is None:
+        return source, config
+    event = f"{type(source.module).__name__} cannot be distilled"
+    if given.required:
+        raise ConfigError(f"{event}: drop distillation.")
+    event = f"{event}: nothing is tuned after the quantization"
+    if config.strict:
+        raise ConfigError(f"{event} (strict): give distill 0.")
+    loaded = replace(source.loaded, events=(*source.loaded.events, event))
+    return replace(source, loaded=loaded), replace(config, distillation=None)
 
 
 def _in_memory(module: nn.Module) -> _Source:
@@ -339,7 +383,7 @@ def check_calibration(module: nn.Module, config: CompressionConfig) -> None:
         ConfigError: a language model comes with a loss.
     """
     source = _in_memory(module)
-    if isinstance(config.calibration, ImageCalibration):
+    if _names(config)[1] is not None:
         raise ConfigError(
             f"{type(module).__name__} is in memory, without an image processor: give Batches, or "
             "the model's directory."
@@ -354,6 +398,51 @@ def check_calibration(module: nn.Module, config: CompressionConfig) -> None:
         raise ConfigError("a language model has a loss of its own: drop the loss.")
 
 
+def _pairs(source: _Source, config: CompressionConfig) -> ImageTextCalibration | None:
+    """Return the images and the text that calibrate a model; None where there are no images, or
+    they come alone for a model that takes no text.
+
+    Raises:
+        ModelError: there is text beside the images, and the model does not take both.
+    """
+    given, kind = config.calibration, source.kind
+    both = kind is not None and kind.adapter is CausalLM and has_image_tower(source.module)
+    if isinstance(given, ImageTextCalibration):
+        if not both:
+            name, what = (
+                type(source.module).__name__,
+                "no known kind" if kind is None else kind.name,
+            )
+            raise ModelError(
+                f"{name} is {what}, which does not take images and text together: drop images, or "
+                "calibration, sequence_length and tokens_per_column."
+            )
+        return given
+    if both and isinstance(given, ImageCalibration):
+        text = Calibration(samples=given.samples, batch_size=given.batch_size, seed=given.seed)
+        return ImageTextCalibration(images=given.source, text=text)
+    return None
+
+
+def _with_pairs(
+    source: _Source, config: CompressionConfig, given: ImageTextCalibration
+) -> tuple[_Source, CompressionConfig]:
+    """Return a vision-language model as one that runs whole, and the settings with batches of
+    images and text.
+
+    Raises:
+        CalibrationError: a text is shorter than asked for, with `config.strict`.
+    """
+    assert source.kind is not None and source.loaded is not None
+    batches, events = image_text_batches(source.loaded, config, given)
+    if events and config.strict:
+        raise CalibrationError(f"{events[0]} (strict)")
+    loaded = replace(source.loaded, events=(*source.loaded.events, *events))
+    kind = replace(source.kind, adapter=ImagesAndText)
+    calibration = Batches(inputs=batches, seed=given.seed)
+    return _Source(source.module, kind, loaded), replace(config, calibration=calibration)
+
+
 def _image_batches(model: str | Path | nn.Module, kind: Kind, given: ImageCalibration) -> Batches:
     """Return the images of a calibration as batches of the model's inputs.
 
@@ -361,7 +450,9 @@ def _image_batches(model: str | Path | nn.Module, kind: Kind, given: ImageCalibr
         ModelError: the model is no image classifier.
     """
     if kind.adapter is not ImageClassifier:
-        raise ModelError(f"{model} is {kind.name}: images are for classifiers.")
+        raise ModelError(
+            f"{model} is {kind.name}: images are for classifiers and vision-language models."
+        )
     pixels = load_images(
         given.source,
         str(model),

@@ -362,11 +362,13 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageCalibration:
-    """Images that calibrate an image classifier, prepared by its own image processor."""
+    """Images that calibrate an image classifier, prepared by its own image processor; of a
+    vision-language model, beside its usual text (ImageTextCalibration)."""
 
     source: str = setting(
         MISSING,
-        "Directory of images, in folders by class, or a Hub dataset id; for image classifiers.",
+        "Directory of images, in folders by class, or a Hub dataset id; for image classifiers, and "
+        "beside --calibration for vision-language models.",
         name="images",
     )
     samples: int = setting(128, "Number of images, drawn at random.")
@@ -402,6 +404,32 @@ class Batches:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageTextCalibration:
+    """Images and a text that calibrate a vision-language model: a sample is an image before a part
+    of the text, as the model's own processor makes it."""
+
+    images: str
+    """Directory of images, or a hub dataset; used again where there are fewer than samples."""
+    text: Calibration = Calibration()
+    """Text, and the numbers and lengths of the samples; `sequence_length` counts the tokens that
+    stand for the image as well."""
+    tokenizer: None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.text.data_free:
+            raise ConfigError("calibration none is beside images: drop one of them.")
+        if self.text.tokenizer is not None:
+            raise ConfigError(
+                "text beside images is tokenized by the model's own processor: drop the tokenizer."
+            )
+
+    @property
+    def seed(self) -> int:
+        """Seed of random choices."""
+        return self.text.seed
+
+
+@dataclass(frozen=True, kw_only=True)
 class Distillation:
     """Tuning of norms, biases and scales of rows toward the original model, after the integers are
     found."""
@@ -409,7 +437,7 @@ class Distillation:
     steps: int = setting(
         80,
         "Number of distillation steps, which tune norms, biases and scales of rows after "
-        "quantization; default: none.",
+        "quantization; 0: none; default: none, or those of --effort.",
         name="distill",
         asked=True,
     )
@@ -419,6 +447,8 @@ class Distillation:
     batch_size: int = setting(
         2, "Calibration sequences per distillation step.", name="distill_batch_size"
     )
+    required: bool = field(default=True, compare=False)
+    """Flag whose False, of an effort, lets models that cannot be distilled do without."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -440,7 +470,7 @@ class CompressionConfig:
     target: Target | None = None
     """Rate, size or quality that sets lmbda."""
     objective: Objective = Objective()
-    calibration: Calibration | ImageCalibration | Batches = Calibration()
+    calibration: Calibration | ImageCalibration | ImageTextCalibration | Batches = Calibration()
     drift: Drift = setting(
         "auto",
         "Inputs of a block: correct for those that the compressed model has, ignore that they "
@@ -671,6 +701,8 @@ def settings(config: CompressionConfig) -> dict[str, Any]:
     for part in parts:
         if part is not None:
             values.update(_values_of(part))
+    if isinstance(calibration, ImageTextCalibration):
+        values["images"], calibration = calibration.images, calibration.text
     if isinstance(calibration, Calibration):
         source = None if calibration.names is None else calibration.source
         values.update({**_values_of(calibration), "calibration": source})
@@ -698,6 +730,12 @@ def from_settings(**given: Any) -> CompressionConfig:
     effort = given.pop("effort", None)
     if effort is not None:
         _check_choice("effort", effort, Effort)
+    distilled = given.get("distill") is not None
+    if effort == "best" and given.get("calibration") == NO_DATA:
+        raise ConfigError(
+            "effort best is more calibration text and a distillation, and calibration is none: "
+            "drop one of them."
+        )
     given = with_effort(effort, given)
     grid = _grid(given)
     goals = {name: given[name] for name in map(_goal_name, _TARGETS) if given.get(name) is not None}
@@ -709,17 +747,19 @@ def from_settings(**given: Any) -> CompressionConfig:
         target=targets[0] if targets else None,
         objective=Objective(**_given(Objective, given)),
         calibration=_calibration(given),
-        distillation=_distillation(given),
+        distillation=_distillation(given, required=distilled),
         **_given(CompressionConfig, given),
         **{name: given[name] for name in ("hessian_cache", "verify") if name in given},
     )
 
 
-def _calibration(given: Mapping[str, Any]) -> Calibration | ImageCalibration:
+def _calibration(
+    given: Mapping[str, Any],
+) -> Calibration | ImageCalibration | ImageTextCalibration:
     """Return the calibration of flat settings.
 
     Raises:
-        ConfigError: images come with a setting of texts, or no data with one of data.
+        ConfigError: no data comes with images, or with a setting of data.
     """
     text = Calibration(**_given(Calibration, given))
     if text.data_free:
@@ -731,20 +771,22 @@ def _calibration(given: Mapping[str, Any]) -> Calibration | ImageCalibration:
                 )
     if given.get("images") is None:
         return text
-    for name, usual in (("calibration", Calibration().source), ("sequence_length", 512)):
-        if given.get(name, usual) not in (None, usual):
-            raise ConfigError(f"{name} is for language models: drop it, or drop images.")
+    # Only beside a text do images stand in sequences of tokens.
+    usual = Calibration()
+    of_text = (text.source, text.sequence_length, text.tokens_per_column)
+    if of_text != (usual.source, usual.sequence_length, usual.tokens_per_column):
+        return ImageTextCalibration(images=given["images"], text=text)
     return ImageCalibration(**_given(ImageCalibration, given))
 
 
-def _distillation(given: Mapping[str, Any]) -> Distillation | None:
-    """Return the distillation of flat settings.
+def _distillation(given: Mapping[str, Any], *, required: bool) -> Distillation | None:
+    """Return the distillation of flat settings; 0 steps are none.
 
     Raises:
         ConfigError: only its further settings are given.
     """
-    if given.get("distill") is not None:
-        return Distillation(**_given(Distillation, given))
+    if given.get("distill"):
+        return Distillation(**_given(Distillation, given), required=required)
     for one in _setting_fields(Distillation)[1:]:
         if given.get(_name(one), one.default) != one.default:
             raise ConfigError(f"{_name(one)} is of a distillation: give distill, too.")

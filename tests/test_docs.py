@@ -123,10 +123,15 @@ def test_blocks_are_in_languages_that_are_carried_out() -> None:
 
 @pytest.fixture
 def place(
-    toy_directory: Path, toy_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_directory: Path,
+    toy_text: Path,
+    toy_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     """The current directory, with what the pages name; `compress` of Python takes few samples."""
     from cerwu_gpu import api
+    from tests.hf.test_image_text import save as save_vision_language
     from tests.models.toys import save_classifier, save_pictures, toy
 
     compress, text = api.compress, toy_text.read_text(encoding="utf-8")
@@ -146,6 +151,7 @@ def place(
     toy("resnet").save_pretrained(tmp_path / "my-resnet")
     save_classifier(tmp_path / "my-classifier")
     save_pictures(tmp_path / "my-images")
+    save_vision_language("llava", toy_tokenizer, tmp_path / "my-vlm")
     return tmp_path
 
 
@@ -194,7 +200,8 @@ def run(words: list[str], command: Callable[..., Any], monkeypatch: pytest.Monke
     if arguments[-2:-1] == [">"]:
         *arguments, _, written = arguments
     if program == "cerwu-gpu":
-        added = ADDED_TO_IMAGES if "--images" in arguments else ADDED
+        alone = "--images" in arguments and "--calibration" not in arguments
+        added = ADDED_TO_IMAGES if alone else ADDED
         options = added.get(arguments[0], ())
         if "--calibration" in arguments and options[:2] == TEXTS:
             options = options[2:]  # a second text would join the first

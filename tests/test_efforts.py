@@ -1,6 +1,7 @@
 """Efforts: presets that explicit settings win over, and compression without any data."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cerwu_gpu.config import (
     Distillation,
     ImageCalibration,
     Objective,
+    Text,
     Uniform,
     from_settings,
     settings,
@@ -23,6 +25,8 @@ from cerwu_gpu.config import (
 from cerwu_gpu.container.reader import open_directory
 from cerwu_gpu.models.module import fill
 from cerwu_gpu.quantize.layer import quantize_stack
+from tests.hf.test_text_heads import toy as text_head
+from tests.hf.test_whole_text import TEXT
 from tests.hf.test_whole_text import toy as encoder_decoder
 from tests.hf.toys import toy
 from tests.models.toys import toy as toy_classifier
@@ -49,6 +53,8 @@ def test_settings_that_are_given_win():
     assert from_settings(effort="fast", calibration="a.txt").text.names == ("a.txt",)
     assert from_settings(effort="best", samples=7).text.samples == 7
     assert from_settings(effort="best", distill=None).distillation is None
+    assert from_settings(effort="best", distill=0).distillation is None
+    assert from_settings(distill=0) == CompressionConfig()
 
 
 def test_what_an_effort_sets_gives_way_to_what_excludes_it():
@@ -74,12 +80,13 @@ def test_an_unknown_effort_is_refused():
         ({"max_perplexity_increase": 0.1}, "max_perplexity_increase needs data"),
         ({"hessian_cache": Path("x")}, "hessian_cache needs data"),
         ({"samples": 3}, "samples is of calibration data"),
+        ({"effort": "best"}, "effort best is more calibration text and a distillation, and"),
         ({"sequence_length": 64}, "sequence_length is of calibration data"),
     ],
 )
 def test_without_data_nothing_that_needs_it_can_be_asked_for(given, message):
     with pytest.raises(ConfigError, match=message):
-        data_free(**given)
+        from_settings(**{"effort": "fast", "calibration": "none", **given})
 
 
 def test_no_data_and_a_text_exclude_each_other():
@@ -129,6 +136,33 @@ def test_a_model_on_disk_gives_the_same_bytes(tmp_path):
     disk, memory = (open_directory(tmp_path / name) for name in ("disk", "memory"))
     for (name, a), (_, b) in zip(disk.weights(), memory.weights(), strict=True):
         assert torch.equal(a, b), name
+
+
+def best_of(tokenizer: Any, **given: Any) -> CompressionConfig:
+    config = from_settings(effort="best", lmbda=1e-7, limit_columns=0, **given)
+    calibration = Calibration(
+        source=Text(TEXT * 8), tokenizer=tokenizer, samples=4, sequence_length=32, batch_size=2
+    )
+    return replace(config, calibration=calibration)
+
+
+@pytest.mark.parametrize("kind", ["t5", "sequences, bert"])
+def test_best_does_without_a_distillation_where_there_is_none(kind, toy_tokenizer, tmp_path):
+    words = len(toy_tokenizer)
+    model = encoder_decoder(kind, words) if kind == "t5" else text_head(kind, words)
+    output, config = tmp_path / "small", best_of(toy_tokenizer)
+    report = cerwu_gpu.compress(model, output, config=config, progress=False)
+    event = "cannot be distilled: nothing is tuned after the quantization"
+    assert [event in one for one in report.events] == [True] and report.distillation is None
+    content = json.loads((tmp_path / "small.report.json").read_text(encoding="utf-8"))
+    assert content["settings"]["distill"] is None  # asked for by itself it would be refused
+    for given, message in (
+        ({"strict": True}, r"\(strict\): give distill 0"),
+        ({"distill": 2}, "drop"),
+    ):
+        config = best_of(toy_tokenizer, **given)
+        with pytest.raises(ConfigError, match=f"cannot be distilled.*{message}"):
+            cerwu_gpu.compress(model, tmp_path / "other", config=config, progress=False)
 
 
 class Nested(nn.Module):

@@ -22,6 +22,7 @@ PUBLIC = [
     "FactorizationError",
     "FormatError",
     "ImageCalibration",
+    "ImageTextCalibration",
     "LayerReport",
     "MaxPerplexityIncrease",
     "MaxSize",

@@ -20,7 +20,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    modeling_gguf_pytorch_utils,
 )
 
 from cerwu_gpu.errors import ModelError, reason
@@ -50,6 +49,12 @@ def check_gguf(path: Path) -> None:
             f"reading {path.name} needs {' and '.join(missing)}: "
             f"run `pip install {' '.join(missing)}`."
         )
+
+
+def _reading() -> Any:
+    """Return transformers' module that reads GGUF, imported when there is a file: it loads the
+    tokenizers of many models, which no other start needs."""
+    return importlib.import_module("transformers.modeling_gguf_pytorch_utils")
 
 
 @contextmanager
@@ -133,7 +138,7 @@ class GgufTensors:
         with ExitStack() as stack:
             for name, value in changes.items():
                 stack.enter_context(_replaced(self._gguf, name, value))
-            stack.enter_context(_replaced(modeling_gguf_pytorch_utils, "tqdm", lambda x, **_: x))
+            stack.enter_context(_replaced(_reading(), "tqdm", lambda x, **_: x))
             content = self._load(
                 self._path, return_tensors=True, model_to_load=self._model, torch_dtype=self._dtype
             )
@@ -145,7 +150,7 @@ class GgufTensors:
 def tensors_in_file() -> Iterator[list[GgufTensors]]:
     """Make transformers leave the tensors of .gguf files where they are inside the context; the
     list receives them instead."""
-    load: Any = modeling_gguf_pytorch_utils.load_gguf_checkpoint
+    load: Any = _reading().load_gguf_checkpoint
     opened: list[GgufTensors] = []
 
     def parsed(
@@ -160,7 +165,7 @@ def tensors_in_file() -> Iterator[list[GgufTensors]]:
             content["tensors"] = {}
         return content
 
-    with _replaced(modeling_gguf_pytorch_utils, "load_gguf_checkpoint", parsed):
+    with _replaced(_reading(), "load_gguf_checkpoint", parsed):
         yield opened
 
 

@@ -65,7 +65,7 @@ def evaluate(
     """Measure the perplexity of MODEL on a text with sliding windows, and run lm-eval tasks.
 
     With --against, evaluate both models on the same tokens and report the mean KL divergence
-    KL(original || MODEL) and the top-1 agreement.
+    KL(original || MODEL) and the top-1 agreement; of embedding models the mean cosine.
     """
     set_verbosity(quiet=quiet)
     from cerwu_gpu.hf.evaluation import check_tasks_available, task_results
@@ -147,7 +147,8 @@ def _on_text(
     batch_size: int,
     progress: bool,
 ) -> dict[str, Any]:
-    """Return the perplexity of a model, or the fields of a Comparison of two."""
+    """Return the perplexity of a model, or the fields of a Comparison or a Divergence of two."""
+    from cerwu_gpu.hf.divergence import divergence, is_compared_by_divergence
     from cerwu_gpu.hf.evaluation import check_same_tokens, compare, perplexity
     from cerwu_gpu.hf.models import require_tokenizer
 
@@ -159,6 +160,14 @@ def _on_text(
         "progress": progress,
     }
     tokenizer = require_tokenizer(pair[0].tokenizer)
+    if is_compared_by_divergence(pair[0]):
+        if settings.pop("stride") is not None:
+            raise ConfigError("stride is of models that predict a next or masked token: drop it.")
+        original = pair[1] if len(pair) == 2 else None
+        if original is not None:
+            check_same_tokens(tokenizer, original.tokenizer, content)
+        result = asdict(divergence(pair[0], original, content, **settings))
+        return {field: value for field, value in result.items() if value is not None}
     if len(pair) == 1:
         return {"perplexity": perplexity(pair[0].model, tokenizer, content, **settings)}
     check_same_tokens(tokenizer, pair[1].tokenizer, content)
@@ -194,15 +203,26 @@ def _in_words(numbers: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("images", f"{numbers['images']:,}"))
     if "perplexity" in numbers:
         rows.append(("perplexity", f"{numbers['perplexity']:.4f}"))
+    if "cosine" in numbers:
+        rows.append(("mean cosine of the embeddings", f"{numbers['cosine']:.6f}"))
+    if "rms_difference" in numbers:
+        rows.append(("root mean square of the difference", f"{numbers['rms_difference']:.6f}"))
     if "original_perplexity" in numbers:
         increase = numbers["perplexity"] / numbers["original_perplexity"] - 1
         rows += [
             ("perplexity of the original", f"{numbers['original_perplexity']:.4f}"),
             ("increase", f"{increase:+.2%}"),
-            ("mean KL divergence", f"{numbers['kl_divergence']:.6f} nats per token"),
-            ("top-1 agreement", f"{numbers['top1_agreement']:.2%}"),
-            ("predicted tokens", f"{numbers['tokens']:,}"),
         ]
+    if "kl_divergence" in numbers and "accuracy" not in numbers:
+        each = "token" if "perplexity" in numbers else "label"
+        rows += [
+            ("mean KL divergence", f"{numbers['kl_divergence']:.6f} nats per {each}"),
+            ("top-1 agreement", f"{numbers['top1_agreement']:.2%}"),
+        ]
+    if "tokens" in numbers:
+        rows.append(("predicted tokens", f"{numbers['tokens']:,}"))
+    if "predictions" in numbers:
+        rows.append(("predictions", f"{numbers['predictions']:,}"))
     return rows
 
 

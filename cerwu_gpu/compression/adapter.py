@@ -34,6 +34,7 @@ class Adapter(ABC):
         carried: tensors of the source that the module does not hold, to be stored as they are.
         drifts: whether a corrected drift changes the quantized targets: a sample of the rows then
             does not show the whole effect of lmbda.
+        distils: whether a distillation applies to models of this kind.
         usual_sources: texts that calibrate where none is given.
         full_passes: number of passes that the search for a target may take.
         ranks: share the work.
@@ -47,6 +48,7 @@ class Adapter(ABC):
     left: Mapping[str, str] = {}
     carried: Mapping[str, Tensor] = {}
     drifts = False
+    distils = True
     usual_sources: tuple[Source, ...] = ()
     full_passes = 3
     ranks: Ranks

@@ -31,6 +31,8 @@ from cerwu_gpu.config import (
     Batches,
     Calibration,
     CompressionConfig,
+    ImageCalibration,
+    ImageTextCalibration,
     MaxPerplexityIncrease,
     Source,
 )
@@ -583,9 +585,12 @@ def select(
 
 def runs_whole(config: CompressionConfig) -> bool:
     """Return whether the model must be whole in memory: to write its calibration text token by
-    token, which would read it once for each, or to tune the scales of rows of all blocks."""
+    token, which would read it once for each, to tune the scales of rows of all blocks, or to see
+    images."""
     calibration = config.calibration
     if config.distillation is not None:
+        return True
+    if isinstance(calibration, ImageCalibration | ImageTextCalibration):
         return True
     if not isinstance(calibration, Calibration):
         return False

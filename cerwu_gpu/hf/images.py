@@ -75,14 +75,8 @@ def load_images(
         CalibrationError: the images cannot be loaded, or the model has no such class.
         ModelError: the model has no image processor.
     """
-    rows = _dataset(name, part)
-    column = _column(rows, "Image")
-    if column is None:
-        raise CalibrationError(f"{name} holds no images: give a directory or dataset of images.")
+    rows, column = _drawn(name, part, count, seed)
     label_column = _column(rows, "ClassLabel")
-    if count is not None and count < len(rows):
-        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        rows = rows.select(chosen[:count].sort().values.tolist())
     process = _processor(model)
     numbers = None if label_column is None else _numbering(rows.features[label_column], labels)
     if label_column is not None and min(rows[label_column], default=0) < 0:
@@ -95,6 +89,33 @@ def load_images(
         if label_column is not None and numbers is not None:
             targets.append(torch.tensor([numbers[label] for label in batch[label_column]]))
     return Images(batches, targets if numbers is not None else None)
+
+
+def load_pictures(name: str, *, count: int, seed: int) -> list[Any]:
+    """Return at most `count` images of the calibration part of a directory or a hub dataset, as
+    `load_images` draws them, RGB images of PIL.
+
+    Raises:
+        CalibrationError: the images cannot be loaded.
+    """
+    rows, column = _drawn(name, "calibration", count, seed)
+    return [image.convert("RGB") for image in rows[column]]
+
+
+def _drawn(name: str, part: Part, count: int | None, seed: int) -> tuple[Any, str]:
+    """Return rows of a dataset, and the name of their column of images.
+
+    Raises:
+        CalibrationError: there are no images.
+    """
+    rows = _dataset(name, part)
+    column = _column(rows, "Image")
+    if column is None or not len(rows):
+        raise CalibrationError(f"{name} holds no images: give a directory or dataset of images.")
+    if count is not None and count < len(rows):
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        rows = rows.select(chosen[:count].sort().values.tolist())
+    return rows, column
 
 
 def _dataset(name: str, part: Part) -> Any:

@@ -19,7 +19,13 @@ from cerwu_gpu.calibration.capture import replaced
 from cerwu_gpu.calibration.moments import InputMoments
 from cerwu_gpu.calibration.products import Product, module_products
 from cerwu_gpu.compression.blocks import BlockWeights, search_cost
-from cerwu_gpu.config import Bits, Calibration, CompressionConfig, ImageCalibration
+from cerwu_gpu.config import (
+    Bits,
+    Calibration,
+    CompressionConfig,
+    ImageCalibration,
+    ImageTextCalibration,
+)
 from cerwu_gpu.errors import ConfigError, ModelError, reason
 from cerwu_gpu.files import local_path
 from cerwu_gpu.hf.causal_lm import SENSITIVITY_TOKENS, runs_whole, select
@@ -215,10 +221,11 @@ def plan(model: Outline, config: CompressionConfig, *, ranks: int, bits: float) 
     Raises:
         ConfigError: there is no plan for runs of these settings.
     """
+    images = isinstance(config.calibration, ImageCalibration | ImageTextCalibration)
     for given, what in (
         (config.data_free, "compression without data"),
-        (config.distillation, "a distillation"),
-        (isinstance(config.calibration, ImageCalibration), "calibration by images"),
+        (config.distillation, "a distillation (distill 0 is none)"),
+        (images, "calibration by images"),
         (config.target and not isinstance(config.target, Bits), "a search for a size or a quality"),
     ):
         if given:

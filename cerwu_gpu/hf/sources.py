@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cerwu_gpu.config import Calibration, CompressionConfig, Source, Text
+from cerwu_gpu.config import Calibration, CompressionConfig, ImageTextCalibration, Source, Text
 from cerwu_gpu.hf.text import (
     SELF,
     CalibrationTokens,
@@ -27,6 +27,8 @@ LEAST_COLUMNS = 8192
 def calibration_files(config: CompressionConfig) -> dict[str, Path | None]:
     """Return the files that calibrate, as `check_apart` takes what is read."""
     calibration = config.calibration
+    if isinstance(calibration, ImageTextCalibration):
+        calibration = calibration.text
     names = calibration.names if isinstance(calibration, Calibration) else None
     files = [path for path in map(text_file, names or ()) if path is not None]
     if len(files) < 2:
@@ -37,6 +39,10 @@ def calibration_files(config: CompressionConfig) -> dict[str, Path | None]:
 def with_sources(config: CompressionConfig, usual: Sequence[Source]) -> CompressionConfig:
     """Return the configuration with the usual texts where it asks for them."""
     calibration = config.calibration
+    if isinstance(calibration, ImageTextCalibration):
+        text = with_sources(replace(config, calibration=calibration.text), usual).calibration
+        assert isinstance(text, Calibration)
+        return replace(config, calibration=replace(calibration, text=text))
     if not (usual and isinstance(calibration, Calibration) and calibration.source is None):
         return config
     given = tuple(

@@ -193,6 +193,23 @@ def token_windows(
     return CalibrationTokens(windows[chosen.sort().values], windows[judging.sort().values])
 
 
+def text_windows(
+    text: str, tokenizer: PreTrainedTokenizerBase | None, sequence_length: int
+) -> Tensor:
+    """Return all whole windows of a text in its order, int64 [count, sequence_length], each behind
+    the token that a text begins with, where the tokenizer has one; one window of a shorter text.
+
+    Raises:
+        CalibrationError: the text is empty.
+        ModelError: there is no tokenizer.
+    """
+    tokenizer = require_tokenizer(tokenizer)
+    ids, first = tokenized(text, tokenizer, special=False), first_token(tokenizer)
+    length = min(sequence_length - (first is not None), len(ids))
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    return windows if first is None else functional.pad(windows, (1, 0), value=first)
+
+
 def demo_text() -> tuple[str, str]:
     """Return (calibration, evaluation): disjoint parts of Python's own help topics, about 5 : 1.
 

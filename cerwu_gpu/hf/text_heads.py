@@ -9,6 +9,7 @@ their cosine.
 import inspect
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class TextClassifier(CausalLM):
     """A classifier of sequences or of their tokens, and its calibration text."""
 
     predicts_tokens = False
+    distils = False
     overlap = None
     usual_sources = (Source("wikitext2", 1.0),)
 
@@ -76,30 +78,31 @@ class Embedder(TextClassifier):
     """An encoder or decoder without a head, whose hidden states embed a text or its tokens."""
 
     def total_loss(self, tokens: Tensor, logits: Tensor) -> Tensor:
-        vectors = functional.normalize(self._pooled(logits.float()), dim=1)
+        vectors = functional.normalize(pooled(logits.float(), pooling_of(self.loaded.files)), dim=1)
         generator = torch.Generator().manual_seed(int(tokens.sum()))
         scale = math.sqrt(tokens.numel() / len(vectors))
         return scale * (vectors * drawn_signs(vectors, generator)).sum()
 
-    def _pooled(self, states: Tensor) -> Tensor:
-        """Return embeddings [count, width] of hidden states [batch, sequence, width], pooled as the
-        model's directory says for sentence-transformers; without that those of all tokens."""
-        pooling = self._pooling()
-        if pooling == "cls":
-            return states[:, 0]
-        if pooling == "lasttoken":
-            return states[:, -1]
-        return states.mean(dim=1) if pooling == "mean" else states.flatten(0, 1)
 
-    def _pooling(self) -> str | None:
-        """Return the name of the way to pool; None where it is not known."""
-        folder = self.loaded.files
-        try:
-            modules = [] if folder is None else read_json(folder / "modules.json")
-            paths = [x["path"] for x in modules if str(x["type"]).endswith(".Pooling")]
-            content = read_json(folder / paths[0] / "config.json") if folder and paths else {}
-            named = content.get("pooling_mode")
-            old = [name for setting, name in POOLED.items() if content.get(setting) is True]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-        return str(named) if named is not None else (old[0] if len(old) == 1 else None)
+def pooled(states: Tensor, pooling: str | None) -> Tensor:
+    """Return embeddings [count, width] of hidden states [batch, sequence, width], pooled in the way
+    of this name; of None those of all tokens."""
+    if pooling == "cls":
+        return states[:, 0]
+    if pooling == "lasttoken":
+        return states[:, -1]
+    return states.mean(dim=1) if pooling == "mean" else states.flatten(0, 1)
+
+
+def pooling_of(folder: Path | None) -> str | None:
+    """Return the name of the way to pool that a model's directory gives to sentence-transformers;
+    None where it is not known."""
+    try:
+        modules = [] if folder is None else read_json(folder / "modules.json")
+        paths = [x["path"] for x in modules if str(x["type"]).endswith(".Pooling")]
+        content = read_json(folder / paths[0] / "config.json") if folder and paths else {}
+        named = content.get("pooling_mode")
+        old = [name for setting, name in POOLED.items() if content.get(setting) is True]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return str(named) if named is not None else (old[0] if len(old) == 1 else None)

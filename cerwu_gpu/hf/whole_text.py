@@ -7,14 +7,16 @@ predicted tokens, scaled so that lmbda is nats per token.
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from cerwu_gpu.calibration.running import Batch, Runner, evaluating
+from cerwu_gpu.calibration.sensitivity import Loss
 from cerwu_gpu.config import Batches, Calibration, CompressionConfig, Source
 from cerwu_gpu.errors import CalibrationError, ConfigError, ModelError
 from cerwu_gpu.hf.classifier import WholeModel
@@ -34,6 +36,7 @@ class WholeText(WholeModel):
     """A model that predicts tokens, with its calibration text or batches of its inputs."""
 
     takes_text = True
+    distils = False
     usual_sources = (Source("wikitext2", 1.0),)
 
     def __init__(self, loaded: LoadedModel, config: CompressionConfig, **options: Any) -> None:
@@ -59,13 +62,13 @@ class WholeText(WholeModel):
             if events and config.strict:
                 raise CalibrationError(f"{events[0]} (strict)")
             batches = [self.inputs(rows) for rows in torch.split(tokens.tokens, given.batch_size)]
-            data = Batches(inputs=batches, loss=token_losses, seed=given.seed)
+            data = Batches(inputs=batches, loss=self._own_loss(), seed=given.seed)
         else:
             assert isinstance(given, Batches)
             inputs = [self.batch(batch) for batch in given.inputs]
             if given.loss is None and not all(map(self.predicts, inputs)):
                 raise CalibrationError(f"batches of {type(module).__name__} are {self.takes}.")
-            data = replace(given, inputs=inputs, loss=given.loss or token_losses)
+            data = replace(given, inputs=inputs, loss=given.loss or self._own_loss())
         super().__init__(loaded, replace(config, calibration=data), **options)
         self.events = (*self.events, *events)
 
@@ -105,6 +108,15 @@ class WholeText(WholeModel):
     def inputs(self, tokens: Tensor) -> dict[str, Any]:
         """Return the inputs for windows, int64 [samples, sequence]."""
 
+    @property
+    def unpredicted(self) -> int | None:
+        """Token that nothing predicts; None: there is none."""
+        return None
+
+    def _own_loss(self) -> Loss:
+        token = self.unpredicted
+        return token_losses if token is None else _WithoutToken(token)
+
     predicted: tuple[str, ...] = ("decoder_input_ids", "labels")
     """Inputs one of which holds the tokens to predict."""
 
@@ -127,13 +139,13 @@ class WholeText(WholeModel):
 
     @torch.no_grad()
     def loss(self) -> float | None:
-        if self._loss is not token_losses or not self._held_out:
+        if self._loss != self._own_loss() or not self._held_out:
             return super().loss()
         total = count = 0.0
         with evaluating(self.module, self._device):
             runner = Runner(self.module, {}, self._device)
             for batch in self._held_out:
-                nats, predicted = _nats(runner.run(batch), batch)
+                nats, predicted = _nats(runner.run(batch), batch, self.unpredicted)
                 total += float(nats.double().sum())
                 count += float(predicted.sum())
         return total / count
@@ -156,16 +168,7 @@ class SequenceToSequence(WholeText):
         super().__init__(loaded, config, **options)
 
     def inputs(self, tokens: Tensor) -> dict[str, Any]:
-        settings: Any = self.module.config
-        fields = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-        named = (getattr(settings, field, None) for field in fields)
-        start = next((token for token in named if token is not None), 0)
-        half = -(-tokens.shape[1] // 2)
-        return {
-            "input_ids": tokens[:, :half],
-            "decoder_input_ids": functional.pad(tokens[:, half:], (1, 0), value=start),
-            "use_cache": False,
-        }
+        return {**teacher_forced(self.module, tokens), "use_cache": False}
 
 
 class WholeLM(WholeText):
@@ -187,20 +190,48 @@ class WholeLM(WholeText):
         return {"input_ids": tokens, "use_cache": False}
 
 
-def token_losses(output: Any, batch: Any) -> Tensor:
+def teacher_forced(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
+    """Return the inputs of an encoder-decoder for windows, int64 [samples, sequence]: the encoder
+    reads the first half, the decoder is given the second one behind its first token."""
+    settings: Any = model.config
+    fields = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    named = (getattr(settings, field, None) for field in fields)
+    start = next((token for token in named if token is not None), 0)
+    half = -(-tokens.shape[1] // 2)
+    following = functional.pad(tokens[:, half:], (1, 0), value=start)
+    return {"input_ids": tokens[:, :half], "decoder_input_ids": following}
+
+
+def token_losses(output: Any, batch: Any, unpredicted: int | None = None) -> Tensor:
     """Return per sample the negative log likelihood of the predicted tokens over the square root of
-    their number: its squared gradients are those per token."""
-    nats, predicted = _nats(output, batch)
+    their number: its squared gradients are those per token.
+
+    Args:
+        unpredicted: token that nothing predicts.
+    """
+    nats, predicted = _nats(output, batch, unpredicted)
     return nats / predicted.clamp_min(1).sqrt()
 
 
-def _nats(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _WithoutToken:
+    """The loss of all tokens but one; two of the same token are equal."""
+
+    token: int
+
+    def __call__(self, output: Any, batch: Any) -> Tensor:
+        return token_losses(output, batch, self.token)
+
+
+def _nats(output: Any, batch: Any, unpredicted: int | None) -> tuple[Tensor, Tensor]:
     """Return the negative log likelihood of the predicted tokens [samples] and their number."""
     logits, labels = logits_or_states(output), batch.get("labels")
     if labels is None:
         ids = batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"]
         logits, labels = logits[:, :-1], ids[:, 1:]
     labels = labels.to(logits.device)
+    if unpredicted is not None:
+        labels = labels.masked_fill(labels == unpredicted, IGNORED)
     nats = functional.cross_entropy(
         logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
     )

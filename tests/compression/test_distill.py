@@ -411,7 +411,7 @@ def test_settings_of_a_distillation() -> None:
     assert from_settings(**settings(config)) == config
     assert settings(CompressionConfig())["distill"] is None
     assert from_settings().distillation is None and Distillation().steps > 0
-    for wrong in ({"distill": 0}, {"distill": 3, "distill_learning_rate": -1.0}):
+    for wrong in ({"distill": -1}, {"distill": 3, "distill_learning_rate": -1.0}):
         with pytest.raises(ConfigError):
             from_settings(**wrong)
     with pytest.raises(ConfigError, match="give distill, too"):

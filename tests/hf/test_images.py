@@ -118,7 +118,7 @@ def test_images_are_for_classifiers_in_directories(
     code, _, err = command(
         "compress", tmp_path / "language", "-o", tmp_path / "out", "--images", pictures, "--quiet"
     )
-    assert code == 2 and "is a causal language model: images are for classifiers" in err
+    assert code == 2 and "is a causal language model: images are for classifiers and vision" in err
     assert not (tmp_path / "out").exists()
 
 
