@@ -33,6 +33,7 @@ ORDER = (
         "errors",
         "files",
         "layout",
+        "memory",
         "progress",
         "quantities",
         "ranks",

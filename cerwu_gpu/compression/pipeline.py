@@ -20,6 +20,7 @@ from cerwu_gpu.container.writer import DirectoryWriter
 from cerwu_gpu.errors import CalibrationError, CerwuError, ModelError
 from cerwu_gpu.files import dtype_name
 from cerwu_gpu.layout import WeightLayout
+from cerwu_gpu.memory import give_back
 from cerwu_gpu.progress import Clock
 from cerwu_gpu.quantize.layer import NARROW_COLUMNS, QuantizedStack, Stack, quantize_stacks
 from cerwu_gpu.quantize.objective import drift_target
@@ -175,6 +176,7 @@ class _Pass:
     ) -> list[tuple[Coding, Tensor]]:
         """Quantize what this rank owns of a block, and write it back; return it with the weights
         [m, n] that others need."""
+        give_back()  # what calibration took, before the search takes more
         wide = any(len(x.hessian) > NARROW_COLUMNS for x in statistics.values())
         owned = [stack for stack in stacks(matrices) if statistics[stack[0].input].here]
         # The longest first, so that no worker is left with it alone.

@@ -36,6 +36,7 @@ from cerwu_gpu.container.journal import Journal
 from cerwu_gpu.errors import ModelError
 from cerwu_gpu.files import checksum
 from cerwu_gpu.hf.models import is_conv1d
+from cerwu_gpu.memory import give_back
 from cerwu_gpu.models.selection import find_blocks
 
 Conversion = Callable[..., Any]
@@ -190,6 +191,7 @@ class WeightsOnDisk:
             with torch.inference_mode(False):
                 self._let_go(versions)
             _move(module, HOME)
+            give_back()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         index: int | None = None

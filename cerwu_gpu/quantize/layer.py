@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from cerwu_gpu.config import CompressionConfig, Uniform, Values, Waterfilled
+from cerwu_gpu.memory import give_back
 from cerwu_gpu.quantize.classes import Classes
 from cerwu_gpu.quantize.grid import Grid, nearest, scaled
 from cerwu_gpu.quantize.limit import limit_bits
 from cerwu_gpu.quantize.objective import (
+    Factors,
     OutputLoss,
     check_finite,
     factors_with_damping,
@@ -28,6 +30,8 @@ from cerwu_gpu.threads import one_thread
 
 NARROW_COLUMNS = 4096
 """Columns up to which a stack is one thread's work, beside other stacks where there are any."""
+LARGE = 1 << 22
+"""Numbers in the Hessians that are searched together from which their memory counts."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +169,16 @@ def _quantize(stacks: Sequence[Stack], config: CompressionConfig) -> list[Quanti
         more_damping = [
             now if now != first else None for now, first in zip(used, asked, strict=True)
         ]
-        problem = Problem.build(weight, alpha, damped, upper, bounds, config)
-        symbols, grid, classes = problem.solve(), problem.grid, problem.classes
         if not config.bounded:
             diagonals = (x.diagonal(dim1=1, dim2=2) for x in (damped, hessian))
             raised = torch.sub(*diagonals).to(torch.float32)
-        del damped, upper, problem
+        factors = Factors(damped, upper)
+        del damped, upper
+        problem = Problem.build(weight, alpha, factors, bounds, config)
+        symbols, grid, classes = problem.solve(), problem.grid, problem.classes
+        del problem
+        if hessian.numel() >= LARGE:
+            give_back()
     finished = finish_matrices(symbols, grid, bounds, classes, config.states)
     done: list[_Done] = [_Done([], [], []) for _ in stacks]
     for number, (first, last) in enumerate(pairwise(bounds)):

@@ -141,7 +141,8 @@ def _factored(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Return R [..., n, n], and whether each H is numerically positive definite, [...] bool."""
     with one_thread():
         backwards, info = torch.linalg.cholesky_ex(hessian.flip(-2, -1))
-    definite = (info == 0) & torch.isfinite(backwards).flatten(-2).all(dim=-1)
+    low, high = backwards.amin(dim=(-2, -1)), backwards.amax(dim=(-2, -1))  # NaN is passed on
+    definite = (info == 0) & torch.isfinite(low) & torch.isfinite(high)
     return backwards.flip(-2, -1), definite
 
 
@@ -215,6 +216,39 @@ def less_product(base: Tensor, a: Tensor, b: Tensor, share: float = 1.0) -> Tens
     return out
 
 
+class Factors:
+    """Damped Hessians H [..., n, n] float64 and their upper factors R, H = R R^T, until one of the
+    methods uses them up: each takes as much memory as anything else of a search.
+
+    Attributes:
+        diagonal: of R [..., n].
+    """
+
+    def __init__(self, damped: Tensor, upper: Tensor) -> None:
+        self.diagonal = upper.diagonal(dim1=-2, dim2=-1).clone()
+        self._both: tuple[Tensor, Tensor] | None = damped, upper
+
+    def _taken(self) -> tuple[Tensor, Tensor]:
+        assert self._both is not None, "they are used up"
+        both, self._both = self._both, None
+        return both
+
+    def inverse(self) -> Tensor:
+        """Return C [..., n, n] float64, H^-1 = C^T C."""
+        _, upper = self._taken()
+        del _
+        return inverse_upper(upper)
+
+    def penalised_inverse(self, penalty: Tensor) -> Tensor:
+        """Return C' [..., n, n] float64 of H' = H + diag(penalty), penalty [..., n] float64."""
+        damped, _ = self._taken()
+        del _
+        damped.diagonal(dim1=-2, dim2=-1).add_(penalty)
+        upper = upper_factor(damped)
+        del damped
+        return inverse_upper(upper)
+
+
 def complete_square(weight: Tensor, hessian: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
     """Return W' [..., m, n] float32 and C' [..., n, n] float64 for H' = H + diag(penalty).
 
@@ -224,13 +258,18 @@ def complete_square(weight: Tensor, hessian: Tensor, penalty: Tensor) -> tuple[T
         penalty: lmbda gamma_j [..., n] float64.
     """
     factor = inverse_factor(hessian + torch.diag_embed(penalty))
+    return completed(weight, factor, penalty), factor
+
+
+def completed(weight: Tensor, factor: Tensor, penalty: Tensor) -> Tensor:
+    """Return W' [..., m, n] float32, given C' [..., n, n] (complete_square)."""
     # Half of the penalty goes into C in float64: the products stay in float32's range.
     narrow, root = factor.to(weight.dtype), penalty.sqrt()[..., None, :]
     scaled, root = (factor * root).to(weight.dtype), root.to(weight.dtype)
     if weight.shape[-2] < weight.shape[-1]:
-        return less_product(weight, product(weight * root, scaled.mT), narrow), factor
+        return less_product(weight, product(weight * root, scaled.mT), narrow)
     shrink = root.mT * product(scaled.mT, narrow)
-    return less_product(weight, weight, shrink), factor
+    return less_product(weight, weight, shrink)
 
 
 def drift_target(weight: Tensor, *, hessian: Tensor, cross: Tensor) -> Tensor:
@@ -273,7 +312,7 @@ def normalised_factor(factor: Tensor, step: Tensor) -> Tensor:
     """Return V_jk = (step_j / step_k) C_jk / C_jj [..., n, n] float32, unit upper triangular."""
     scale = step.to(factor.dtype)
     ratio = factor / factor.diagonal(dim1=-2, dim2=-1)[..., None]
-    return (ratio * scale[..., None] / scale[..., None, :]).to(torch.float32)
+    return ratio.mul_(scale[..., None]).div_(scale[..., None, :]).to(torch.float32)
 
 
 def quadratic_error(difference: Tensor, hessian: Tensor) -> Tensor:

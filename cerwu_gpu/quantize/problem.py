@@ -15,7 +15,7 @@ from cerwu_gpu.errors import ConfigError
 from cerwu_gpu.quantize import rate
 from cerwu_gpu.quantize.classes import Classes, choose_classes
 from cerwu_gpu.quantize.grid import Grid, nearest, scaled, waterfilled
-from cerwu_gpu.quantize.objective import complete_square, inverse_upper, normalised_factor
+from cerwu_gpu.quantize.objective import Factors, completed, normalised_factor
 from cerwu_gpu.quantize.passes import scalar_pass, trellis_pass
 from cerwu_gpu.quantize.rate_models import model_bits
 from cerwu_gpu.quantize.strips import mean_squares
@@ -62,8 +62,7 @@ class Problem:
     def build(
         weight: Tensor,
         sensitivity: Tensor,
-        damped: Tensor,
-        upper: Tensor,
+        factors: Factors,
         bounds: list[int],
         config: CompressionConfig,
     ) -> "Problem":
@@ -72,14 +71,13 @@ class Problem:
         Args:
             weight: W [B, m, n] float32; B is 1 on a given grid.
             sensitivity: alpha [B, m] float32 > 0, the cost of a unit of squared error in each row.
-            damped: H [B, n, n] float64, damped; `upper` their factors R [B, n, n] float64,
-                H = R R^T.
+            factors: H [B, n, n], damped, and their factors, which are used up.
             bounds: row ranges of the matrices in a stack.
             config: method, grid and trade-off.
         """
         _, rows, columns = weight.shape
         lmbda = 0.0 if config.method == "optq" else config.lmbda
-        diagonal = 1 / upper.diagonal(dim1=1, dim2=2)  # of C = R^-1
+        diagonal = 1 / factors.diagonal  # of C = R^-1
         if not isinstance(config.grid, Waterfilled):
             grid = scaled(weight[0], config.grid)
             unit, price = torch.ones_like(sensitivity), lmbda / float(sensitivity.mean())
@@ -92,9 +90,10 @@ class Problem:
         penalty = price * _gaussian_curvature(weight, per_column=not config.bounded)
         penalty = penalty.minimum(PENALTY_LIMIT / diagonal.square())
         if not config.completes_square or lmbda == 0:
-            penalty, factor = torch.zeros_like(penalty), inverse_upper(upper)
+            penalty, factor = torch.zeros_like(penalty), factors.inverse()
         else:
-            weight, factor = complete_square(weight, damped, penalty)
+            factor = factors.penalised_inverse(penalty)
+            weight = completed(weight, factor, penalty)
         steps, scales = grid.steps(columns), grid.scales(rows)
         # In place: a copy since the division by unit.
         x = weight.mul_((unit / scales)[..., None]).div_(steps[:, None, :])

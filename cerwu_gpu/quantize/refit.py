@@ -59,7 +59,7 @@ class Quadratic:
     @property
     def hessian(self) -> Tensor:
         """H [B, n, n] float32, damped like the one that the search used."""
-        return self.output.hessian * self.output.scale + torch.diag_embed(self.raised)
+        return _raised(self.output.hessian * self.output.scale, self.raised)
 
     def damped(self, matrix: Tensor, product: Tensor) -> Tensor:
         """Return matrices times the damped H, given `product` with the undamped one."""
@@ -87,20 +87,24 @@ def _refit_columns(
     step = narrow.to(torch.float64)
     level = weights_of(matrices).div_(narrow[:, None, :])
     weighed = level * problem.sensitivity[..., None]
-    curvature = product(weighed.mT, level).mul_(problem.hessian).to(torch.float64)
+    narrow_curvature = product(weighed.mT, level).mul_(problem.hessian)
     weight, behind, target = problem.weight, problem.output.product, torch.zeros_like(step)
     for rows in strips(*level.shape[1:]):
         pulled = problem.damped(weight[:, rows], behind[:, rows])
         target += pulled.mul_(weighed[:, rows]).to(torch.float64).sum(dim=1)
+    del level, weighed, weight
+    curvature = narrow_curvature.to(torch.float64)
     # Solved for deviations from the present steps, so that a column of zeros keeps its step.
     ridge = RIDGE * curvature.diagonal(dim1=1, dim2=2).mean(dim=1)
     slope = _applied(curvature, step) - target
-    damped = curvature + torch.diag_embed(ridge.where(ridge > 0, 1.0)[:, None].expand_as(step))
-    fitted = step + solve(damped, -slope[..., None])[..., 0]
+    # In place, and made anew from float32 below: that takes half the memory.
+    curvature = _raised(curvature, ridge.where(ridge > 0, 1.0)[:, None])
+    fitted = step + solve(curvature, -slope[..., None])[..., 0]
+    del curvature
 
     def losses(codes: Tensor) -> Tensor:
         moved = step_values(codes).to(torch.float64) - step[:, None, :]
-        bent = (product(moved, curvature) * moved).sum(dim=-1)
+        bent = (product(moved, narrow_curvature.to(torch.float64)) * moved).sum(dim=-1)
         return (moved * slope[:, None, :]).sum(dim=-1) + 0.5 * bent
 
     classes = [matrix.column_class for matrix in matrices]
@@ -139,6 +143,12 @@ def _refit_rows(
     ratio = step_values(best) / narrow
     done = [replace(matrix, row_scale=chosen) for matrix, chosen in kept]
     return done, behind.mul_(ratio[..., None])
+
+
+def _raised(matrix: Tensor, by: Tensor) -> Tensor:
+    """Return [B, n, n] with its diagonal raised by [B, n] or [B, 1], in place."""
+    matrix.diagonal(dim1=1, dim2=2).add_(by)
+    return matrix
 
 
 def weights_of(matrices: Sequence[QuantizedMatrix]) -> Tensor:

@@ -328,3 +328,12 @@ def test_an_overflow_of_float16_is_noticed_by_blocks_from_disk(tmp_path):
             source, tmp_path / f"small-{head}", config=config, batches=batches, progress=False
         )
         assert sum("overflows float16" in event for event in report.events) == count
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="counts pages as Linux does")
+def test_memory_does_not_grow_with_the_blocks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.hf.memory_of_layers", str(tmp_path), "2", "8"]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    few, many = json.loads(done.stdout.splitlines()[-1])
+    assert abs(many - few) < 10 * 2**20  # half a MB; 28 where freed memory is not given back
