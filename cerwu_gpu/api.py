@@ -298,7 +298,9 @@ def _loaded(
             return source
         require_values(model)
         loaded = LoadedModel(source.module, given, None, source_names(source.module, None))
-        return _tried(replace(source, loaded=loaded), config, build)
+        source = _tried(replace(source, loaded=loaded), config, build)
+        _require_runs(source)
+        return source
     kind, loaded = load_kind(
         model, trust_remote_code=trust_remote_code, stream=not runs_whole(config)
     )
@@ -309,9 +311,18 @@ def _loaded(
         _, whole = load_kind(model, trust_remote_code=trust_remote_code)
         loaded = replace(source.loaded, model=whole.model, names=whole.names)
         source = _Source(whole.model, source.kind, loaded)
+    _require_runs(source)
+    return source
+
+
+def _require_runs(source: _Source) -> None:
+    """Refuse a causal language model that is to run whole and does not run on tokens alone.
+
+    Raises:
+        ModelError: it is one.
+    """
     if source.kind is not None and source.kind.adapter is WholeLM:
         require_runs(source.module)
-    return source
 
 
 def _tried(

@@ -30,7 +30,7 @@ from cerwu_gpu.hf.kinds import kind_of
 
 VOCABULARY = 160
 SECONDS = 120
-"""Time limit of a family."""
+"""Limit of a family [s of the processor]."""
 CLASSES = {
     "emu3": "Emu3ForConditionalGeneration",
     "mllama": "MllamaForConditionalGeneration",
@@ -370,12 +370,12 @@ def _faults(home: Path, source: Path, refusals: list[str]) -> Iterator[str]:
 
 
 def _late(*_: Any) -> None:
-    raise TimeoutError(f"more than {SECONDS} s")
+    raise TimeoutError(f"more than {SECONDS} s of the processor")
 
 
 def walk(families: list[str]) -> Iterator[Verdict]:
     """Yield the verdict of each family."""
-    signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGPROF, _late)
     for family in families:
         with tempfile.TemporaryDirectory() as name:
             home = Path(name)
@@ -383,7 +383,7 @@ def walk(families: list[str]) -> Iterator[Verdict]:
             letters = torch.randint(0, 88, (80, 60), generator=generator)
             lines = ["".join(chr(33 + int(i)) for i in row) for row in letters]
             (home / "text.txt").write_text("\n".join(lines), encoding="utf-8")
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
                 yield verdict(family, home, home / "text.txt")
             except TimeoutError as error:
@@ -392,7 +392,7 @@ def walk(families: list[str]) -> Iterator[Verdict]:
                 what = f"{type(error).__name__}: {error}".split("\n")[0]
                 yield Verdict(family, "fails", what.replace(str(home), ""))
             finally:
-                signal.alarm(0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def main() -> None:

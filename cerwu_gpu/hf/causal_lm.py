@@ -284,7 +284,7 @@ class CausalLM(Adapter):
         """Return what says that the blocks cannot run one by one, as far as a few tokens tell;
         None: they can.
 
-        The first block alone is run.
+        The first block alone is run and differentiated.
 
         Raises:
             ModelError: the tokenizer does not belong to the model.
@@ -292,8 +292,13 @@ class CausalLM(Adapter):
         tokens = trial_tokens(self.vocabulary)
         try:
             backbone, _ = self.backbone()
-            with placed(self._blocks[0][1], self.module.device):
+            first = self._blocks[0][1]
+            with placed(first, self.module.device):
                 captured = backbone.capture(list(tokens[:, None]), self.module.device)
+                hidden = captured.hidden[0].detach().requires_grad_()
+                with torch.enable_grad():
+                    output = captured.calls[0][1].run(first, hidden)
+                torch.autograd.grad(output.sum(), hidden)
             passage = self.ends(captured).passage(tokens[:1], captured.hidden[0])
             torch.autograd.grad(passage.logits.sum(), passage.last)
             if passage.scores is not None and passage.scores.shape != passage.logits.shape:
