@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,6 +48,7 @@ from cerwu_gpu.hf.models import (
     require_tokenizer,
 )
 from cerwu_gpu.hf.sources import calibration_files, with_sources
+from cerwu_gpu.hf.trial import described, require_runs
 from cerwu_gpu.hf.whole_text import WholeLM
 from cerwu_gpu.models.module import ModuleAdapter
 from cerwu_gpu.models.selection import require_values
@@ -142,7 +144,14 @@ def compress(
 
         ranks.from_first(open_work)
         with clock.stage("load"):
-            loaded = ranks.agree(partial(_loaded, model, config, trust_remote_code))
+
+            def build(kind: Kind, known: LoadedModel) -> CausalLM:
+                made: Any = kind.adapter
+                options = {"device": target, "ranks": ranks, "progress": progress}
+                language: CausalLM = made(known, config, **options)
+                return language
+
+            loaded = ranks.agree(partial(_loaded, model, config, trust_remote_code, build))
             check_takes_ranks(loaded, ranks)
             calibrated, pairs = config, _pairs(loaded, config)
             if pairs is not None:
@@ -160,7 +169,7 @@ def compress(
         # Other machines than rank 0's need not have the work directory.
         folder = work_path(output) if ranks.local else Path(tempfile.gettempdir())
         adapter = _adapter(
-            loaded, calibrated, folder, target, clock, card, progress, trust_remote_code, ranks
+            loaded, calibrated, folder, target, clock, card, progress, trust_remote_code
         )
         # So that the report repeats the run as it was.
         described = replace(config, distillation=calibrated.distillation)
@@ -275,11 +284,13 @@ class _Source:
     Attributes:
         kind: of a transformers model; None: any other module.
         loaded: a transformers model with its tokenizer and files; None: any other module.
+        language: its adapter; None: it is not calibrated block by block.
     """
 
     module: Any
     kind: Kind | None
     loaded: LoadedModel | None
+    language: CausalLM | None = None
 
     @property
     def files(self) -> Path | None:
@@ -298,9 +309,13 @@ class _Source:
 
 
 def _loaded(
-    model: str | Path | nn.Module, config: CompressionConfig, trust_remote_code: bool
+    model: str | Path | nn.Module,
+    config: CompressionConfig,
+    trust_remote_code: bool,
+    build: Callable[[Kind, LoadedModel], CausalLM],
 ) -> _Source:
-    """Load a model of the kind that its configuration names."""
+    """Load a model of the kind that its configuration names; `build` returns its adapter if it is
+    calibrated block by block."""
     given = config.calibration.tokenizer
     if isinstance(model, nn.Module):
         source = _in_memory(model)
@@ -308,33 +323,58 @@ def _loaded(
             return source
         require_values(model)
         loaded = LoadedModel(source.module, given, None, source_names(source.module, None))
-        return _runnable(replace(source, loaded=loaded), config)
+        source = _tried(replace(source, loaded=loaded), config, build)
+        _require_runs(source)
+        return source
     kind, loaded = load_kind(
         model, trust_remote_code=trust_remote_code, stream=not runs_whole(config)
     )
-    source = _runnable(_Source(loaded.model, kind, loaded), config)
-    if source.kind is not kind and weight_source(loaded.model) is not None:
-        events = source.loaded.events if source.loaded is not None else ()
-        _, loaded = load_kind(model, trust_remote_code=trust_remote_code)
-        source = _Source(loaded.model, source.kind, replace(loaded, events=events))
-    if given is not None and source.loaded is not None:
-        tokenized = replace(source.loaded, tokenizer=given, replaced=True)
-        source = replace(source, loaded=tokenized)
+    if given is not None:
+        loaded = replace(loaded, tokenizer=given, replaced=True)
+    source = _tried(_Source(loaded.model, kind, loaded), config, build)
+    if source.language is None and source.loaded and weight_source(source.module) is not None:
+        _, whole = load_kind(model, trust_remote_code=trust_remote_code)
+        loaded = replace(source.loaded, model=whole.model, names=whole.names)
+        source = _Source(whole.model, source.kind, loaded)
+    _require_runs(source)
     return source
 
 
-def _runnable(source: _Source, config: CompressionConfig) -> _Source:
-    """Return a causal language model as one that runs whole where its blocks cannot run one by one,
-    if it has no experts, which show their inputs only there; the reason is an event."""
-    if source.kind is None or source.loaded is None or source.kind.adapter is not CausalLM:
+def _require_runs(source: _Source) -> None:
+    """Refuse a causal language model that is to run whole and does not run on tokens alone.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if source.kind is not None and source.kind.adapter is WholeLM:
+        require_runs(source.module)
+
+
+def _tried(
+    source: _Source, config: CompressionConfig, build: Callable[[Kind, LoadedModel], CausalLM]
+) -> _Source:
+    """Return a model with its adapter if it is calibrated block by block. A causal language model
+    whose blocks cannot run one by one is one that runs whole, if it has no experts, which show
+    their inputs only there; the reason is an event.
+
+    Raises:
+        ModelError: blocks cannot run one by one, and the model cannot be calibrated whole.
+    """
+    if source.kind is None or source.loaded is None or not source.kind.in_blocks:
         return source
-    if config.data_free or _names(config)[1] is not None:  # nothing is run, or the whole model
+    if _names(config)[1] is not None:  # images beside text: the whole model runs
         return source
-    adapter = CausalLM(source.loaded, config, device=source.module.device)
-    obstacle = adapter.obstacle()
-    if obstacle is None or any(len(layout.shape) > 2 for layout in adapter.layouts.values()):
-        return source
-    event = f"it runs whole, not block by block: {obstacle.rstrip('.')}"
+    language = build(source.kind, source.loaded)
+    obstacle = None if config.data_free else language.obstacle()  # without data nothing is run
+    if obstacle is None:
+        return replace(source, language=language)
+    why = described(obstacle).rstrip(".")
+    experts = any(len(layout.shape) > 2 for layout in language.layouts.values())
+    if source.kind.adapter is not CausalLM or experts:
+        raise ModelError(
+            f"{type(source.module).__name__} cannot be calibrated block by block: {why}."
+        ) from obstacle
+    event = f"it runs whole, not block by block: {why}"
     loaded = replace(source.loaded, events=(*source.loaded.events, event))
     return _Source(source.module, replace(source.kind, adapter=WholeLM), loaded)
 
@@ -473,18 +513,15 @@ def _adapter(
     card: bool,
     progress: bool,
     trust_remote_code: bool,
-    ranks: Ranks,
 ) -> Adapter:
     """Return the adapter of a model, with its calibration data."""
     # Whole modules are calibrated anew in each sequential pass.
     searching = config.target is not None and not config.data_free
     searching = searching and not (config.sequential and not source.in_blocks)
     cache = config.hessian_cache or (work / "hessians" if searching else None)
-    if source.kind is not None and source.in_blocks:
-        kind: Any = source.kind.adapter
+    language = source.language
+    if language is not None:
         with clock.stage("load"):
-            build = partial(kind, source.loaded, config, device=device, ranks=ranks)
-            language: CausalLM = ranks.agree(partial(build, progress=progress))
             check_before(language, trust_remote_code)
         with clock.stage("calibrate"):
             language.calibrate(config, hessian_cache=cache, work=work, judged=card)

@@ -1,6 +1,6 @@
 """Causal language models: blocks calibrated one by one, a loss per token, a head, a tokenizer."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from cerwu_gpu.config import (
     Source,
 )
 from cerwu_gpu.container.journal import Journal
-from cerwu_gpu.errors import CalibrationError, CerwuError, ModelError, reason
+from cerwu_gpu.errors import CalibrationError, ModelError
 from cerwu_gpu.files import checksum
 from cerwu_gpu.hf.companions import described, not_carried, write_companions
 from cerwu_gpu.hf.ends import Ends, ends_placed, logits_or_states
@@ -47,6 +47,7 @@ from cerwu_gpu.hf.models import LoadedModel, check_tokens, is_conv1d, mask_token
 from cerwu_gpu.hf.sources import Windows, calibration_tokens, usual_samples
 from cerwu_gpu.hf.streaming import WeightsOnDisk
 from cerwu_gpu.hf.text import SELF, CalibrationTokens, batched_tokens
+from cerwu_gpu.hf.trial import refusing, trial_tokens
 from cerwu_gpu.layout import Label
 from cerwu_gpu.models.selection import (
     Selection,
@@ -69,7 +70,11 @@ JUDGING_TOKENS = 8192
 """Number of held-out tokens whose perplexity goes into a model card."""
 JUDGING_SAMPLES = 8
 """Number of held-out samples that a distillation is judged by."""
-EXPERTS = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}
+EXPERTS = {
+    "Llama4TextExperts": True,
+    "JetMoeParallelExperts": False,
+    "LongcatFlashExperts": False,
+}
 """Classes of experts whose layout transformers does not give -> whether it is [inputs, outputs]."""
 LOGITS = 2**25
 """Approximate number of logits in memory at a time; at least those of one sequence."""
@@ -125,6 +130,7 @@ class CausalLM(Adapter):
             require_values(self.module)
         require_separate(self.module)
         self._blocks = find_blocks(self.module, is_conv1d)
+        self._tower_blocks = tower_blocks(self.module, is_conv1d)
         self._towers: list[tuple[str, nn.Module]] = []
         for child in self.module.modules():
             if type(child).__name__ in EXPERTS:
@@ -140,6 +146,7 @@ class CausalLM(Adapter):
             config.exclude,
             head=not config.keep_head,
             predicts=self.predicts_tokens,
+            blocks=[*self._blocks, *self._tower_blocks],
         )
         self.layouts = {layout.name: layout for layout in selection.chosen}
         left, events = not_carried(self.loaded, strict=config.strict)
@@ -154,7 +161,7 @@ class CausalLM(Adapter):
         Raises:
             ModelError: there is one, and `strict`.
         """
-        blocks = tower_blocks(self.module, is_conv1d)
+        blocks = self._tower_blocks
         names = [n for n in self.layouts if any(n.startswith(f"{block}.") for block, _ in blocks)]
         if not names:
             return []
@@ -275,26 +282,33 @@ class CausalLM(Adapter):
                 "drift, or drop the Hessian cache and any target."
             )
 
-    def obstacle(self) -> str | None:
-        """Return why the blocks cannot run one by one, as far as a few tokens tell; None: they can.
+    def obstacle(self) -> Exception | None:
+        """Return what says that the blocks cannot run one by one, as far as a few tokens tell;
+        None: they can.
 
-        The first block alone is run.
+        The first block alone is run and differentiated.
+
+        Raises:
+            ModelError: the tokenizer does not belong to the model.
         """
-        length = min(8, self.vocabulary)
-        tokens = torch.arange(length).expand(2, length).clone()
-        tokens[1] = tokens[1].flip(0)
+        tokens = trial_tokens(self.vocabulary)
         try:
             backbone, _ = self.backbone()
-            with placed(self._blocks[0][1], self.module.device):
+            first = self._blocks[0][1]
+            with placed(first, self.module.device):
                 captured = backbone.capture(list(tokens[:, None]), self.module.device)
+                hidden = captured.hidden[0].detach().requires_grad_()
+                with torch.enable_grad():
+                    output = captured.calls[0][1].run(first, hidden)
+                torch.autograd.grad(output.sum(), hidden)
             passage = self.ends(captured).passage(tokens[:1], captured.hidden[0])
             torch.autograd.grad(passage.logits.sum(), passage.last)
             if passage.scores is not None and passage.scores.shape != passage.logits.shape:
-                return "its head is applied to more states than its logits are of"
-        except (OSError, MemoryError, torch.OutOfMemoryError):
+                raise CalibrationError("its head is applied to more states than its logits are of")
+        except (ModelError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the model's code makes of it
-            return reason(error)
+            return error
         return None
 
     # Inputs and predictions: masked language models and models without a head differ here.
@@ -369,7 +383,7 @@ class CausalLM(Adapter):
             check_tokens(self.module, tokens, tokens.shape[1])
         backbone, outer = self.backbone()
         head = None if outer.head is None else HeadGradients(outer.head, self.ranks)
-        with _refusing(self.module):
+        with refusing(self.module):
             alphas = blockwise_sensitivities(
                 backbone,
                 tokens,
@@ -565,9 +579,13 @@ def select(
     *,
     head: bool = False,
     predicts: bool = True,
+    blocks: Sequence[tuple[str, nn.Module]] | None = None,
 ) -> Selection:
     """Choose weights of a language model's blocks, and with `head` its head and input embedding;
     a model that `predicts` tokens must have a head then.
+
+    Args:
+        blocks: those of the text and of towers, where they are known already.
 
     Raises:
         ConfigError: a pattern matches nothing, or no weight is left.
@@ -575,7 +593,7 @@ def select(
     """
     return select_in_blocks(
         model,
-        [*find_blocks(model, is_conv1d), *tower_blocks(model, is_conv1d)],
+        blocks or [*find_blocks(model, is_conv1d), *tower_blocks(model, is_conv1d)],
         head_layouts(model, predicts=predicts) if head else (),
         include,
         exclude,
@@ -596,24 +614,6 @@ def runs_whole(config: CompressionConfig) -> bool:
         return False
     texts = calibration.sources or CausalLM.usual_sources
     return any(text == SELF for text, _ in texts)
-
-
-@contextmanager
-def _refusing(model: PreTrainedModel) -> Iterator[None]:
-    """Turn what a model's own code raises into one sentence.
-
-    Raises:
-        ModelError: the model cannot be run and differentiated block by block.
-    """
-    try:
-        yield
-    except (CerwuError, OSError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever the model's code makes of it
-        raise ModelError(
-            f"{type(model).__name__} cannot be run block by block with gradients "
-            f"({reason(error)}): its architecture is not supported."
-        ) from error
 
 
 @contextmanager

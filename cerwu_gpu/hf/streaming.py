@@ -46,6 +46,7 @@ OUTSIDE = -1
 """Number of no block."""
 NO_SAFETENSORS = "its weights are in no safetensors files"
 WHOLE_GGUF = "transformers decodes a .gguf file of this architecture by itself"
+BLOCKS_FIRST = "a block has its first parameter, which tells the device of a model"
 """Reasons to read a model whole."""
 HOME = torch.device("cpu")
 """Device of what stays in memory."""
@@ -327,9 +328,14 @@ def blocks_on_disk() -> Iterator[list[str]]:
             try:
                 blocks = find_blocks(model, is_conv1d)
             except ModelError:  # CausalLM has the sentence for it
+                blocks = []
+            names = _matrices(model, blocks)
+            first = next(name for name, _ in model.named_parameters())
+            if first in names:
+                reasons.append(BLOCKS_FIRST)
+            if first in names or not blocks:
                 entries = gguf[-1].all() if gguf else entries
                 return whole(model, entries, files, settings, *rest, **options)
-            names = _matrices(model, blocks)
             checkpoint: Checkpoint
             if gguf:
                 checkpoint = GgufCheckpoint(gguf[-1])

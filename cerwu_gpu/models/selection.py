@@ -66,6 +66,17 @@ def find_blocks(
     Raises:
         ModelError: there is no such list.
     """
+    blocks = _largest_list(model, is_transposed)
+    if not blocks:
+        raise ModelError(
+            f"{type(model).__name__} has no list of blocks with linear layers: "
+            "its architecture is not supported."
+        )
+    return blocks
+
+
+def _largest_list(model: nn.Module, is_transposed: IsTransposed) -> list[tuple[str, nn.Module]]:
+    """Return the blocks of `find_blocks`; none where there is no such list."""
     best: tuple[int, list[tuple[str, nn.Module]]] = (0, [])
     apart = towers(model) if _takes_text(model) else []
     inside = {id(child) for _, tower in apart for child in tower.modules()}
@@ -78,11 +89,6 @@ def find_blocks(
             size = sum(parameter.numel() for parameter in module.parameters())
             if size > best[0]:
                 best = size, [(f"{name}.{i}", block) for i, block in enumerate(module)]
-    if not best[1]:
-        raise ModelError(
-            f"{type(model).__name__} has no list of blocks with linear layers: "
-            "its architecture is not supported."
-        )
     return best[1]
 
 
@@ -106,12 +112,11 @@ def tower_blocks(
     model: nn.Module, is_transposed: IsTransposed = no_transposed
 ) -> list[tuple[str, nn.Module]]:
     """Return the blocks of all `towers` in order, with their names."""
-    blocks = []
-    for tower, module in towers(model):
-        if any(isinstance(child, nn.ModuleList) for child in module.modules()):
-            inner = find_blocks(module, is_transposed)
-            blocks += [(f"{tower}.{name}", block) for name, block in inner]
-    return blocks
+    return [
+        (f"{tower}.{name}", block)
+        for tower, module in towers(model)
+        for name, block in _largest_list(module, is_transposed)
+    ]
 
 
 def holds_matrices(module: nn.Module, is_transposed: IsTransposed = no_transposed) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from cerwu_gpu import CompressionConfig, ModelError, compress
 from cerwu_gpu.calibration.cache import HessianCache, hessian_key
@@ -243,6 +244,24 @@ def test_a_model_that_cannot_stay_on_disk_is_an_event(tmp_path):
     assert "the model is whole in memory, because its weights are in no safetensors files" in (
         report.events
     )
+
+
+def test_a_model_whose_first_parameter_is_in_a_block_is_read_whole(tmp_path):
+    """Its device would be that of a block on disk."""
+    toy("llama").save_pretrained(tmp_path)
+    before = LlamaForCausalLM.__init__
+
+    def blocks_first(self, *arguments):
+        before(self, *arguments)
+        embedding = self.model.embed_tokens
+        del self.model.embed_tokens
+        self.model.embed_tokens = embedding
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "__init__", blocks_first)
+        loaded = load_kind(tmp_path, stream=True)[1]
+    assert weight_source(loaded.model) is None
+    assert "a block has its first parameter" in loaded.events[0]
 
 
 def test_transformers_is_as_it_was_afterwards(tmp_path):

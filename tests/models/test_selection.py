@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cerwu_gpu.coded import CodedMatrix, Reconstruction, check
 from cerwu_gpu.errors import ConfigError, FormatError, ModelError
-from cerwu_gpu.models.selection import select_in_module
+from cerwu_gpu.models.selection import select_in_module, tower_blocks
 from cerwu_gpu.spec import STREAM_SYMBOLS_LIMIT
 from tests.configs import compress_flat
 from tests.hf.calibrated import find_blocks, find_weights
@@ -30,6 +30,17 @@ def test_the_blocks_are_the_decoder_layers_in_order(family):
 def test_the_blocks_of_a_model_of_images_are_those_of_its_tower():
     names = [name for name, _ in find_blocks(classifier("vit"))]
     assert names and all(name.startswith("vit.") for name in names)
+
+
+def test_a_tower_of_convolutions_has_no_blocks():
+    tower = nn.Module()
+    tower.input_modalities = ("image",)
+    tower.levels = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)])
+    model = nn.Module()
+    model.tower = tower
+    model.layers = nn.ModuleList([nn.Linear(4, 4)])
+    assert tower_blocks(model) == []
+    assert [name for name, _ in find_blocks(model)] == ["layers.0"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,7 +19,11 @@ SAMPLE = (
     "llama4_text",  # all experts in one product
     "bart",  # an encoder-decoder's decoder
     "dory",  # its blocks exchange more than hidden states: it runs whole
-    "hrm_text",  # refused
+    "xlnet",  # its hidden states are [sequence, batch, width]
+    "zaya",  # zeros go through a projection beside the inputs that others share
+    "blt",  # its parts work on bytes and on patches of them
+    "gemma4_assistant",  # refused: it needs states of another model
+    "musicgen",  # refused: its class is for no task of ours
 )
 
 
@@ -41,6 +45,5 @@ def test_every_family_has_its_verdict(family: str) -> None:
 
 def test_no_family_ends_in_another_librarys_exception() -> None:
     assert VERDICTS.keys() == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    known = {"works", "refused", "not built", "not finished"}
-    assert {result for result, _ in VERDICTS.values()} <= known
-    assert sum(result == "works" for result, _ in VERDICTS.values()) >= 160
+    assert {result for result, _ in VERDICTS.values()} == {"works", "refused"}
+    assert sum(result == "works" for result, _ in VERDICTS.values()) >= 190
