@@ -56,19 +56,28 @@ class Gradients:
         inputs: by the layer that sees them first.
         few, all: mean squared gradients [m] of each layer over the first FEW sequences, and over
             all.
+        grams: with `coupled`, mean of g g^T [m, m] of each layer, g the gradient at its outputs.
         original: weights of the layers.
     """
 
     def __init__(
-        self, model: Any, tokens: Tensor, stride: int = 1, *, weighted: bool = False
+        self,
+        model: Any,
+        tokens: Tensor,
+        stride: int = 1,
+        *,
+        weighted: bool = False,
+        coupled: bool = False,
     ) -> None:
         """Run the model forward and backward, sequence by sequence, int64 [samples, length].
 
         Args:
             stride: distance of the blocks whose layers are quantized.
             weighted: keep what Hessians of weighted tokens need.
+            coupled: sum `grams`.
         """
-        self._keeps = weighted
+        self._keeps, self._couples = weighted, coupled
+        self.grams: dict[str, Tensor] = {}
         self.inputs: dict[str, Seen] = {}
         self.few: dict[str, Tensor] = {}
         self.all: dict[str, Tensor] = {}
@@ -103,14 +112,23 @@ class Gradients:
                 seen.squares.append(torch.zeros(x.shape[1]))
             if name not in seen.names:
                 seen.names.append(name)
-            output.register_hook(lambda g: self._note(name, seen, g[0].float().square()))
+            output.register_hook(lambda g: self._note(name, seen, g[0].float()))
 
         return forward
 
-    def _note(self, name: str, seen: Seen, squares: Tensor) -> None:
+    def _note(self, name: str, seen: Seen, gradient: Tensor) -> None:
+        if self._couples:
+            gram = gradient.T @ gradient / self.tokens
+            self.grams[name] = self.grams[name] + gram if name in self.grams else gram
+        squares = gradient.square()
         seen.squares[-1] += squares.sum(dim=1)
         mean = squares.mean(dim=0)
         self.all[name] = self.all[name] + mean if name in self.all else mean
+
+    @torch.no_grad()
+    def put(self, name: str, weight: Tensor) -> None:
+        """Put a weight [m, n] into its layer, rounded to bfloat16 as the file has it."""
+        self._weights[name].copy_(weight.to(torch.bfloat16))
 
     def hessians(self, power: float = 0.0) -> dict[str, Tensor]:
         """Return H of each input, tokens weighted by |gradient|^power, at least FLOOR of the
