@@ -48,7 +48,7 @@ from cerwu_gpu.hf.models import (
     require_tokenizer,
 )
 from cerwu_gpu.hf.sources import calibration_files, with_sources
-from cerwu_gpu.hf.trial import described, require_runs
+from cerwu_gpu.hf.trial import require_runs, sentence_of
 from cerwu_gpu.hf.whole_text import WholeLM
 from cerwu_gpu.models.module import ModuleAdapter
 from cerwu_gpu.models.selection import require_values
@@ -172,11 +172,11 @@ def compress(
             loaded, calibrated, folder, target, clock, card, progress, trust_remote_code
         )
         # So that the report repeats the run as it was.
-        described = replace(config, distillation=calibrated.distillation)
+        repeated = replace(config, distillation=calibrated.distillation)
         if pairs is not None:
-            described = replace(described, calibration=pairs)
-        described = with_sources(described, adapter.usual_sources)
-        texts, _ = _names(described)
+            repeated = replace(repeated, calibration=pairs)
+        repeated = with_sources(repeated, adapter.usual_sources)
+        texts, _ = _names(repeated)
         if card:
             transformer = isinstance(loaded.module, PreTrainedModel)
             loader = (loaded.kind or KINDS[0]).loader if transformer else None
@@ -208,13 +208,13 @@ def compress(
             )
             attempt.writer.publish()
             result = run.report(attempt, original_bytes)
-    unnamed = texts is None and not isinstance(described.calibration, ImageCalibration)
+    unnamed = texts is None and not isinstance(repeated.calibration, ImageCalibration)
     repeatable = not unnamed and calibration.tokenizer is None
     try:
         write_report(
             paths,
             result,
-            described,
+            repeated,
             ranks.everywhere(target),
             model=str(model) if repeatable and not isinstance(model, nn.Module) else None,
             output=output,
@@ -368,7 +368,7 @@ def _tried(
     obstacle = None if config.data_free else language.obstacle()  # without data nothing is run
     if obstacle is None:
         return replace(source, language=language)
-    why = described(obstacle).rstrip(".")
+    why = sentence_of(obstacle).rstrip(".")
     experts = any(len(layout.shape) > 2 for layout in language.layouts.values())
     if source.kind.adapter is not CausalLM or experts:
         raise ModelError(
@@ -622,9 +622,14 @@ def image_subject(
     """
     images = base.calibration
     if not isinstance(images, ImageCalibration):
-        raise ConfigError("a sweep of a classifier needs images: give an ImageCalibration.")
+        raise ConfigError(
+            "a sweep judges image classifiers by images, and language models by text: drop images, "
+            "or calibration and its settings."
+        )
     base, target = shared_hessians(base), find_device(device)
     kind, loaded = load_kind(model, trust_remote_code=trust_remote_code)
+    if kind.adapter is not ImageClassifier:
+        raise ModelError(f"{model} is {kind.name}, which no sweep judges by images: drop images.")
     base = replace(base, calibration=_image_batches(model, kind, images))
     config = loaded.model.config
     judging = load_images(

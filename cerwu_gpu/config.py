@@ -775,6 +775,8 @@ def _calibration(
     usual = Calibration()
     of_text = (text.source, text.sequence_length, text.tokens_per_column)
     if of_text != (usual.source, usual.sequence_length, usual.tokens_per_column):
+        if given.get("calibration") is None and text.samples is None:
+            text = replace(text, samples=ImageCalibration.samples)
         return ImageTextCalibration(images=given["images"], text=text)
     return ImageCalibration(**_given(ImageCalibration, given))
 

@@ -25,7 +25,7 @@ _REPLACED_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "calibration": ("images",),
         "lmbda": ("sensitivity",),
         "quantizer": ("levels", "grid"),
-        "tokens_per_column": ("samples", "images"),
+        "tokens_per_column": ("samples",),
     }
 )
 """Setting of an effort -> other settings that leave it without meaning, or change its unit."""
@@ -39,6 +39,8 @@ def with_effort(effort: Effort | None, given: Mapping[str, Any]) -> dict[str, An
         given: flat settings, which win over those of the effort, also where they are None.
     """
     known = {name for name, value in given.items() if value is not None}
+    if "images" in known and "calibration" not in known:
+        known.add("samples")  # images alone are counted by themselves
     preset = {
         name: value
         for name, value in EFFORTS[effort or "normal"].items()

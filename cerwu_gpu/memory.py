@@ -22,4 +22,11 @@ def give_back() -> None:
 @cache
 def _malloc_trim() -> Any:
     """Return glibc's function of this name, or None."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return None
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return None
+    trim.argtypes = [ctypes.c_size_t]
+    return trim

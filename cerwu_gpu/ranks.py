@@ -300,11 +300,13 @@ def _store_of_all() -> Any:
     torch's own wait for a rank that has died before notices no signal, so that it would be killed
     without a sentence.
     """
-    store, index, count = next(rendezvous("env://"))
+    # As torch does for a store that it makes itself: NCCL's first calls wait by its time limit.
+    store, index, count = next(rendezvous("env://", timeout=PATIENCE))
+    store.set_timeout(PATIENCE)
     store.set(f"started/{index}", "")
     while not store.check([f"started/{rank}" for rank in range(count)]):
         time.sleep(LOOK)
-    return store
+    return dist.PrefixStore("default_pg", store)
 
 
 def greedy_owners(costs: dict[str, float], count: int) -> dict[str, int]:

@@ -9,7 +9,7 @@ Every file must be the same in the end, and a run that could end by itself must 
 2 or 130; one line per kill has the result, and the exit code is 1 if one differs.
 
 With --ranks each run is so many processes on CPUs, as torchrun would start them; one of them, drawn
-at random, gets the signal, and the others must end by themselves within a minute.
+at random, gets the signal, the others SIGTERM as from torchrun, and all must end within a minute.
 """
 
 import argparse

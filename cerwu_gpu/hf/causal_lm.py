@@ -37,7 +37,7 @@ from cerwu_gpu.config import (
     Source,
 )
 from cerwu_gpu.container.journal import Journal
-from cerwu_gpu.errors import CalibrationError, ModelError
+from cerwu_gpu.errors import CalibrationError, CerwuError, ModelError
 from cerwu_gpu.files import checksum
 from cerwu_gpu.hf.companions import described, not_carried, write_companions
 from cerwu_gpu.hf.ends import Ends, ends_placed, logits_or_states
@@ -47,7 +47,7 @@ from cerwu_gpu.hf.models import LoadedModel, check_tokens, is_conv1d, mask_token
 from cerwu_gpu.hf.sources import Windows, calibration_tokens, usual_samples
 from cerwu_gpu.hf.streaming import WeightsOnDisk
 from cerwu_gpu.hf.text import SELF, CalibrationTokens, batched_tokens
-from cerwu_gpu.hf.trial import refusing, trial_tokens
+from cerwu_gpu.hf.trial import raised_here, refusing, trial_tokens
 from cerwu_gpu.layout import Label
 from cerwu_gpu.models.selection import (
     Selection,
@@ -308,6 +308,8 @@ class CausalLM(Adapter):
         except (ModelError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the model's code makes of it
+            if raised_here(error) and not isinstance(error, CerwuError):
+                raise
             return error
         return None
 

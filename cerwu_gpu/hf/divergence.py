@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cerwu_gpu.errors import ConfigError, ModelError
+from cerwu_gpu.errors import CalibrationError, ConfigError, ModelError
 from cerwu_gpu.hf.ends import logits_or_states
 from cerwu_gpu.hf.evaluation import perplexity_of
 from cerwu_gpu.hf.kinds import kind_of
@@ -100,6 +100,8 @@ def divergence(
         total += count
         for name, part in parts.items():
             sums[name] = sums.get(name, 0.0) + part
+    if total == 0:
+        raise CalibrationError("the text is too short to predict anything of it: give more words.")
     means: dict[str, Any] = {name: value / total for name, value in sums.items()}
     for name in means:
         if name.endswith("perplexity"):

@@ -22,7 +22,7 @@ from cerwu_gpu.hf.models import LoadedModel, check_tokens
 from cerwu_gpu.hf.sources import Windows, calibration_tokens, usual_samples
 from cerwu_gpu.hf.text import SELF
 from cerwu_gpu.hf.whole_text import WholeLM
-from cerwu_gpu.models.selection import select_in_module, towers
+from cerwu_gpu.models.selection import matches, select_in_module, towers
 
 Inputs = dict[str, Tensor]
 """Keyword arguments of the model, input_ids first; each tensor's first axis counts samples or, of
@@ -62,7 +62,9 @@ def image_text_batches(
         CalibrationError: images or text are missing, or an image leaves no place for text.
     """
     model, name = loaded.model, type(loaded.model).__name__
-    if any(len(x.shape) == 3 for x in select(model, config.include, config.exclude).chosen):
+    chosen = select_in_module(model, config.include, config.exclude).chosen
+    experts = [x.name for x in select(model).chosen if len(x.shape) == 3]
+    if any(matches(x, config.include) and not matches(x, config.exclude) for x in experts):
         raise ModelError(
             f"{name} has experts, which show their inputs only block by block: calibrate it on "
             "text alone, or exclude them."
@@ -70,7 +72,6 @@ def image_text_batches(
     text = given.text
     if any(source == SELF for source, _ in text.sources):
         raise CalibrationError(f"{name} writes no text of its own beside images: give a text.")
-    chosen = select_in_module(model, config.include, config.exclude).chosen
     columns = max(layout.matrix_shape[1] for layout in chosen)
     windows = Windows(
         samples=text.samples or usual_samples(columns, text),
@@ -84,7 +85,12 @@ def image_text_batches(
     tokenizer: Any = loaded.tokenizer  # calibration_tokens needs it
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens.tokens]
     pictures = load_pictures(given.images, count=len(texts), seed=text.seed)
-    prepare = _Processor(loaded.files, text.sequence_length, image_token(model))
+    token = image_token(model)
+    if token is None:
+        raise ModelError(
+            f"the configuration of {name} names no token for images: calibrate on text alone."
+        )
+    prepare = _Processor(loaded.files, text.sequence_length, token)
     pairs = zip(islice(cycle(pictures), len(texts)), texts, strict=True)
     batches = list(_batched((prepare(*pair) for pair in pairs), text.batch_size))
     for batch in batches:
@@ -95,7 +101,7 @@ def image_text_batches(
 class _Processor:
     """A model's own processor, which makes inputs of an image and a text."""
 
-    def __init__(self, files: Path | None, length: int, image_token: int | None) -> None:
+    def __init__(self, files: Path | None, length: int, image_token: int) -> None:
         """Read it.
 
         Raises:
@@ -151,7 +157,7 @@ class _Processor:
             )
         inputs = {"input_ids": ids, **made}
         return {
-            name: x[:, : self._length] if x.shape == ids.shape else x
+            name: x[:, : self._length] if x.shape[:2] == ids.shape else x
             for name, x in inputs.items()
             if isinstance(x, Tensor)
         }

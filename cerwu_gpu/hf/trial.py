@@ -28,15 +28,16 @@ def require_runs(model: PreTrainedModel) -> None:
     Raises:
         ModelError: it does not, with what its code says as the cause.
     """
-    embedding: Any = model.get_input_embeddings().weight
+    model.train(False)
     try:
+        embedding: Any = model.get_input_embeddings().weight
         with torch.no_grad():
             model(input_ids=trial_tokens(len(embedding)).to(model.device), use_cache=False)
     except (CerwuError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the model's code makes of it
         raise ModelError(
-            f"{type(model).__name__} cannot be run on tokens alone ({described(error)}): it is not "
+            f"{type(model).__name__} cannot be run on tokens alone ({sentence_of(error)}): it is not "
             "supported."
         ) from error
 
@@ -58,18 +59,22 @@ def refusing(model: PreTrainedModel) -> Iterator[None]:
             raise
         raise ModelError(
             f"{type(model).__name__} cannot be run block by block with gradients "
-            f"({described(error)}): its architecture is not supported."
+            f"({sentence_of(error)}): its architecture is not supported."
         ) from error
 
 
 def raised_here(error: BaseException) -> bool:
-    """Return whether this package's code, or torch called from it, raised an exception."""
+    """Return whether this package's code, or torch called from it, raised an exception. A backward
+    pass shows no frame of the code that it differentiates, which is the model's."""
     frames = traceback.walk_tb(error.__traceback__)
-    names = (frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in frames)
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in frames]
+    if modules and modules[-1].startswith("torch.autograd"):
+        return False
+    names = [module.partition(".")[0] for module in modules]
     return [name for name in names if name != "torch"][-1:] == [OURS]
 
 
-def described(error: BaseException) -> str:
+def sentence_of(error: BaseException) -> str:
     """Return an exception's sentence, behind its kind where it is another library's: a KeyError
     alone says nothing."""
     said = reason(error)

@@ -12,7 +12,7 @@ from cerwu_gpu import Batches, CompressionConfig, Objective
 from cerwu_gpu.errors import CalibrationError, ModelError
 from cerwu_gpu.hf import causal_lm
 from cerwu_gpu.hf.models import LoadedModel
-from cerwu_gpu.hf.trial import described, require_runs
+from cerwu_gpu.hf.trial import require_runs, sentence_of
 from tests.hf.calibrated import adapter_of, find_weights
 from tests.hf.toys import toy, toy_tokens
 
@@ -69,10 +69,10 @@ def test_hidden_states_whose_first_axis_is_no_sample_are_an_obstacle() -> None:
     assert "first axis" in str(obstacle)
 
 
-def test_an_exception_is_described_by_its_kind_and_its_sentence() -> None:
-    assert described(KeyError(6)) == "KeyError: 6"
-    assert described(ValueError()) == "ValueError"
-    assert described(CalibrationError("no text: give one.")) == "no text: give one"
+def test_the_sentence_of_an_exception_begins_with_its_kind() -> None:
+    assert sentence_of(KeyError(6)) == "KeyError: 6"
+    assert sentence_of(ValueError()) == "ValueError"
+    assert sentence_of(CalibrationError("no text: give one.")) == "no text: give one"
 
 
 def test_a_models_parts_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
