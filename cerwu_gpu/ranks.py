@@ -29,6 +29,8 @@ MESSAGE_BYTES = 1 << 30
 """Most bytes of one message."""
 PATIENCE = timedelta(days=7)
 """Time to wait for a rank that works; one that has ended closes its connections at once."""
+REACH = timedelta(minutes=5)
+"""Time within which the store answers, which has begun before the ranks."""
 LOOK = 0.05
 """Seconds between two looks at who has started."""
 
@@ -300,13 +302,13 @@ def _store_of_all() -> Any:
     torch's own wait for a rank that has died before notices no signal, so that it would be killed
     without a sentence.
     """
-    # As torch does for a store that it makes itself: NCCL's first calls wait by its time limit.
-    store, index, count = next(rendezvous("env://", timeout=PATIENCE))
-    store.set_timeout(PATIENCE)
+    store, index, count = next(rendezvous("env://", timeout=REACH))
+    store.set_timeout(PATIENCE)  # by which NCCL's first calls wait
     store.set(f"started/{index}", "")
     while not store.check([f"started/{rank}" for rank in range(count)]):
         time.sleep(LOOK)
-    return dist.PrefixStore("default_pg", store)
+    prefixed: Any = dist.PrefixStore  # type: ignore[attr-defined]
+    return prefixed("default_pg", store)
 
 
 def greedy_owners(costs: dict[str, float], count: int) -> dict[str, int]:

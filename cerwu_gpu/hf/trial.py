@@ -37,8 +37,8 @@ def require_runs(model: PreTrainedModel) -> None:
         raise
     except Exception as error:  # whatever the model's code makes of it
         raise ModelError(
-            f"{type(model).__name__} cannot be run on tokens alone ({sentence_of(error)}): it is not "
-            "supported."
+            f"{type(model).__name__} cannot be run on tokens alone ({sentence_of(error)}): it is "
+            "not supported."
         ) from error
 
 
