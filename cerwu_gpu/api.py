@@ -161,7 +161,7 @@ def compress(
                     config, calibration=_image_batches(model, loaded.kind, calibration)
                 )
             # The work directory is that of the settings as they were given.
-            loaded, calibrated = _distilled(loaded, calibrated)
+            loaded, calibrated = _distilled(loaded, calibrated, build)
             check_calibration(loaded.module, calibrated)
             check_apart(places, {"the model": loaded.files})
             carried = None if loaded.loaded is None else loaded.loaded.names.carried
@@ -379,9 +379,11 @@ def _tried(
     return _Source(source.module, replace(source.kind, adapter=WholeLM), loaded)
 
 
-def _distilled(source: _Source, config: CompressionConfig) -> tuple[_Source, CompressionConfig]:
+def _distilled(
+    source: _Source, config: CompressionConfig, build: Callable[[Kind, LoadedModel], CausalLM]
+) -> tuple[_Source, CompressionConfig]:
     """Return the settings without a distillation that an effort asks for, and the model with an
-    event, where it cannot be distilled.
+    event and an adapter that has it, where it cannot be distilled.
 
     Raises:
         ConfigError: it cannot, and the distillation was asked for by itself, or `config.strict`.
@@ -396,7 +398,9 @@ def _distilled(source: _Source, config: CompressionConfig) -> tuple[_Source, Com
     if config.strict:
         raise ConfigError(f"{event} (strict): give distill 0.")
     loaded = replace(source.loaded, events=(*source.loaded.events, event))
-    return replace(source, loaded=loaded), replace(config, distillation=None)
+    language = None if source.language is None else build(kind, loaded)
+    source = replace(source, loaded=loaded, language=language)
+    return source, replace(config, distillation=None)
 
 
 def _in_memory(module: nn.Module) -> _Source:

@@ -78,7 +78,13 @@ def capture(
         for tokens in batches:
             recorder.start()
             run(tokens)
-            recorder.finish(len(tokens), device)
+            recorder.finish(device)
+    for tokens, hidden in zip(batches, recorder.captured.hidden, strict=True):
+        if len(hidden) != len(tokens):  # XLNet's are [sequence, batch, width]
+            raise CalibrationError(
+                f"{blocks[0][0]} is given hidden states whose first axis is not the samples: the "
+                "model's architecture is not supported."
+            )
     return recorder.captured
 
 
@@ -136,16 +142,11 @@ class _Recorder:
     def start(self) -> None:
         self._inputs = []
 
-    def finish(self, samples: int, device: torch.device) -> None:
+    def finish(self, device: torch.device) -> None:
         if len(self._inputs) != len(self.names):
             raise CalibrationError(
                 f"the model ran {len(self._inputs)} of its {len(self.names)} blocks: "
                 "its architecture is not supported."
-            )
-        if self._inputs[0].shape[0] != samples:  # XLNet's are [sequence, batch, width]
-            raise CalibrationError(
-                f"{self.names[0]} is given hidden states whose first axis is not the samples: the "
-                "model's architecture is not supported."
             )
         self.captured.hidden.append(self._inputs[0].to(device))
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cerwu_gpu import __version__
 from cerwu_gpu.container.output import PARTIAL, check_apart
@@ -16,10 +17,12 @@ from cerwu_gpu.container.work import LOCK_FILE, locked
 from cerwu_gpu.errors import CerwuError, ConfigError, OutputError
 from cerwu_gpu.files import write_text
 from cerwu_gpu.progress import counted
-from cerwu_gpu.ranks import Ranks
 from cerwu_gpu.sweep.points import Point
 from cerwu_gpu.sweep.subject import Outcome, Subject
 from cerwu_gpu.sweep.table import Row, SweepTable, row_of, write_parquet
+
+if TYPE_CHECKING:
+    from cerwu_gpu.ranks import Ranks
 
 TABLE, PARQUET, IDENTITY = "sweep.jsonl", "sweep.parquet", "sweep.json"
 DIRECTORIES, HESSIANS = "points", "hessians"
@@ -35,7 +38,7 @@ def run_sweep(
     *,
     keep: bool = False,
     progress: bool = False,
-    ranks: Ranks | None = None,
+    ranks: "Ranks | None" = None,
 ) -> list[Row]:
     """Run every point that the table in `folder` lacks, and return all rows in the points' order.
 
@@ -56,6 +59,8 @@ def run_sweep(
         RankError: another rank has ended; the points of finished rounds are in the table.
         CerwuError: a point cannot be run; those before it are in the table.
     """
+    from cerwu_gpu.ranks import Ranks  # torch takes seconds
+
     ranks = ranks or Ranks()
     ranks.agree(partial(_check_keep, ranks, keep=keep))
     ranks.from_first(partial(check_folder, folder))
@@ -75,7 +80,7 @@ class _Sweep:
         points: directory for the points of this rank.
     """
 
-    def __init__(self, subject: Subject, folder: Path, ranks: Ranks, *, keep: bool) -> None:
+    def __init__(self, subject: Subject, folder: Path, ranks: "Ranks", *, keep: bool) -> None:
         self._subject = subject
         self._folder = folder
         self._ranks = ranks
@@ -161,7 +166,7 @@ class _Sweep:
         return row
 
 
-def _check_keep(ranks: Ranks, *, keep: bool) -> None:
+def _check_keep(ranks: "Ranks", *, keep: bool) -> None:
     """Refuse to keep points that another machine than rank 0's has.
 
     Raises:
@@ -174,7 +179,7 @@ def _check_keep(ranks: Ranks, *, keep: bool) -> None:
         )
 
 
-def _check_same(ranks: Ranks, first: Mapping[str, str], identity: Mapping[str, str]) -> None:
+def _check_same(ranks: "Ranks", first: Mapping[str, str], identity: Mapping[str, str]) -> None:
     """Refuse a subject that is not that of rank 0.
 
     Raises:

@@ -135,7 +135,7 @@ def test_a_plan_that_does_not_fit_says_what_to_do(command: Command, tmp_path: Pa
         (("--gpus", "0"), "gpus is 0: give at least 1"),
         (("--gpu-memory", "much"), "gpu_memory is 'much'"),
         (("--effort", "fast"), "compression without data has no plan"),
-        (("--distill", "3"), "a distillation has no plan"),
+        (("--distill", "3"), "a distillation (distill 0 is none) has no plan"),
         (("--images", "photos"), "calibration by images has no plan"),
         (("--max-size", "3MB"), "a search for a size or a quality has no plan"),
     ],
