@@ -13,6 +13,8 @@ from cerwu_gpu.errors import CerwuError, ModelError, reason
 
 OURS = __name__.partition(".")[0]
 """Name of this package."""
+ENGINE = "_engine_run_backward"
+"""Function of torch that runs a backward pass."""
 
 
 def trial_tokens(vocabulary: int) -> Tensor:
@@ -66,11 +68,10 @@ def refusing(model: PreTrainedModel) -> Iterator[None]:
 def raised_here(error: BaseException) -> bool:
     """Return whether this package's code, or torch called from it, raised an exception. A backward
     pass shows no frame of the code that it differentiates, which is the model's."""
-    frames = traceback.walk_tb(error.__traceback__)
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in frames]
-    if modules and modules[-1].startswith("torch.autograd"):
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if frames and frames[-1].f_code.co_name == ENGINE:
         return False
-    names = [module.partition(".")[0] for module in modules]
+    names = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames]
     return [name for name in names if name != "torch"][-1:] == [OURS]
 
 

@@ -12,7 +12,7 @@ from cerwu_gpu import Batches, CompressionConfig, Objective
 from cerwu_gpu.errors import CalibrationError, ModelError
 from cerwu_gpu.hf import causal_lm
 from cerwu_gpu.hf.models import LoadedModel
-from cerwu_gpu.hf.trial import require_runs, sentence_of
+from cerwu_gpu.hf.trial import raised_here, require_runs, sentence_of
 from tests.hf.calibrated import adapter_of, find_weights
 from tests.hf.toys import toy, toy_tokens
 
@@ -90,3 +90,26 @@ def test_a_models_parts_are_found_once(tmp_path: Path, monkeypatch: pytest.Monke
     )
     cerwu_gpu.compress(toy("llama"), tmp_path / "out", config=config, progress=False)
     assert sorted(calls) == ["find_blocks", "tower_blocks"]
+
+
+def test_an_error_of_the_models_backward_pass_is_the_models() -> None:
+    x = torch.ones(2, requires_grad=True)
+    y = x.exp()
+    y.add_(1)  # what exp keeps for its gradient
+    with pytest.raises(RuntimeError, match="inplace operation") as raised:
+        calling(torch.autograd.grad, y.sum(), x)
+    assert not raised_here(raised.value)
+
+
+def calling(function: Any, *arguments: Any) -> Any:
+    """Call a function from a frame of this package."""
+    code = compile("result = function(*arguments)", "ours", "exec")
+    names = {"__name__": "cerwu_gpu.ours", "function": function, "arguments": arguments}
+    exec(code, names)
+    return names["result"]
+
+
+def test_an_error_that_torch_raises_for_our_code_is_ours() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        calling(torch.mm, torch.ones(2, 3), torch.ones(2, 3))
+    assert raised_here(raised.value)
