@@ -154,9 +154,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--blocks", type=int, default=10, help="number of first blocks that are quantized")
     add("--samples", type=int, default=24, help="calibration windows of 512 tokens")
     add("--windows", type=int, default=20, help="of each text that judges")
-    add("--float32", action="store_true", help="in place of bfloat16: faster on many CPUs")
+    add("--full-precision", action="store_true", help="float32, faster on many CPUs")
     arguments = parser.parse_args(argv)
-    dtype = torch.float32 if arguments.float32 else torch.bfloat16
+    dtype = torch.float32 if arguments.full_precision else torch.bfloat16
     judge = Judge(arguments.wikitext, arguments.windows, dtype=dtype)
     model: Any = judge.loaded.model
     tokens = judge.calibration(arguments.samples)

@@ -103,7 +103,7 @@ def test_every_treatment_of_drift_runs(case, monkeypatch, tmp_path):
     expected = model.model(input_ids=tokens[:1], output_hidden_states=True, use_cache=False)
     torch.testing.assert_close(output, expected.hidden_states[1])
     assert [x.shape[1] for x in seen.inputs] == [32, 32, 32, 48]
-    monkeypatch.setattr(drift_shares, "Judge", lambda *_: judging(model, tokens))
+    monkeypatch.setattr(drift_shares, "Judge", lambda *_, **__: judging(model, tokens))
     path = tmp_path / "rows.jsonl"
     drift_shares.main(["wikitext", case, "-o", str(path), "--blocks", "3", "--lmbda", "1e-6"])
     assert f'"case": "{case}"' in path.read_text(encoding="utf-8")
@@ -114,7 +114,7 @@ def test_factors_are_measured_over_predicted_and_importances_end_at_equal_bits(
 ):
     model, tokens = toy("llama"), toy_tokens(FEW, 16)
     for script in (allocation, data_free):
-        monkeypatch.setattr(script, "Judge", lambda *_: judging(model, tokens))
+        monkeypatch.setattr(script, "Judge", lambda *_, **__: judging(model, tokens))
     path = tmp_path / "rows.jsonl"
     allocation.main(["wikitext", "-o", str(path), "--bits", "4"])
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
