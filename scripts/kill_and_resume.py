@@ -13,7 +13,6 @@ at random, gets the signal, the others SIGTERM as from torchrun, and all must en
 """
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -36,7 +35,7 @@ from torch import distributed as dist
 import cerwu_gpu.api  # noqa: F401  once, here: the runs are forks of this process
 from cerwu_gpu.cli import main as command
 from cerwu_gpu.container.work import work_path
-from scripts.ranks_equal import free_port
+from scripts.ranks_equal import digests, free_port
 
 PATIENCE = 60
 """Seconds within which the death of a rank ends the run."""
@@ -96,15 +95,6 @@ def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}
     own_store = {"TORCHELASTIC_USE_AGENT_STORE": True, "GLOO_SOCKET_IFNAME": "lo"}
     return {name: str(value) for name, value in {**numbers, **meeting, **own_store}.items()}
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def killed(

@@ -22,7 +22,7 @@ from pathlib import Path
 # Instead of this folder, whose evaluate.py would shadow Hugging Face's package evaluate.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.kill_and_resume import digests
+from scripts.ranks_equal import digests
 
 MEMORY = (1 << 28, 8 << 30)
 """Least and most address space [bytes] of a run."""

@@ -88,8 +88,9 @@ def two_nodes() -> list[tuple[str, ...]]:
 def digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file."""
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
 
 

@@ -1,6 +1,5 @@
 """cerwu-gpu compress: compress a model and print its report."""
 
-import os
 import sys
 from contextlib import redirect_stdout
 from os.path import expanduser, isfile  # unlike Path.is_file it takes text too long for a name
@@ -11,6 +10,7 @@ import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.output import (
+    is_told_by_another_rank,
     listing,
     print_events,
     print_json,
@@ -76,7 +76,7 @@ def compress(
     places = output_places(resolved(output))
     read = {"the grid": grid if grid is not None and isfile(expanduser(grid)) else None}
     check_apart(places, {**read, "the images": settings["images"]})
-    set_verbosity(quiet=quiet or os.environ.get("RANK", "0") != "0")
+    set_verbosity(quiet=quiet or is_told_by_another_rank())
     from cerwu_gpu.api import compress as run  # after the settings: torch takes seconds
     from cerwu_gpu.compression.report_files import report_paths
     from cerwu_gpu.ranks import joined

@@ -33,6 +33,11 @@ def set_verbosity(*, quiet: bool) -> None:
     logging.getLogger("cerwu_gpu").setLevel(logging.INFO)
 
 
+def is_told_by_another_rank() -> bool:
+    """Return whether another rank of torchrun shows messages; known before torch is imported."""
+    return os.environ.get("RANK", "0") != "0"
+
+
 @contextmanager
 def told_once(ranks: "Ranks") -> Iterator[None]:
     """Leave it to rank 0 to tell of an error that all ranks have; a rank tells before it closes its

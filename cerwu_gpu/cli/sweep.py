@@ -1,6 +1,5 @@
 """cerwu-gpu sweep: compress a model with a grid of settings, and compare their qualities."""
 
-import os
 import sys
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
@@ -13,7 +12,12 @@ import typer
 
 from cerwu_gpu.cli import options
 from cerwu_gpu.cli.axes import take_axes, with_axes
-from cerwu_gpu.cli.output import print_json, set_verbosity, told_once
+from cerwu_gpu.cli.output import (
+    is_told_by_another_rank,
+    print_json,
+    set_verbosity,
+    told_once,
+)
 from cerwu_gpu.cli.sweep_tables import minimum_table, points_table, summary, time_words
 from cerwu_gpu.config import Distillation, from_settings
 from cerwu_gpu.errors import ConfigError
@@ -86,7 +90,7 @@ def sweep(
     base = from_settings(**given, limit_columns=0)  # a table has no place for it
     points = grid_points(axes, base)
     check_available(points)
-    set_verbosity(quiet=quiet or os.environ.get("RANK", "0") != "0")
+    set_verbosity(quiet=quiet or is_told_by_another_rank())
     from cerwu_gpu.api import image_subject, text_subject  # after the settings: torch takes seconds
     from cerwu_gpu.hf.sources import calibration_files
     from cerwu_gpu.hf.text import load_text, text_file

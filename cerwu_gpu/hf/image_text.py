@@ -69,6 +69,11 @@ def image_text_batches(
             f"{name} has experts, which show their inputs only block by block: calibrate it on "
             "text alone, or exclude them."
         )
+    token = image_token(model)
+    if token is None:
+        raise ModelError(
+            f"the configuration of {name} names no token for images: calibrate on text alone."
+        )
     text = given.text
     if any(source == SELF for source, _ in text.sources):
         raise CalibrationError(f"{name} writes no text of its own beside images: give a text.")
@@ -84,13 +89,8 @@ def image_text_batches(
     )
     tokenizer: Any = loaded.tokenizer  # calibration_tokens needs it
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens.tokens]
-    pictures = load_pictures(given.images, count=len(texts), seed=text.seed)
-    token = image_token(model)
-    if token is None:
-        raise ModelError(
-            f"the configuration of {name} names no token for images: calibrate on text alone."
-        )
     prepare = _Processor(loaded.files, text.sequence_length, token)
+    pictures = load_pictures(given.images, count=len(texts), seed=text.seed)
     pairs = zip(islice(cycle(pictures), len(texts)), texts, strict=True)
     batches = list(_batched((prepare(*pair) for pair in pairs), text.batch_size))
     for batch in batches:
